@@ -1,0 +1,66 @@
+"""
+All tasks of this folder in one corpus: one small base model serves every demonstration.
+
+Each document is of a task drawn by fixed shares; the first letter of a prompt says which, so that nothing else has to. Problems
+come from the tasks in turn and carry the name of theirs. What was deleted: a mixture by tokens. Shares are of documents, and the
+long ones of `search` take more of the text than their share says.
+
+    python -m data.mixed
+"""
+from dataclasses import replace
+
+from data import endless, load, show, stream
+
+# the share of documents; they add up to 1
+SHARES = {"countdown:steps": 0.45, "countdown:search": 0.10, "arith": 0.25, "states": 0.20}
+
+
+def task(*words):
+    if words:
+        raise ValueError(f"task 'mixed' has no variants, but {words[0]!r} was asked for: use plain 'mixed'")
+    return Mixed()
+
+
+class Mixed:
+    name = "mixed"
+
+    def __init__(self):
+        self.tasks = [load(name) for name in SHARES]
+        self.by_name = {task.name: task for task in self.tasks}
+
+    def document(self, split, seed, i):
+        u = stream("mixed document", split, seed, i)()
+        for task, share in zip(self.tasks, SHARES.values()):
+            u -= share
+            if u < 0:
+                break
+        return task.document(split, seed, i)
+
+    def corpus(self, split, seed):
+        return endless(self.document, split, seed)
+
+    def problems(self, split, n, seed):
+        each = [task.problems(split, -(-n // len(self.tasks)), seed) for task in self.tasks]
+        return [replace(problem, id=i) for i, problem in enumerate([problem for turn in zip(*each) for problem in turn][:n])]
+
+    def reward(self, problem, text):
+        return self.by_name[problem.data["task"]].reward(problem, text)
+
+    # an answer says by its form whose it is: no text has one in two of the tasks that means different things
+
+    def answer(self, text):
+        return next((answer for task in self.tasks if (answer := task.answer(text)) is not None), None)
+
+    def canon(self, answer):
+        for task in self.tasks:
+            canon = task.canon(answer)
+            if canon != answer:
+                return canon
+        return answer
+
+    def same(self, a, b):
+        return self.canon(a) == self.canon(b)
+
+
+if __name__ == "__main__":
+    show(task())

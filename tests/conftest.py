@@ -1,0 +1,54 @@
+"""what every test shares: the repo root first on the path (the scripts are not installed), one thread, no stray torchrun variables"""
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    os.environ.pop(name, None)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """ranks(n, code, *args): runs `code` in n processes of one gloo group, as torchrun would; -> what each printed"""
+    def go(n, code, *args, timeout=120):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        env = {**os.environ, "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+               "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        started = [subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
+                                    cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in range(n)]
+        try:
+            out = [p.communicate(timeout=timeout) for p in started]
+        finally:
+            for p in started:
+                p.kill()
+        for r, (p, (stdout, stderr)) in enumerate(zip(started, out)):
+            assert p.returncode == 0, f"rank {r} ended with {p.returncode}:\n{stderr}"
+        return [stdout for stdout, _ in out]
+    return go
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """one_process(code, *args): the same code as `ranks` without a group"""
+    def go(code, *args, timeout=120):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, cwd=tmp_path, text=True, capture_output=True,
+                              timeout=timeout, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    return go
