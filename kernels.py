@@ -17,7 +17,7 @@ How to read a kernel: it is one program out of a grid, `tl.program_id` says whic
 whatever the tensors are, and stores a tile. A mask covers what sticks out over the edge. Names in capitals are
 constants of compilation.
 
-    python kernels.py                          prints which backends this machine has, each checked against its twin
+    python kernels.py                          prints what runs on this machine, each kernel checked against its twin
     NANORL_ATTENTION=torch|varlen|flash ...    forces one            NANORL_CHECK=1 ...   range checks on the GPU too (slow)
 """
 
@@ -28,6 +28,7 @@ import types
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import varlen
 
 try:
     import triton
@@ -38,12 +39,11 @@ except ImportError:                                              # a Mac: the tw
 jit = triton.jit if triton else lambda kernel: kernel
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"            # Triton's own switch: kernels run in numpy on CPU tensors
 CHECK = os.environ.get("NANORL_CHECK") == "1"
-FLOATS = torch.float32, torch.bfloat16, torch.float16
 
 
 def fused(x):
     """May this tensor go to a kernel? float64 never: the twins are what a gradient check checks."""
-    return triton is not None and (x.is_cuda or INTERPRET) and x.dtype in FLOATS
+    return x.dtype != torch.float64 and picked("fused", x.device.type) == "triton"
 
 
 def expect(name, x, shape, dtypes=None):
@@ -194,15 +194,16 @@ class _Gather(torch.autograd.Function):
 # causal mask to the bottom right: with P more keys than queries, query i sees P + i + 1 keys. Half precision only.
 
 
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}     # or else it is always on
+
+
 def _flash(q, k, v, cu_q, cu_k, max_q, max_k):
     from flash_attn import flash_attn_varlen_func
     return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
 
 
 def _varlen(q, k, v, cu_q, cu_k, max_q, max_k):
-    from torch.nn.attention.varlen import varlen_attn
-    shared = "enable_gqa" in inspect.signature(varlen_attn).parameters           # before it was a flag, it was always on
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), **({"enable_gqa": True} if shared else {}))
+    return varlen.varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), **GQA)
 
 
 def _packed_by(run, cu_seqlens, parent=None):
@@ -253,7 +254,7 @@ def packed_attention(cu_seqlens, max_len, parent=None):
         name = picked("train", q.device.type)
         name = "torch" if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16) else name
         if name not in made:
-            run = TRAIN.get(name)
+            run = RUNS["train"][name]
             made[name] = _packed_by(run, cu_seqlens, parent) if run else packed_attention_torch(cu_seqlens, max_len, parent)
         return made[name](layer, q, k, v)
 
@@ -361,7 +362,8 @@ def _triton_decode(q, k_new, v_new, k_pages, v_pages, block_table, lengths, spli
     part = out if splits == 1 else torch.empty(B, splits, H, hd, dtype=torch.float32, device=q.device)
     lse = torch.empty(B, splits, H, dtype=torch.float32, device=q.device)
     block_d = triton.next_power_of_2(hd)
-    # BLOCK_N 32 leaves too few bytes in flight, 128 spills its keys out of shared memory at head_dim 256 (arithmetic, not timed)
+    # BLOCK_N 64: 120 registers and 39 kB, so four programs share an H100's multiprocessor, each with 32 kB under way.
+    # 32 halves what is under way, 128 takes 74 kB and leaves room for three (the compiler's report at head_dim 128; not timed)
     _decode_kernel[(B, KV, splits)](
         q, k_new, v_new, k_pages, v_pages, block_table, lengths, part, lse, hd**-0.5, block_table.stride(0), q.stride(0), k_new.stride(0),
         v_new.stride(0), SPLITS=splits, PAGE=page, KV=KV, GROUP=H // KV, HD=hd, BLOCK_G=max(16, triton.next_power_of_2(H // KV)),
@@ -387,7 +389,7 @@ def decode_attention(q, k_new, v_new, k_pages, v_pages, block_table, lengths):
     name = picked("decode", q.device.type)
     if name == "flash" and (page % 256 or (q.is_cuda and q.dtype == torch.float32)):     # flash-attn's pages hold multiples of 256 keys
         name = "triton" if fused(q) else "torch"
-    return DECODE[name](q, k_new, v_new, k_pages, v_pages, block_table, lengths)
+    return RUNS["decode"][name](q, k_new, v_new, k_pages, v_pages, block_table, lengths)
 
 
 # -----------------------------------------------------------------------------
@@ -397,13 +399,14 @@ def decode_attention(q, k_new, v_new, k_pages, v_pages, block_table, lengths):
 # The only state kept for the backward is lse and H: two numbers a row.
 
 
-CHUNK = 1 << 22                                                  # logits alive at a time: 16 MB of fp32 stay in a last-level cache
+CHUNK = 1 << 22                                                  # logits alive at a time: 16 MB of fp32 stay in a CPU's last-level cache
+TILE = 1 << 27                                                   # and on a GPU, where a product wants thousands of rows: 512 MB
 
 
-def _slices(n, vocab):
-    """Chunks of rows whose logits are CHUNK numbers together."""
-    rows = max(16, CHUNK // vocab)
-    return [slice(a, a + rows) for a in range(0, n, rows)]
+def _slices(rows_ND, vocab):
+    """Chunks of rows whose logits are so many numbers together."""
+    rows = max(16, (CHUNK if rows_ND.device.type == "cpu" else TILE) // vocab)
+    return [slice(a, a + rows) for a in range(0, len(rows_ND), rows)]
 
 
 def _product(a, b):
@@ -414,7 +417,8 @@ def _product(a, b):
     return z if z.dtype == torch.float64 else z.float()
 
 
-def _logits(hidden, weight, temperature):
+def linear_logits(hidden, weight, temperature=1.0):
+    """(N, V), for those who need them all: the sampler takes its logits here, as the trainer does: in fp32."""
     z = _product(hidden, weight.t())
     return z.div_(temperature) if temperature != 1.0 else z
 
@@ -426,8 +430,8 @@ class _LogprobAt(torch.autograd.Function):
         logp_NK = torch.empty(ids_NK.shape, dtype=wide, device=hidden_ND.device)
         lse_N = torch.empty(ids_NK.shape[0], dtype=wide, device=hidden_ND.device)
         entropy_N = torch.empty_like(lse_N)
-        for s in _slices(ids_NK.shape[0], weight_VD.shape[0]):
-            z = _logits(hidden_ND[s], weight_VD, temperature)    # (n, V)
+        for s in _slices(ids_NK, weight_VD.shape[0]):
+            z = linear_logits(hidden_ND[s], weight_VD, temperature)    # (n, V)
             at = z.gather(1, ids_NK[s])
             top = z.amax(1, keepdim=True)
             z.sub_(top)
@@ -449,8 +453,8 @@ class _LogprobAt(torch.autograd.Function):
             return None, None, None, None
         grad_h = torch.empty_like(hidden_ND)
         grad_w = torch.zeros_like(weight_VD, dtype=lse_N.dtype) if ctx.needs_input_grad[1] else None
-        for s in _slices(ids_NK.shape[0], weight_VD.shape[0]):
-            z = _logits(hidden_ND[s], weight_VD, ctx.temperature).sub_(lse_N[s].unsqueeze(1))
+        for s in _slices(ids_NK, weight_VD.shape[0]):
+            z = linear_logits(hidden_ND[s], weight_VD, ctx.temperature).sub_(lse_N[s].unsqueeze(1))
             g = None if grad_logp_NK is None else grad_logp_NK[s].to(z.dtype)
             if grad_entropy_N is None:
                 z.exp_().mul_(-g.sum(1, keepdim=True))           # -p sum_k g_k
@@ -473,13 +477,13 @@ class _LogprobAt(torch.autograd.Function):
 
 
 # On a GPU the product stays with cuBLAS and the kernels do the rest, tile by tile of the vocabulary. Why not one kernel
-# for both? The product is 2 D FLOP a logit, nearly all of the time, and cuBLAS runs it at the machine's ceiling on
-# every GPU, which a portable Triton product does not (it gets 60-80%). What one kernel would save is the round trip
-# of the logits: a tile of 32 MB is written to and read from the L2 cache, about an eighth of the product's time at
-# D = 4096. (Small D pays more: a quarter to a third at D = 1024. The figures are arithmetic for an H100, not timings.)
-# The backward takes larger tiles, for there each tile also adds to dH (N, D), and wants few of those additions.
+# for both? The product is 2 D FLOP a logit, nearly all of the time, and cuBLAS runs it near the ceiling of every GPU, which
+# one Triton product for all of them does not. What one kernel would save is the round trip of the logits: a tile of
+# 32 MB is written to and read from the L2 cache, about an eighth of the product's time at D = 4096. (Small D pays more:
+# a quarter to a third at D = 1024. The figures are arithmetic for an H100, not timings.) The backward takes large tiles,
+# for there each tile also adds to dH (N, D), and wants few of those additions.
 FORWARD_TILE = 1 << 23                                           # logits: 32 MB of fp32. 8 MB starves the product, 128 MB leaves the L2
-BACKWARD_TILE = 1 << 27                                          # 512 MB, and half of it again for their gradient in bf16
+BACKWARD_TILE = TILE                                             # and half of it again for their gradient in bf16
 
 
 @jit
@@ -549,7 +553,7 @@ class _LogprobFused(torch.autograd.Function):
         for low, high in _tiles(N, V, FORWARD_TILE):
             z = _product(hidden_ND, weight_VD[low:high].t())     # (N, tile)
             _online_kernel[(N,)](z, ids_NK, m_N, s_N, t_N, at_NK, low, high - low, K, 1 / temperature,
-                                 BLOCK_V=2048, BLOCK_K=max(16, triton.next_power_of_2(K)), num_warps=4)
+                                 BLOCK_V=1024, BLOCK_K=max(16, triton.next_power_of_2(K)), num_warps=4)
             del z                                                # so that the next tile gets the same, still cached, memory
         lse_N = m_N + s_N.log()
         entropy_N = s_N.log() - t_N / s_N
@@ -576,6 +580,7 @@ class _LogprobFused(torch.autograd.Function):
 
 
 def _logprob(hidden_ND, weight_VD, ids_NK, temperature):
+    hidden_ND, ids_NK = hidden_ND.contiguous(), ids_NK.contiguous()
     (N, D), (V, _), K = hidden_ND.shape, weight_VD.shape, ids_NK.shape[1]
     expect("hidden", hidden_ND, (N, D))
     expect("weight", weight_VD, (V, D), (hidden_ND.dtype,))
@@ -583,7 +588,7 @@ def _logprob(hidden_ND, weight_VD, ids_NK, temperature):
     expect_ids("ids", ids_NK, V)
     assert temperature > 0, f"temperature {temperature}: a softmax needs one above 0"
     if fused(hidden_ND) and K <= 64:                             # beyond, a row's (K, K) comparison no longer fits its program
-        return _LogprobFused.apply(hidden_ND.contiguous(), weight_VD, ids_NK.contiguous(), temperature)
+        return _LogprobFused.apply(hidden_ND, weight_VD, ids_NK, temperature)
     return _LogprobAt.apply(hidden_ND, weight_VD, ids_NK, temperature)
 
 
@@ -603,12 +608,20 @@ def linear_topk(hidden_ND, weight_VD, k, temperature=1.0):
     V = weight_VD.shape[0]
     assert 0 < k <= V, f"k = {k} of a vocabulary of {V}"
     with torch.no_grad():
-        ids_NK = torch.cat([_logits(hidden_ND[s], weight_VD, 1.0).topk(k, dim=1).indices for s in _slices(len(hidden_ND), V)])
+        ids_NK = torch.cat([linear_logits(hidden_ND[s], weight_VD, 1.0).topk(k, dim=1).indices for s in _slices(hidden_ND, V)])
     return ids_NK, linear_logprob_at(hidden_ND, weight_VD, ids_NK, temperature)
 
 
 # -----------------------------------------------------------------------------
 # the small steps of a layer
+
+
+def linear(x, weight, bias=None):
+    """x W^T + b. On a CPU, where no gradient will be asked for, by oneDNN: 1.5 times as fast as the BLAS at 32 rows (AVX-512),
+    and from 2 rows on each row is summed in the same order whatever the number of rows."""
+    if torch.is_inference_mode_enabled() and x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def rope_tables(positions_T, inv_freq, scale=1.0):
@@ -705,7 +718,7 @@ def _norm_rope_back_kernel(q, k, q_grad, k_grad, dq, dk, dw_q, dw_k, q_weight, k
 
 
 def _rope_grid(q, k):
-    """Tiles of 2,048 pairs: 16 a thread. (4,096 keeps half as many programs on a multiprocessor; 1,024 only launches more.)"""
+    """Tiles of 2,048 pairs, 16 a thread: 72 registers forward and 123 backward; 4,096 take 164 and 206. (Reported, not timed.)"""
     block_d = triton.next_power_of_2(q.shape[-1] // 2)
     block_r = max(1, 2048 // block_d)
     return -(-q.shape[0] * q.shape[1] // block_r), -(-k.shape[0] * k.shape[1] // block_r), block_r, block_d
@@ -833,15 +846,10 @@ _mix_jit = jit(_mix)
 
 
 @jit
-def _uniform_kernel(out, seed, visit, problem, index, position, s0, s1, s2, s3, s4, n, BLOCK: tl.constexpr):
-    """One launch instead of torch's forty. Each word has its own stride, 0 for one that all rows share."""
+def _uniform_kernel(out, address, position, n, BLOCK: tl.constexpr):
+    """One launch instead of torch's ten, in every step of the sampler."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    h = tl.full([BLOCK], 0x9E3779B9, tl.int64)
-    h = _mix_jit(h, tl.load(seed + i * s0, mask=i < n, other=0))
-    h = _mix_jit(h, tl.load(visit + i * s1, mask=i < n, other=0))
-    h = _mix_jit(h, tl.load(problem + i * s2, mask=i < n, other=0))
-    h = _mix_jit(h, tl.load(index + i * s3, mask=i < n, other=0))
-    h = _mix_jit(h, tl.load(position + i * s4, mask=i < n, other=0))
+    h = _mix_jit(tl.load(address + i, mask=i < n, other=0), tl.load(position + i, mask=i < n, other=0))
     tl.store(out + i, (h >> 8).to(tl.float32) * 5.9604644775390625e-08, mask=i < n)      # 2^-24
 
 
@@ -851,16 +859,25 @@ def uniform(seed, visit, problem, index, position, device=None):
     device = torch.device(device or next((w.device for w in words if torch.is_tensor(w)), "cpu"))
     # a fill, not a copy: copying a number to a GPU would make it wait
     words = [w.to(device, torch.int64) if torch.is_tensor(w) else torch.full((), w, dtype=torch.int64, device=device) for w in words]
-    if triton is not None and (device.type == "cuda" or INTERPRET):
-        shape = torch.broadcast_shapes(*(w.shape for w in words))
-        out = torch.empty(shape, dtype=torch.float32, device=device)
-        flat = [w.expand(shape).reshape(-1) for w in words]
-        _uniform_kernel[(-(-out.numel() // 256),)](out, *flat, *(w.stride(0) for w in flat), out.numel(), BLOCK=256)
-        return out
-    h = torch.full((), 0x9E3779B9, dtype=torch.int64, device=device)
-    for w in words:
+    return uniform_at(address(*words[:4]), words[4])
+
+
+def address(seed, visit, problem, index):
+    """The hash of the four words that do not change while a sequence grows."""
+    h = torch.full((), 0x9E3779B9, dtype=torch.int64, device=index.device)
+    for w in (seed, visit, problem, index):
         h = _mix(h, w)
-    return (h >> 8).to(torch.float32) * 2.0**-24
+    return h
+
+
+def uniform_at(address, position):
+    """uniform() with its first four words hashed before: the same bits for a fifth of the work, in each step of the sampler."""
+    if fused(address):
+        address, position = (x.contiguous() for x in torch.broadcast_tensors(address, position))
+        out = torch.empty(address.shape, dtype=torch.float32, device=address.device)
+        _uniform_kernel[(-(-out.numel() // 256),)](out, address, position, out.numel(), BLOCK=256)
+        return out
+    return (_mix(address, position) >> 8).to(torch.float32) * 2.0**-24
 
 
 # -----------------------------------------------------------------------------
@@ -871,11 +888,8 @@ def draw_torch(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
     z = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     greedy_N = temperature_N == 0
     z = z / torch.where(greedy_N, 1.0, temperature_N).to(z.dtype).unsqueeze(1)
-    p = z - z.amax(1, keepdim=True)
-    lse_N = p.exp().sum(1).log_()
-    logp = p.sub_(lse_N.unsqueeze(1))
-    p = logp.exp()                                               # (N, V), sums to 1 within rounding
-    kept_N = torch.zeros_like(lse_N)
+    p = whole = z.softmax(1)                                     # (N, V), one pass; a drawn token's log is as exact as its weight
+    kept_N = torch.zeros_like(z[:, 0])
     if top_k_N is not None or top_p_N is not None:
         sorted_p, order = p.sort(dim=1, descending=True, stable=True)
         before = sorted_p.cumsum(1).sub_(sorted_p)               # mass strictly ahead of each token
@@ -895,8 +909,10 @@ def draw_torch(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
     # strictly below the total, so that the first entry above it exists and its token has weight
     target = torch.minimum(uniform_N.to(p.dtype).unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
     token_N = torch.searchsorted(cdf, target, right=True).squeeze(1)
-    token_N = torch.where(greedy_N, z.argmax(1), token_N)
-    return token_N, logp.gather(1, token_N.unsqueeze(1)).squeeze(1), kept_N
+    token_N = token_N.clamp_(max=p.shape[1] - 1)                 # logits that are not finite: the log-prob is nan, the caller's to see
+    if z.is_cuda or greedy_N.any():                              # a look makes a GPU wait, and spares a CPU a pass
+        token_N = torch.where(greedy_N, z.argmax(1), token_N)
+    return token_N, whole.gather(1, token_N.unsqueeze(1)).squeeze(1).log(), kept_N
 
 
 @jit
@@ -1026,75 +1042,73 @@ def draw(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
 # -----------------------------------------------------------------------------
 # which backend runs
 
-TRAIN = {"flash": _flash, "varlen": _varlen}                     # "torch": packed_attention_torch
-DECODE = {"flash": _flash_decode, "triton": _triton_decode, "torch": decode_attention_torch}
-FORCED = {"flash": ("flash", "flash"), "varlen": ("varlen", "triton"), "torch": ("torch", "torch")}
+RUNS = {
+    "train": {"flash": _flash, "varlen": _varlen, "torch": None},
+    "decode": {"flash": _flash_decode, "triton": _triton_decode, "torch": decode_attention_torch},
+    "fused": {"triton": (_LogprobFused.apply, _NormRope.apply, _Swiglu.apply),
+              "torch": (_LogprobAt.apply, qk_norm_rope_torch, swiglu_torch)},
+}
+FORCED = {"flash": ("flash", "flash"), "varlen": ("varlen", "triton"), "torch": ("torch", "torch")}      # what runs train, and decode
 _picked = {}
 
 
-def _prove_train(name, device, dtype):
-    """Segments with and without a parent, forward and backward, against the twin in fp32."""
-    g = torch.Generator().manual_seed(0)
-    cu, parent = [0, 5, 12, 15, 16], [-1, 0, 1, -1]
-    numbers = [torch.randn(16, heads, 64, generator=g).to(device, dtype) for heads in (4, 2, 2, 4)]
-
-    def outcome(attend, dtype):
-        q, k, v, g_o = (x.to(dtype) for x in numbers)
-        leaves = [x.requires_grad_() for x in (q.clone(), k.clone(), v.clone())]
-        o = attend(0, *leaves)
-        return [x.float() for x in (o.detach(), *torch.autograd.grad(o, leaves, g_o))]
-
-    twin = packed_attention_torch(cu, 7, parent)
-    return outcome(_packed_by(TRAIN[name], cu, parent), dtype), outcome(twin, dtype), outcome(twin, torch.float32)
-
-
-def _prove_decode(name, device, dtype):
-    """Lengths at both edges of a page; the pages must hold the new keys afterwards."""
-    g = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([0, 255, 256, 300], dtype=torch.int32, device=device)
-    table = torch.tensor([[3, 0], [1, 2], [5, 4], [7, 6]], dtype=torch.int32, device=device)
-    shapes = (4, 4, 64), (4, 2, 64), (4, 2, 64), (8, 256, 2, 64), (8, 256, 2, 64)
-    numbers = [torch.randn(shape, generator=g).to(device, dtype) for shape in shapes]
-
-    def outcome(run, dtype):
-        q, k_new, v_new, k_pages, v_pages = (x.to(dtype).clone() for x in numbers)
-        o = run(q, k_new, v_new, k_pages, v_pages, table, lengths)
-        return [x.float() for x in (o, k_pages, v_pages)]
-
-    return outcome(DECODE[name], dtype), outcome(decode_attention_torch, dtype), outcome(decode_attention_torch, torch.float32)
-
-
 def candidates(what, kind):
-    """What could run here, best first."""
+    """What could run on this kind of device, best first."""
     flash = ["flash"] if kind == "cuda" and importlib.util.find_spec("flash_attn") else []
     if what == "train":
         return flash + (["varlen"] if kind == "cuda" else [])
-    return flash + (["triton"] if triton and (kind == "cuda" or INTERPRET) else [])
+    return (flash if what == "decode" else []) + (["triton"] if triton and (kind == "cuda" or INTERPRET) else [])
+
+
+def _outcome(what, name, kind, low, dtype):
+    """What a backend makes of tiny random numbers that `low` can hold, computed in `dtype`: results, and gradients where there are any."""
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.randn(shape, generator=g).to(kind, low).to(dtype).requires_grad_(what != "decode")
+    if what == "decode":                                         # lengths at both edges of a page; the pages must hold the new keys
+        lengths = torch.tensor([0, 255, 256, 300], dtype=torch.int32, device=kind)
+        table = torch.tensor([[3, 0], [1, 2], [5, 4], [7, 6]], dtype=torch.int32, device=kind)
+        pages = rand(8, 256, 2, 64), rand(8, 256, 2, 64)
+        o = RUNS[what][name](rand(4, 4, 64), rand(4, 2, 64), rand(4, 2, 64), *pages, table, lengths)
+        return [x.float() for x in (o, *pages)]
+    if what == "train":                                          # segments with a parent, a grandparent and without
+        leaves = rand(16, 4, 64), rand(16, 2, 64), rand(16, 2, 64)
+        plan = [0, 5, 12, 15, 16], [-1, 0, 1, -1]
+        attend = packed_attention_torch(plan[0], 7, plan[1]) if name == "torch" else _packed_by(RUNS[what][name], *plan)
+        out = [attend(0, *leaves)]
+    else:
+        leaves = hidden, weight, qkv, q_weight, k_weight, x = rand(5, 64), rand(300, 64), rand(5, 4, 64), rand(64), rand(64), rand(5, 64)
+        logprob, norm_rope, act = RUNS[what][name]
+        angle = torch.arange(160, dtype=torch.float32, device=kind).view(5, 32)
+        out = [*logprob(hidden, weight, torch.arange(10, device=kind).view(5, 2), 0.7), act(x),
+               *norm_rope(qkv[:, :2], qkv[:, 2:3], q_weight, k_weight, angle.cos(), angle.sin(), 1e-6)]
+    grads = torch.autograd.grad(out, leaves, [rand(*o.shape).to(o.dtype) for o in out])
+    return [x.detach().float() for x in (*out, *grads)]
 
 
 def picked(what, kind):
-    """The name of what runs "train" or "decode" on "cuda", "cpu" or "mps". Every candidate first proves itself on a tiny random
-    input: an error of at most twice what the torch twin makes in the same precision, or it is dropped, with a printed line."""
+    """The name of what runs "train" attention, "decode" attention or the "fused" steps on "cuda", "cpu" or "mps". Every candidate
+    first proves itself, forward and backward: an error of at most twice what the torch twin makes in the same precision, or
+    it is dropped, with a printed line."""
     if (what, kind) in _picked:
         return _picked[what, kind]
-    forced = os.environ.get("NANORL_ATTENTION", "")
+    forced = os.environ.get("NANORL_ATTENTION", "") if what != "fused" else ""
     if forced and forced not in FORCED:
         raise ValueError(f"NANORL_ATTENTION={forced} is not known; known: {', '.join(FORCED)}")
+    low = torch.bfloat16 if kind == "cuda" else torch.float32
     for name in [FORCED[forced][what == "decode"]] if forced else candidates(what, kind):
         if name == "torch":
             break
         try:
             with torch.inference_mode(False), torch.enable_grad():
-                prove = _prove_train if what == "train" else _prove_decode
-                got, plain, exact = prove(name, kind, torch.bfloat16 if kind == "cuda" else torch.float32)
-            for g, p, e in zip(got, plain, exact):
-                error, allowed = float((g - e).abs().max()), 2 * float((p - e).abs().max()) + 1e-3
-                assert error <= allowed, f"its error is {error:.2g}, at most {allowed:.2g} is right"
+                sides = ((name, low), ("torch", low), ("torch", torch.float32))
+                for got, plain, exact in zip(*(_outcome(what, side, kind, low, dtype) for side, dtype in sides)):
+                    error, allowed = float((got - exact).abs().max()), 2 * float((plain - exact).abs().max()) + 1e-3
+                    assert error <= allowed, f"its error is {error:.2g}, at most {allowed:.2g} is right"
             break
         except Exception as why:                                 # whatever a foreign package raises on this machine
             if forced:
-                raise RuntimeError(f"NANORL_ATTENTION={forced}: {name} for {what} on {kind} failed its check: {why}") from why
-            print(f"attention: {name} for {what} on {kind} dropped: {type(why).__name__}: {' '.join(str(why).split())[:200]}", flush=True)
+                raise ValueError(f"NANORL_ATTENTION={forced}: {name} for {what} on {kind} failed its check: {why}") from why
+            print(f"backend: {name} for {what} on {kind} dropped: {type(why).__name__}: {' '.join(str(why).split())[:200]}", flush=True)
     else:
         name = "torch"
     _picked[what, kind] = name
@@ -1102,18 +1116,17 @@ def picked(what, kind):
 
 
 def backend(device):
-    """In words, for the log; picks, if nobody has yet."""
+    """In words, for the log; picks, if nobody has yet. Call it before the first step: a CUDA graph cannot be captured around a check."""
     kind = torch.device(device).type
-    version = {"torch": torch.__version__, "varlen": torch.__version__, "triton": getattr(triton, "__version__", "")}
-    if "flash" in (picked("train", kind), picked("decode", kind)):
-        version["flash"] = getattr(__import__("flash_attn"), "__version__", "?")
-    words = [f"{what} {picked(what, kind)} ({version[picked(what, kind)]})" for what in ("train", "decode")]
-    return f"{', '.join(words)}; {'Triton kernels' if triton and kind == 'cuda' else 'torch twins'} elsewhere, on {kind}"
+    names = {what: picked(what, kind) for what in RUNS}
+    versions = {"torch": torch.__version__, "triton": getattr(triton, "__version__", "no")}
+    if "flash" in names.values():
+        versions["flash_attn"] = __import__("flash_attn").__version__
+    return f"{', '.join(f'{what} {name}' for what, name in names.items())} on {kind} ({', '.join(f'{k} {v}' for k, v in versions.items())})"
 
 
 def main():
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    print("attention:", backend(device))
+    print(backend("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"))
 
 
 if __name__ == "__main__":

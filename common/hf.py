@@ -3,12 +3,18 @@ common/hf.py: Hugging Face folders in and out. config.json, tensor names, safete
 
 A folder is config.json + model.safetensors (or shards with an index) + tokenizer files. Our parameters merge what the
 folder keeps apart (q, k, v in one matrix; gate and up in one), so a parameter is the rows of several HF tensors one after
-another: `names()` is that table and reading is a copy of each tensor into its slice of rows, straight into place.
+another: `names()` is that table and reading is a copy of each tensor into its slice of rows, straight into place. Shards are
+mapped, not read: memory peaks at the weights themselves.
 
-Deleted: no hub client, no auto classes, no device maps. A folder on disk or an error that says what to run.
+Three dense families are one table apart: Qwen2 and 2.5 (biases on q, k, v), Qwen3 (norms on q and k), Llama 3 (neither). A folder
+of another shape is refused by the name of what is different, and so is a tensor that nothing here would read: a model that loads
+and is silently another one costs a week.
+
+Deleted: no hub client, no auto classes, no device maps, no quantised weights. A folder on disk or an error that says what to run.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -41,8 +47,17 @@ def find(path):
 # config.json <-> the keyword arguments of a GPTConfig
 
 FAMILIES = {  # architecture: (qkv_bias, qk_norm)
+    "Qwen2ForCausalLM": (True, False),           # Qwen2, Qwen2.5, and what was distilled into them
     "Qwen3ForCausalLM": (False, True),
+    "LlamaForCausalLM": (False, False),          # Llama 3, 3.1, 3.2, and the many that share its shape
 }
+
+
+def _json(path):
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not JSON ({e}): download or copy it again") from None
 
 
 def read_config(folder):
@@ -50,38 +65,84 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: give a Hugging Face folder or a run folder")
-    try:
-        c = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not JSON ({e})") from None
+    c = _json(path)
     arch = (c.get("architectures") or ["?"])[0]
     if arch not in FAMILIES:
         raise ValueError(f"{path}: architecture {arch} is not known here; known: {', '.join(FAMILIES)}")
     qkv_bias, qk_norm = FAMILIES[arch]
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}          # new spelling, old spelling
+    try:
+        heads, max_len = c["num_attention_heads"], c["max_position_embeddings"]
+        theta, scaling = _rope(c, max_len)
+        fields = dict(
+            vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_head=heads, n_kv_head=c.get("num_key_value_heads") or heads,
+            head_dim=c.get("head_dim") or c["hidden_size"] // heads, d_model=c["hidden_size"], d_ff=c["intermediate_size"],
+            max_len=max_len, rope_theta=theta, rope_scaling=scaling, norm_eps=c.get("rms_norm_eps", 1e-6),
+            qkv_bias=qkv_bias, qk_norm=qk_norm, tie_embeddings=bool(c.get("tie_word_embeddings", False)))
+    except KeyError as e:
+        raise ValueError(f"{path} has no {e}: download or copy it again") from None
+    different = _different(c, arch, max_len)
+    if different:
+        raise ValueError(f"{path}: {different}, which the {arch} written here does not have; it would load and compute something else")
+    return fields
+
+
+def _rope(c, max_len):
+    """the new spelling (rope_parameters), the old one (rope_theta, rope_scaling) -> theta, and None or our dict"""
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     theta = rope.get("rope_theta", c.get("rope_theta", 10000.0))
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return dict(
-        vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
-        n_kv_head=c.get("num_key_value_heads", c["num_attention_heads"]),
-        head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-        d_model=c["hidden_size"], d_ff=c["intermediate_size"], max_len=c["max_position_embeddings"], rope_theta=theta,
-        rope_scaling=None if kind == "default" else {**scaling, "rope_type": kind},
-        norm_eps=c.get("rms_norm_eps", 1e-6), qkv_bias=qkv_bias, qk_norm=qk_norm,
-        tie_embeddings=bool(c.get("tie_word_embeddings", False)))
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "type", "partial_rotary_factor")}
+    kind = scaling["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings") or max_len
+    if kind == "yarn" and scaling.get("attention_factor") is None:
+        def temperature(m=1.0):
+            return 0.1 * m * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+        m, m_all = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
+        scaling["attention_factor"] = temperature(m) / temperature(m_all) if m and m_all else temperature()
+    return theta, scaling
+
+
+def _different(c, arch, max_len):
+    """what this config asks for and the shape here cannot give, in words; "" where there is nothing"""
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    window = c.get("sliding_window")
+    slides = c.get("use_sliding_window") and c.get("max_window_layers", 0) < c["num_hidden_layers"]
+    if "sliding_attention" in (c.get("layer_types") or []) or slides:
+        if window and window < max_len:
+            return f"a sliding window of {window} in a context of {max_len}"
+    if c.get("hidden_act", "silu") != "silu":
+        return f"hidden_act {c['hidden_act']!r}"
+    if c.get("attention_bias") and arch != "Qwen2ForCausalLM":
+        return "attention_bias (a bias on the output projection)"
+    if c.get("mlp_bias"):
+        return "mlp_bias"
+    if c.get("num_experts") or c.get("num_local_experts"):
+        return "a mixture of experts"
+    if c.get("quantization_config"):
+        return f"weights quantised by {c['quantization_config'].get('quant_method', 'quantization_config')!r}"
+    if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) != 1.0:
+        return "partial_rotary_factor"
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        return f"rope type {kind!r} (known: default, linear, llama3, yarn)"
+    return ""
 
 
 def config_json(c, dtype, eos=None):
     """The config.json of GPTConfig fields `c` (a dict)."""
-    arch = next(a for a, flags in FAMILIES.items() if flags == (c["qkv_bias"], c["qk_norm"]))
-    return dict(
+    arch = next((a for a, flags in FAMILIES.items() if flags == (c["qkv_bias"], c["qk_norm"])), None)
+    if arch is None:
+        raise ValueError("a model with both qkv_bias and qk_norm has no name in Hugging Face's library: turn one of them off")
+    known = dict(
         architectures=[arch], model_type=arch.removesuffix("ForCausalLM").lower(), torch_dtype=str(dtype).removeprefix("torch."),
         vocab_size=c["vocab_size"], hidden_size=c["d_model"], intermediate_size=c["d_ff"], num_hidden_layers=c["n_layer"],
         num_attention_heads=c["n_head"], num_key_value_heads=c["n_kv_head"], head_dim=c["head_dim"], hidden_act="silu",
         max_position_embeddings=c["max_len"], rope_theta=c["rope_theta"], rope_scaling=c["rope_scaling"], rms_norm_eps=c["norm_eps"],
-        tie_word_embeddings=c["tie_embeddings"], attention_bias=c["qkv_bias"], attention_dropout=0.0, use_cache=True,
-        use_sliding_window=False, bos_token_id=None, eos_token_id=eos)
+        tie_word_embeddings=c["tie_embeddings"], attention_dropout=0.0, use_cache=True, bos_token_id=None, eos_token_id=eos)
+    return known | (dict(mlp_bias=False) if arch == "LlamaForCausalLM" else dict(use_sliding_window=False)) \
+        | ({} if arch == "Qwen2ForCausalLM" else dict(attention_bias=False))
 
 
 def names(c):
@@ -112,35 +173,49 @@ def names(c):
 def load(folder, c, params):
     """Copies the folder's tensors into `params` ({name: tensor}), each into its rows, cast on the way."""
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        where = json.loads(index.read_text())["weight_map"]
-    elif (folder / "model.safetensors").is_file():
-        where = None
-    else:
-        raise FileNotFoundError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+    files = shards(folder)
     places = {hf: (ours, rows, at) for ours, parts in names(c).items()
               for (hf, rows), at in zip(parts, _starts([rows for _, rows in parts]))}
     missing = set(places)
-    for file in sorted(set(where.values())) if where else ["model.safetensors"]:
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / file} is missing: the index names it; download the folder again")
+    for file in files:
         try:
-            with safe_open(folder / file, framework="pt") as shard, torch.no_grad():
+            with safe_open(file, framework="pt") as shard, torch.no_grad():
                 for hf in shard.keys():
-                    if hf not in places:                         # rotary buffers, a tied head written twice
-                        continue
+                    if hf not in places:
+                        # rotary buffers and a tied head written twice say nothing new; anything else says: another model
+                        if hf.endswith("rotary_emb.inv_freq") or (hf == "lm_head.weight" and c["tie_embeddings"]):
+                            continue
+                        raise ValueError(f"{file}: {hf} has no place in the model that config.json describes: its architecture is not "
+                                         "what it says")
                     ours, rows, at = places[hf]
                     into = params[ours].narrow(0, at, rows)
-                    shape = tuple(shard.get_slice(hf).get_shape())
-                    if shape != tuple(into.shape):
-                        raise ValueError(f"{folder / file}: {hf} has shape {shape}, config.json says {tuple(into.shape)}")
+                    piece = shard.get_slice(hf)
+                    if tuple(piece.get_shape()) != tuple(into.shape):
+                        raise ValueError(f"{file}: {hf} has shape {tuple(piece.get_shape())}, config.json says {tuple(into.shape)}")
+                    if piece.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                        raise ValueError(f"{file}: {hf} is stored as {piece.get_dtype()}: only plain bf16, fp16 and fp32 are read")
                     into.copy_(shard.get_tensor(hf))
                     missing.discard(hf)
         except SafetensorError as e:
-            raise ValueError(f"{folder / file} is damaged or cut short ({e}): download or copy it again") from None
+            raise ValueError(f"{file} is damaged or cut short ({e}): download or copy it again") from None
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors, {sorted(missing)[0]} first")
+
+
+def shards(folder):
+    """the files that hold the tensors: all of those that the index names, or the only one"""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise FileNotFoundError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+        return [single]
+    where = _json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index} has no weight_map: download or copy it again")
+    for file in sorted(set(where.values())):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file} is missing: the index names it; download the folder again")
+    return [folder / file for file in sorted(set(where.values()))]
 
 
 def _starts(sizes):
@@ -148,7 +223,10 @@ def _starts(sizes):
 
 
 def save(folder, c, params, dtype, eos=None):
-    """Writes config.json, generation_config.json and model.safetensors. The caller makes the folder appear at once."""
+    """
+    Writes config.json, generation_config.json and model.safetensors. The caller makes the folder appear at once. A tokenizer that came
+    from a Hugging Face folder is saved after this and puts that folder's own generation_config.json back.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}

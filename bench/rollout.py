@@ -1,0 +1,290 @@
+"""
+python -m bench rollout: the sampler against transformers on the same weights, one CPU thread.
+
+(a) skewed lengths    256 requests, lognormal(4.2, 0.9) capped at 512, 32 at a time, against generate() (batches of 32 in the order
+                      they come, padded, each as long as its longest) and against generate_batch(), tuned for a CPU
+(b) uniform lengths   batches of 1, 8 and 32, against generate(); and what exact=True costs beside exact=False
+(c) one sequence      a 15M model, beside llama2.c's published shape: tokens a second as a share of the memory's bandwidth
+(d) one prompt        n = 16 samples of 512 tokens: what the prompt costs, against one sample
+(e) two ranks         256 skewed requests from a shared counter: steps in which one rank has no row
+
+Greedy, so that tokens can be compared before anything is timed. Times are CPU seconds of this process, sides alternate. The bars
+are of the medians.
+"""
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from bench import alternate, finish, peer, ratio, show
+from common.run import flags
+from rollout import Sampler
+from train_gpt import GPT, GPTConfig
+
+
+@dataclass
+class Config:
+    parts: str = "abcde"             # which of the five to run
+    sizes: str = "4M,28M"            # models of (a) and (b)
+    repeats: int = 3                 # timed runs of each side
+    requests: int = 256              # of (a); 28M runs a quarter of them
+    seed: int = 0                    # of lengths, prompts and weights
+
+
+LLAMA = dict(max_len=1024, rope_theta=1e4, tie_embeddings=True, norm_eps=1e-6)
+SHAPES = {
+    "4M": GPTConfig(vocab_size=4096, n_layer=4, n_head=4, n_kv_head=2, head_dim=64, d_model=256, d_ff=768, **LLAMA),
+    "28M": GPTConfig(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=4, head_dim=64, d_model=512, d_ff=1408, **LLAMA),
+    "15M": GPTConfig(vocab_size=32000, n_layer=6, n_head=6, n_kv_head=6, head_dim=48, d_model=288, d_ff=768, **LLAMA),
+}
+PROMPT = 32                          # tokens
+
+
+def build(name, seed):
+    model = GPT(SHAPES[name]).init_weights(seed)
+    with torch.no_grad():            # a fresh model's blocks are the identity, and its greedy tokens all ties
+        g = torch.Generator().manual_seed(seed)
+        for key, p in model.named_parameters():
+            if key.endswith(("out.weight", "down.weight")):
+                p.copy_(torch.randn(p.shape, generator=g) * p.shape[1] ** -0.5)
+            elif key == "embed.weight":
+                p.copy_(torch.randn(p.shape, generator=g) * 0.2)
+    return model.requires_grad_(False)
+
+
+def theirs(model):
+    transformers = peer("transformers")
+    if transformers is None:
+        return None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_hf(folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+def generate(hf, prompts, limits):
+    """transformers.generate: all prompts have one length; a batch runs to its longest, the rest is cut."""
+    out = hf.generate(torch.tensor(prompts), attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.long),
+                      max_new_tokens=max(limits), min_new_tokens=max(limits), do_sample=False, eos_token_id=None, pad_token_id=0)
+    return [row[len(prompts[0]) :][:n] for row, n in zip(out.tolist(), limits)]
+
+
+def ours(sampler, prompts, limits):
+    return [group[0].tokens for group in sampler.generate(prompts, 1, limits, temperature=0.0)]
+
+
+def agreement(a, b):
+    """Equal counts are required; greedy tokens part for good where two logits tie within rounding, so their share is shown."""
+    assert [len(x) for x in a] == [len(x) for x in b], "the two sides made different numbers of tokens"
+    same = sum(next((i for i, (s, t) in enumerate(zip(x, y)) if s != t), len(x)) for x, y in zip(a, b))
+    return same / sum(len(x) for x in a)
+
+
+def prompts_of(rng, n, vocab, length=PROMPT):
+    return [[rng.randrange(vocab) for _ in range(length)] for _ in range(n)]
+
+
+def skewed(rng, n):
+    return [max(2, min(512, int(rng.lognormvariate(4.2, 0.9)))) for _ in range(n)]
+
+
+# -----------------------------------------------------------------------------
+# (a) skewed lengths
+
+
+def skew(config, name, model, hf):
+    rng = random.Random(config.seed)
+    n = config.requests if name == "4M" else config.requests // 4
+    limits, prompts = skewed(rng, n), prompts_of(rng, n, model.config.vocab_size)
+    total = sum(limits)
+    print(f"(a) {name}: {n} requests, {total:,} tokens, mean {total / n:.0f}, longest {max(limits)}")
+    sides, made = {}, {}
+
+    def one(side, run):
+        def timed():
+            made[side] = run()
+        sides[side] = timed
+    sampler = Sampler(model, stop=(), slots=32)
+    one("ours", lambda: ours(sampler, prompts, limits))
+    if hf:
+        one("generate", lambda: [t for i in range(0, n, 32) for t in generate(hf, prompts[i : i + 32], limits[i : i + 32])])
+    seconds = alternate(sides, 1 if name != "4M" else max(1, config.repeats - 1))
+    for side, s in seconds.items():
+        show(side, s, per=total, unit="tok/s")
+    result = {"tokens_per_second": total / statistics.median(seconds["ours"])}
+    if not hf:
+        return result
+    result["agree"] = agreement(made["ours"], made["generate"])
+    result["vs_generate"] = ratio(seconds["generate"], seconds["ours"])
+    print(f"  {result['agree']:.1%} of greedy tokens equal; {result['vs_generate']:.2f}x generate (bar: {4 if name == '4M' else 3.5}x)")
+    few = n // 4                     # generate_batch is slow enough here that a part of the requests must do; the same part for both
+    start = time.process_time()
+    batch = generate_batch(hf, prompts[:few], limits[:few])
+    middle = time.process_time()
+    mine = ours(sampler, prompts[:few], limits[:few])
+    end = time.process_time()
+    if batch is not None:
+        assert [len(x) for x in batch] == [len(x) for x in mine]
+        result["vs_generate_batch"] = (middle - start) / (end - middle)
+        print(f"  {result['vs_generate_batch']:.2f}x generate_batch on the first {few} (bar: 3x)")
+    return result
+
+
+def generate_batch(hf, prompts, limits):
+    """transformers' continuous batching. One limit per call, so requests go by their power of two, which it is not charged for:
+    it makes no more tokens than asked, since each is cut at its own limit by the request itself."""
+    transformers = peer("transformers")
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+    settings = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=512, use_cuda_graph=False)
+    cb = ContinuousBatchingConfig(block_size=32, num_blocks=32 * 20, max_batch_tokens=512)
+    manager = hf.init_continuous_batching(generation_config=settings, continuous_batching_config=cb)
+    manager.start()
+    try:
+        ids = [manager.add_request(p, max_new_tokens=n) for p, n in zip(prompts, limits)]
+        found = {}
+        while len(found) < len(ids):
+            r = manager.get_result(timeout=60)
+            if r is None:
+                print("  generate_batch gave nothing for a minute: left out")
+                return None
+            if r.is_finished():
+                found[r.request_id] = r.generated_tokens
+        return [found[i] for i in ids]
+    finally:
+        manager.stop(block=True)
+
+
+# -----------------------------------------------------------------------------
+# (b) uniform lengths
+
+
+def uniform(config, name, model, hf):
+    bars = {"4M": {1: 2.2, 8: 1.6, 32: 1.3}, "28M": {1: 1.15, 8: 1.1, 32: 1.0}}[name]
+    result, steps = {}, 64 if name == "4M" else 32
+    print(f"(b) {name}: {steps} tokens each")
+    for B, bar in bars.items():
+        rng = random.Random(config.seed + B)
+        prompts, limits, made = prompts_of(rng, B, model.config.vocab_size), [steps] * B, {}
+        fast, exact = (Sampler(model, stop=(), slots=B, exact=e) for e in (False, True))
+        sides = {"ours": lambda: made.update(ours=ours(fast, prompts, limits)), "ours, exact": lambda: ours(exact, prompts, limits)}  # noqa: B023
+        if hf:
+            sides["generate"] = lambda: made.update(hf=generate(hf, prompts, limits))  # noqa: B023
+        seconds = alternate(sides, config.repeats + 2)
+        for side, s in seconds.items():
+            show(f"batch {B}, {side}", s, per=B * steps, unit="tok/s")
+        row = {"exact_costs": ratio(seconds["ours, exact"], seconds["ours"])}
+        if hf:
+            row |= {"agree": agreement(made["ours"], made["hf"]), "vs_generate": ratio(seconds["generate"], seconds["ours"])}
+            print(f"  {row['vs_generate']:.2f}x generate (bar: {bar}x); {row['agree']:.0%} of tokens equal; exact costs {row['exact_costs']:.2f}x")
+        result[B] = row
+    return result
+
+
+# -----------------------------------------------------------------------------
+# (c) one sequence, (d) one prompt
+
+
+def bandwidth():
+    """Bytes a second that one core reads, from a tensor no cache holds."""
+    x = torch.ones(64 << 20)
+    x.sum()
+    best = []
+    for _ in range(5):
+        start = time.process_time()
+        x.sum()
+        best.append(4 * x.numel() / (time.process_time() - start))
+    return statistics.median(best)
+
+
+def alone(config):
+    model = build("15M", config.seed)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    sampler = Sampler(model, stop=(), slots=1, exact=False)
+    prompt = prompts_of(random.Random(config.seed), 1, 32000, 8)
+    seconds = alternate({"ours": lambda: ours(sampler, prompt, [64])}, config.repeats)["ours"]
+    rate, read = 64 / statistics.median(seconds), bandwidth()
+    print("(c) 15M (llama2.c's stories15M shape), batch 1")
+    show("ours", seconds, per=64, unit="tok/s")
+    print(f"  {rate * size / 1e9:.1f} GB/s of weights, {rate * size / read:.0%} of the {read / 1e9:.1f} GB/s that a sum over memory reads: "
+          "what bounds it is reading the weights, then launching ~30 operations a layer")
+    return {"tokens_per_second": rate, "share_of_bandwidth": rate * size / read}
+
+
+def shared(config):
+    model = build("4M", config.seed)
+    prompt = prompts_of(random.Random(config.seed), 1, 4096, 512)
+    one, many = (Sampler(model, stop=(), slots=16, exact=False) for _ in range(2))
+    sides = {"one sample": lambda: one.generate(prompt, 1, 1), "16 samples": lambda: many.generate(prompt, 16, 1)}
+    seconds = alternate(sides, 4 * config.repeats)
+    print("(d) a prompt of 512 tokens and the first token of its samples")
+    for side, s in seconds.items():
+        show(side, s)
+    cost = ratio(seconds["16 samples"], seconds["one sample"])
+    print(f"  16 samples cost {cost:.2f}x one (bar: 1.1x)")
+    return {"cost": cost}
+
+
+# -----------------------------------------------------------------------------
+# (e) two ranks
+
+
+def ranks(config, rounds=20):
+    """Two samplers in turn, a step each, over one counter: what two processes do, without the noise of their clocks. A tiny model
+    with forced lengths, for what is counted is steps."""
+    shape = GPTConfig(vocab_size=64, n_layer=1, n_head=1, n_kv_head=1, head_dim=16, d_model=16, d_ff=32, **LLAMA)
+    model = GPT(shape).init_weights(0).requires_grad_(False)
+    shares = {"counter": [], "round-robin": []}
+    for r in range(rounds):
+        rng = random.Random(config.seed + r)
+        limits = skewed(rng, 256)
+        for how in shares:
+            taken, idle, steps = [0], 0, 0
+            pair = [SimpleNamespace(sampler=Sampler(model, stop=(), slots=32, exact=False), next=rank) for rank in range(2)]
+            while True:
+                for rank, p in enumerate(pair):
+                    s = p.sampler
+                    while len(s.waiting) < max(1, 32 - len(s.rows)):
+                        i = taken[0] if how == "counter" else p.next
+                        if i >= 256:
+                            break
+                        taken[0], p.next = taken[0] + (how == "counter"), p.next + 2
+                        s.submit(i, [1 + rank], 1, limits[i])
+                live = [p.sampler.live > 0 for p in pair]
+                if not any(live):
+                    break
+                steps, idle = steps + 1, idle + (not all(live))
+                for p in pair:
+                    p.sampler.step()
+            shares[how].append(idle / steps)
+    result = {how: statistics.median(s) for how, s in shares.items()}
+    print(f"(e) two ranks, {rounds} rounds, lengths unknown: steps in which one rank has no row, in the median "
+          f"{result['counter']:.1%} (bar: 10%; dealt round-robin {result['round-robin']:.1%})")
+    return result
+
+
+def main(argv=None):
+    config = flags(Config, argv, __doc__)
+    torch.set_num_threads(1)
+    result = {}
+    for name in config.sizes.split(",") if set("ab") & set(config.parts) else ():
+        model = build(name, config.seed)
+        hf = theirs(model)
+        if hf is None:
+            print("transformers is not installed (pip install transformers): ours alone")
+        if "b" in config.parts:
+            result[f"uniform_{name}"] = uniform(config, name, model, hf)
+        if "a" in config.parts:
+            result[f"skewed_{name}"] = skew(config, name, model, hf)
+    for part, run in (("c", alone), ("d", shared), ("e", ranks)):
+        if part in config.parts:
+            result[run.__name__] = run(config)
+    return finish("rollout", **result)
+
+
+if __name__ == "__main__":
+    main()

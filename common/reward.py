@@ -1,0 +1,374 @@
+"""
+Rewards in worker processes, while sampling goes on. A reward is any function reward(problem, text) -> float that a fresh Python can import.
+
+    rewards = Rewards("countdown:search")                 # a task of data/, or a file and its function: "my.py:score"
+    rewards.put((sample.problem, sample.index), problem, text)        # the moment a sample ends; it never waits
+    for key, reward, info in rewards.get():               # after a decode step: what is ready, in the order it became so
+        ...                                               # get(block=True): at least one, or [] when nothing is pending
+
+A reward is other people's code on a model's worst output: it raises, hangs in a regular expression, returns nan, takes the process down.
+Each of these scores 0, is counted (rewards.failed) and named in the log with its sample, and the run goes on. How long is a hang? A
+problem's limit is 1.5 times the longest a correct answer of it ever took, within [timeout_min, timeout_max]: checkers differ by 100x.
+
+Deleted from the usual recipe: pools, executors, threads, and fork, which copies a CUDA parent with its locks held. A worker is
+`python -m common.reward --worker` between two pipes. It imports no torch, so it is there in a fraction of a second and killing it costs
+nothing, and a kill is the only timeout that also stops C code. Its parent gets plain JSON, never a pickle. A reward's prints are
+dropped (use stderr), it reads an empty stdin, and it is the text of the file as the run began: editing my.py meanwhile changes nothing.
+
+    python -m common.reward my.py:score                   # can it be used? the question every run asks first
+"""
+import atexit
+import inspect
+import json
+import math
+import os
+import pickle
+import selectors
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import types
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+START = 60.0       # seconds a worker may take to import its reward
+RENEW = 30         # a reward that raised may leave its module in any state: a new worker, if that costs at most 1/30 of the time
+AHEAD = 0.02       # seconds of work in one message: many quick jobs, or one slow job, so that none waits behind another
+
+
+class Info(NamedTuple):
+    seconds: float
+    error: str | None     # why it scored 0 unasked, or None
+
+
+class Job(NamedTuple):
+    number: int
+    key: object
+    prompt: str           # whose time limit it has
+    problem: bytes        # pickled
+    text: str
+
+
+@dataclass
+class Worker:
+    proc: subprocess.Popen
+    since: float                                       # when it began what it is doing now
+    born: float = math.inf                             # when it was ready
+    startup: float = 0.0
+    jobs: deque = field(default_factory=deque)         # sent and not answered; answers come in this order
+    out: bytes = b""                                   # what the pipe did not take yet
+    back: bytes = b""                                  # an answer's first half
+    ready: bool = False
+    retired: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the parent's side
+
+class Rewards:
+    def __init__(self, spec, workers=2, timeout_min=2.0, timeout_max=30.0, log=print):
+        self.spec, self.count, self.timeout_min, self.timeout_max, self.log = spec, workers, timeout_min, timeout_max, log
+        self.hello = pickle.dumps((*source(spec), os.getcwd()))
+        self.failed = {}                     # raised | value | timeout | died -> how many
+        self.pending = 0                     # put and not yet returned by get
+        self.queue, self.done, self.workers, self.dying = deque(), [], [], []
+        self.longest = {}                    # prompt -> the longest a correct answer took, where that raises its limit
+        self.numbers, self.mean, self.misses, self.tries = 0, AHEAD, 0, 3
+        self.selector = selectors.DefaultSelector()
+        self.owner = os.getpid()
+        atexit.register(self.close)
+
+    def put(self, key, problem, text):
+        """queue one reward; key comes back with it, and its first two items name the sample in the log"""
+        self.queue.append(Job(self.numbers, key, problem.prompt, pickle.dumps(problem, 5), text))
+        self.numbers += 1
+        self.pending += 1
+        self._feed()
+
+    def get(self, block=False):
+        """[(key, reward, info)] of those that are ready"""
+        while self.pending:
+            self._pump(wait=block and not self.done)
+            if self.done or not block:
+                break
+        done, self.done = self.done, []
+        self.pending -= len(done)
+        return done
+
+    def close(self):
+        """end the workers; twice is as good as once, and leaving the program is enough"""
+        atexit.unregister(self.close)
+        if os.getpid() != self.owner:        # a fork of the parent has copies of all this, and none of the workers
+            return
+        for worker in [*self.workers]:
+            self._drop(worker)
+        for proc in self.dying:
+            proc.wait()
+        self.selector.close()
+        self.dying, self.pending = [], 0
+        self.queue.clear()
+
+    # --- one turn: read answers, look at the clock, hand out work
+
+    def _limit(self, worker):
+        """the seconds it may take for what it is doing; it does nothing while its message is still in our hands"""
+        if not worker.ready:
+            return START
+        return self.timeout(worker.jobs[0].prompt) if worker.jobs and not worker.out else math.inf
+
+    def timeout(self, prompt):
+        return min(max(self.timeout_min, 1.5 * self.longest.get(prompt, 0)), self.timeout_max)
+
+    def _pump(self, wait=False):
+        self._feed()
+        # the clock is read before the pipes: an answer given in time is then always seen in time
+        now = time.monotonic()
+        ends = min((w.since + self._limit(w) for w in self.workers), default=math.inf)
+        for ready, _ in self.selector.select(max(0, min(ends - now, START)) if wait else 0):
+            worker = ready.data
+            if worker in self.workers:       # it may have been dropped a line ago
+                (self._read if ready.fileobj is worker.proc.stdout else self._write)(worker)
+        for worker in [w for w in self.workers if now - w.since > self._limit(w)]:
+            self._drop(worker, "timeout", f"still running after {self._limit(worker):.3g} s")
+        self.dying = [proc for proc in self.dying if proc.poll() is None]
+        self._feed()
+
+    def _feed(self):
+        while len(self.workers) < self.count:
+            self._start()
+        for worker in self.workers:
+            if not self.queue:
+                return
+            if worker.ready and not worker.jobs and not worker.retired:
+                # a share of the queue, 20 ms of work, a pipe's fill; what fails takes none of the others with it
+                n, size = min(64, int(AHEAD / max(self.mean, 1e-6)), -(-len(self.queue) // self.count)), 0
+                while self.queue and (not worker.jobs or len(worker.jobs) < n and size < 30_000):
+                    worker.jobs.append(self.queue.popleft())
+                    size += len(worker.jobs[-1].text)
+                worker.out = pickle.dumps([(job.number, job.problem, job.text) for job in worker.jobs], 5)
+                self._write(worker)
+
+    def _start(self):
+        # numpy in two workers must not start a thread per core beside the sampler's; a set of strings has one order everywhere
+        env = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **os.environ}
+        # its own session: Ctrl-C and torchrun's signals reach us, not it, and its children can be killed with it
+        proc = subprocess.Popen([sys.executable, "-m", "common.reward", "--worker"], cwd=ROOT, env=env, bufsize=0,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        os.set_blocking(proc.stdin.fileno(), False)
+        worker = Worker(proc, since=time.monotonic(), out=self.hello)
+        self.workers.append(worker)
+        self.selector.register(proc.stdout, selectors.EVENT_READ, worker)
+        self._write(worker)
+
+    def _write(self, worker):
+        fd = worker.proc.stdin
+        try:
+            worker.out = worker.out[os.write(fd.fileno(), worker.out):]
+        except BlockingIOError:
+            pass                             # a full pipe: the selector says when there is room
+        except BrokenPipeError:
+            return                           # it is dead, and its other pipe says so; nothing of this message was begun
+        watched = fd in self.selector.get_map()
+        if worker.out and not watched:
+            self.selector.register(fd, selectors.EVENT_WRITE, worker)
+        elif watched and not worker.out:
+            self.selector.unregister(fd)
+        if worker.ready and not worker.out:
+            worker.since = time.monotonic()
+
+    def _read(self, worker):
+        chunk = os.read(worker.proc.stdout.fileno(), 1 << 16)
+        if not chunk:
+            self._drop(worker, "died")
+            return
+        lines, _, worker.back = (worker.back + chunk).rpartition(b"\n")
+        for number, reward, seconds, ended, kind, error in json.loads(b"[" + lines.replace(b"\n", b",") + b"]"):
+            if number == -1:
+                if error:
+                    self._drop(worker, "start", error)
+                    return
+                worker.ready, worker.born, worker.startup, self.misses = True, ended, seconds, 0
+                continue
+            job, worker.since = worker.jobs.popleft(), ended
+            assert job.number == number
+            self.mean += 0.1 * (seconds - self.mean)
+            limit = self.timeout(job.prompt)
+            if kind:
+                worker.retired |= ended - worker.born > RENEW * worker.startup
+                self._fail(job, kind, error, seconds)
+            elif seconds > limit:            # it ended before we looked: the same verdict as if we had looked in time
+                self._fail(job, "timeout", f"took {seconds:.3g} s, the limit is {limit:.3g}", seconds)
+            else:
+                if reward > 0 and 1.5 * seconds > limit:
+                    self.longest[job.prompt] = seconds
+                self.done.append((job.key, reward, Info(seconds, None)))
+        if worker.retired and not worker.jobs:
+            self._drop(worker)
+
+    # --- what goes wrong
+
+    def _drop(self, worker, kind=None, error=None):
+        """kill a worker. kind: the job it was at is to blame; those behind it go back to the head of the queue"""
+        self.workers.remove(worker)
+        for pipe in (worker.proc.stdin, worker.proc.stdout):
+            if pipe in self.selector.get_map():
+                self.selector.unregister(pipe)
+            pipe.close()
+        try:
+            os.killpg(worker.proc.pid, signal.SIGKILL)         # not reaped yet, so the number is still its own
+        except (ProcessLookupError, PermissionError):
+            pass                                               # a dead leader without children, as macOS words it
+        if kind == "died":                                     # its files are closed, so this wait is short
+            code = worker.proc.wait()
+            error = f"its process ended by {signal.Signals(-code).name}" if code < 0 else f"its process ended with exit code {code}"
+        else:
+            self.dying.append(worker.proc)
+        if kind and not worker.ready:
+            self.misses += 1
+            if self.misses >= self.tries:
+                raise RuntimeError(f"reward {self.spec}: " + (error if kind == "start" else f"while it was imported, {error}"))
+            self.log(f"a reward worker did not start, another is tried: {error}")
+        elif kind and worker.jobs and not worker.out:
+            self._fail(worker.jobs.popleft(), kind, error, time.monotonic() - worker.since)
+        self.queue.extendleft(reversed(worker.jobs))
+
+    def _fail(self, job, kind, error, seconds):
+        n = self.failed[kind] = self.failed.get(kind, 0) + 1
+        self.done.append((job.key, 0.0, Info(seconds, error)))
+        if n <= 3 or n in (10, 30) or n % 100 == 0:
+            who = f"problem {job.key[0]}, sample {job.key[1]}" if isinstance(job.key, tuple) and len(job.key) > 1 else job.key
+            self.log(f"reward failed ({kind}, {n} so far), scored 0: {who}: {error}")
+
+
+def source(spec):
+    """"my.py:score" -> ("score", its absolute path, its text); "countdown" -> ("countdown", None, None)"""
+    path, _, name = spec.rpartition(":")
+    if spec.endswith(".py"):
+        raise ValueError(f"reward {spec}: which function of it? write {spec}:NAME")
+    if not path.endswith(".py"):
+        return spec, None, None
+    try:
+        return name, str(Path(path).resolve()), Path(path).read_bytes()
+    except OSError as e:
+        raise ValueError(f"reward {spec}: cannot read {path}: {e.strerror}") from None
+
+
+def check(spec):
+    """ValueError, in one line, if this reward cannot be used: said before the run starts, from a worker that is thrown away"""
+    rewards = Rewards(spec, workers=1)
+    rewards.tries = 1
+    try:
+        rewards._pump()
+        while not rewards.workers[0].ready:
+            rewards._pump(wait=True)
+    except RuntimeError as e:
+        raise ValueError(str(e)) from None
+    finally:
+        rewards.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the worker's side
+
+def last_line(e):
+    """ValueError: no integer (my.py, line 12)"""
+    words = [line for line in "".join(traceback.format_exception_only(e)).splitlines() if line.strip()]
+    line = words[-1] if words else type(e).__name__
+    frames = traceback.extract_tb(e.__traceback__)
+    at = (e.filename, e.lineno) if isinstance(e, SyntaxError) else (frames[-1].filename, frames[-1].lineno) if frames else None
+    return line[:300] + (f" ({Path(str(at[0])).name}, line {at[1]})" if at else "")
+
+
+def function(name, path, text):
+    """the reward itself; ValueError where there is none"""
+    import data     # first, so that no data.py beside the reward takes its place
+
+    if path is None:
+        return data.load(name).reward
+    module = types.ModuleType("reward_" + Path(path).stem)
+    module.__file__ = path
+    sys.modules[module.__name__] = module                      # dataclasses look their module up
+    sys.path.insert(0, str(Path(path).parent))
+    try:
+        exec(compile(text, path, "exec"), module.__dict__)
+    except BaseException as e:
+        raise ValueError(f"the file does not import: {last_line(e)}") from None
+    if not hasattr(module, name):
+        has = [k for k, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
+        raise ValueError(f"the file has no function {name!r}; it has {', '.join(has) or 'none'}")
+    reward = getattr(module, name)
+    if not callable(reward):
+        raise ValueError(f"{name} is {type(reward).__name__}, not a function")
+    try:
+        inspect.signature(reward).bind("problem", "text")
+    except TypeError as e:
+        raise ValueError(f"{name} cannot be called as {name}(problem, text): {e}") from None
+    return reward
+
+
+def judge(reward, problem, text):
+    """-> (value, kind of failure or None, error)"""
+    try:
+        value = reward(pickle.loads(problem), text)            # a fresh copy each time: no job sees what another did to it
+    except BaseException as e:                                 # sys.exit() in a reward is a failure like others
+        return 0.0, "raised", last_line(e)
+    try:
+        number = float(value) if hasattr(value, "__float__") else math.nan      # float("1") is a number, "1" is none
+    except Exception:
+        number = math.nan
+    if math.isfinite(number):
+        return number, None, None
+    return 0.0, "value", f"returned {repr(value)[:80]} ({type(value).__name__}), not a finite number"
+
+
+def worker():
+    jobs, answers, null = os.fdopen(os.dup(0), "rb"), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: None)                   # a handler, because SIG_IGN would pass to the reward's own children
+    if sys.platform == "linux":
+        import ctypes
+
+        # the kernel kills us with our parent, even inside C code. elsewhere, and in between, the end of the pipe does
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    me, begin, error = os.getpid(), time.monotonic(), None
+
+    def answer(number, value=0.0, kind=None, error=None):
+        now = time.monotonic()                                 # one clock for all processes of a machine
+        os.write(answers, json.dumps([number, value, now - begin, now, kind, error]).encode() + b"\n")
+
+    try:
+        *what, cwd = pickle.load(jobs)
+        reward = function(*what)
+        os.chdir(cwd)
+    except Exception as e:
+        error = str(e) if isinstance(e, ValueError) else last_line(e)
+    answer(-1, error=error)
+    while not error:
+        try:
+            batch = pickle.load(jobs)
+        except (EOFError, pickle.UnpicklingError):             # the parent is gone, perhaps in the middle of a word
+            break
+        for number, problem, text in batch:
+            begin = time.monotonic()
+            verdict = judge(reward, problem, text)
+            if os.getpid() != me:                              # a reward that forked, and whose child came back here
+                os._exit(0)
+            answer(number, *verdict)
+    os._exit(0)                                                # not through the reward's own exit handlers and threads
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--worker"]:
+        worker()
+    try:
+        check(sys.argv[1] if len(sys.argv) == 2 else "")
+    except ValueError as e:
+        raise SystemExit(print(f"error: {e}", file=sys.stderr) or 2) from None
+    print(f"reward {sys.argv[1]}: can be used")

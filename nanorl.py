@@ -1,0 +1,516 @@
+"""
+nanorl.py: the RL loop. problems -> rollouts -> rewards -> advantages -> one packed update -> the next step.
+
+GRPO and its family in the open. An algorithm is a row of choices on five independent axes (the table below), not a class;
+a new one is a new row, a new choice is a function of a few lines.
+
+Deleted from the usual recipe, and why:
+- no second engine and no weight sync: the sampler reads the very tensors that the optimizer writes;
+- no second forward for old log-probs: with one update per rollout the ratio is 1, so old = logp.detach();
+- no padding and no per-rank mean: rows are packed, every micro-batch back-propagates a SUM, and the one normaliser, global over
+  ranks and micro-batches, divides once at the step; how the work is cut up never changes the result;
+- no critic and, unless asked for, no reference model.
+
+    python nanorl.py                                       a laptop: finds or trains the base, then learns Countdown in minutes
+    torchrun --nproc_per_node=8 nanorl.py                  a node: a base of 100M, then Countdown with 4 numbers
+    python nanorl.py --init DIR --task gsm8k --max-new 1024
+    python nanorl.py --data my.jsonl --reward my.py:score --init DIR
+"""
+
+import math
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import torch
+
+import data
+import kernels
+import pack
+import rollout
+import train_gpt
+from common import hf, view
+from common.optim import Optimizer
+from common.reward import Rewards, check
+from common.run import Run, all_sum, die, flags, gather, newest, progress, start
+from evaluate import completion, evaluate, prompt_ids, words
+from kernels import linear_logprob, packed_attention
+from rollout import Sampler
+from train_gpt import GPT
+
+# -----------------------------------------------------------------------------
+# the algorithm table: baseline and scale | ratio | trust region and its clips | aggregation
+
+ALGORITHMS = {
+    #           baseline       ratio              trust          clips                         aggregation
+    "grpo":    dict(baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="sequence"),
+    "dapo":    dict(baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.28, aggregate="token", dynamic=True),
+    "dr_grpo": dict(baseline="mean", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="constant"),
+}
+
+
+@dataclass
+class Config:
+    name: str = "rl"                     # the run: everything it writes lies in runs/NAME
+    init: str = ""                       # a Hugging Face folder or a run to start from; empty: runs/base, trained first if it is not there
+    task: str = "countdown"              # a task of data/; the word after a colon is its variant
+    data: str = ""                       # your own prompts instead: a .jsonl file of {prompt, gold?}
+    reward: str = ""                     # your own reward: my.py:score, a function (problem, text) -> float
+    algo: Literal["grpo", "dapo", "dr_grpo"] = "dr_grpo"  # a row of the table; each axis has its own flag below
+    baseline: Literal["", "group", "mean", "loo"] = ""  # advantage: (r - mean) / std of the group; r - mean; leave one out
+    ratio: Literal["", "token"] = ""     # importance ratio of the update
+    trust: Literal["", "clip", "none"] = ""  # trust region: PPO's clip, or none
+    clip_low: float | None = None        # the ratio is clipped below 1 - this
+    clip_high: float | None = None       # and above 1 + this
+    aggregate: Literal["", "token", "sequence", "constant"] = ""  # mean over tokens; over sequences of their mean; sum over --max-new
+    entropy_coef: float = 0.0            # bonus on the entropy of the policy; may be negative
+    dynamic: bool | None = None          # drop groups whose rewards are all equal and sample others in their place
+    overlong: int = 0                    # soft penalty on the last this many tokens before --max-new; 0: off
+    tis: float = 2.0                     # truncate the importance weight between sampler and trainer here; 0: no weight
+    steps: int = 120                     # updates
+    prompts: int = 32                    # prompts a step, over all ranks
+    n: int = 16                          # samples of a prompt
+    max_new: int = 48                    # tokens of a sample, at most; look at `truncated` before anything else
+    temperature: float = 1.0             # of the rollout, and of the log-probs that are trained
+    top_p: float = 1.0                   # 1: off; otherwise corrected by the mass it kept
+    problems: int = 4096                 # training problems; the epochs repeat them with new noise
+    lr: float = 1e-3                     # AdamW
+    muon_lr: float = 0.0                 # Muon for the matrices of the blocks, with this learning rate; 0: AdamW for all
+    warmup: int = 5                      # steps of linear warm-up
+    decay: float = 0.0                   # share of the steps, at the end, with linear decay to zero
+    weight_decay: float = 0.0            # decoupled, matrices only
+    clip: float = 1.0                    # global norm of the gradient; 0: no clipping
+    row_tokens: int = 4096               # tokens of one packed row of the update
+    slots: int = 0                       # rows the sampler decodes at a time; 0: from the device
+    workers: int = 2                     # reward processes of each rank
+    eval_every: int = 20                 # steps between evaluations; 0: only before and after
+    eval_n: int = 200                    # held-out problems of one
+    eval_k: int = 4                      # samples of each
+    final_n: int = 1000                  # held-out problems of the last evaluation
+    save_every: int = 20                 # steps between checkpoints
+    seed: int = 0                        # problems and samples
+    checkpoint: bool = False             # recompute blocks in the backward: memory for time
+    device: str = "auto"                 # auto, cpu, cuda, mps
+    dtype: str = "auto"                  # auto (bf16 on CUDA, fp32 elsewhere), fp32, bf16
+    threads: int = 0                     # CPU threads; 0: all cores, shared by the ranks
+    deterministic: bool | None = None    # repeatable bit for bit; none: on CPU
+    dry_run: bool = False                # print what the run needs in memory, and stop
+    resume: bool = False                 # go on with runs/NAME
+    wandb: str = ""                      # a wandb project, if curves should go there too
+
+
+# -----------------------------------------------------------------------------
+# axis 1: the baseline. rewards of a group -> advantages, always local to the group
+
+BASELINES = {
+    "group": lambda r: (r - r.mean()) / (r.std() + 1e-6),
+    "mean": lambda r: r - r.mean(),
+    "loo": lambda r: (r - r.mean()) * len(r) / max(1, len(r) - 1),           # r minus the mean of the others
+}
+
+
+def advantage(group, config):
+    """Fills sample.advantage of one group. A sample that ran over its soft limit pays before the baseline is taken."""
+    r = np.array([s.reward for s in group])
+    if config.overlong:
+        over = np.array([len(s.tokens) - (config.max_new - config.overlong) for s in group])
+        r = r - np.clip(over / config.overlong, 0, 1)
+    for s, a in zip(group, BASELINES[config.baseline](r)):
+        s.advantage = float(a)
+
+
+# axis 2: the ratio. log pi - log pi_old of the predictions -> log-ratio of each
+
+RATIOS = {
+    "token": lambda logratio_N, sample_N, lengths: logratio_N,
+}
+
+# axis 3: the trust region. ratio and advantage of each prediction -> the objective, to be maximised
+
+TRUSTS = {
+    "clip": lambda ratio, A, low, high: torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A),
+    "none": lambda ratio, A, low, high: ratio * A,
+}
+
+# axis 4: aggregation. length of a response -> (weight of each of its tokens, its share of the normaliser)
+
+AGGREGATES = {
+    "token": lambda L, config: (1.0, L),                                     # DAPO: every token of the batch counts the same
+    "sequence": lambda L, config: (1.0 / L, 1.0),                            # GRPO: every response does
+    "constant": lambda L, config: (1.0 / config.max_new, 1.0),               # Dr. GRPO: a long answer is not discounted
+}
+
+
+def make_loss(config):
+    """-> loss(batch, hidden_ND, head_VD) -> (sum to be minimised, stats as sums)."""
+
+    def loss(batch, hidden_ND, head_VD):
+        logp_N, entropy_N = linear_logprob(hidden_ND, head_VD, batch.targets_N, config.temperature)
+        old_N = logp_N.detach()                                  # one update a rollout: the policy that sampled is this one
+        lengths = torch.bincount(batch.sample_N, minlength=len(batch.samples))
+        ratio_N = RATIOS[config.ratio](logp_N - old_N, batch.sample_N, lengths).exp()
+        objective_N = TRUSTS[config.trust](ratio_N, batch.advantage_N, config.clip_low, config.clip_high)
+        apart_N = old_N - batch.old_logp_N                       # trainer against sampler: rounding, or a bug
+        if config.tis:                                           # truncation sampled from pi / kept where kept is less than 1
+            objective_N = objective_N * (apart_N + batch.kept_N).exp().clamp(max=config.tis)
+        total = -(batch.weight_N * (objective_N + config.entropy_coef * entropy_N)).sum()
+        with torch.no_grad():
+            stats = dict(tokens=len(logp_N), entropy=entropy_N.sum(), sampler_kl=(apart_N.exp() - 1 - apart_N).sum(),
+                         sampler_far=(apart_N.abs() > 0.1).sum(), sampler_max=apart_N.abs().max() if len(apart_N) else 0.0,
+                         clipped=((ratio_N < 1 - config.clip_low) | (ratio_N > 1 + config.clip_high)).sum())
+        return total, stats
+
+    return loss
+
+
+# -----------------------------------------------------------------------------
+# the stages: setup, collect, update, step
+
+
+def setup(config):
+    """-> rl: everything a loop needs, in one namespace. What a user can get wrong is told here, before anything is written."""
+    env = start(config.device, config.dtype, config.threads, config.deterministic)
+    config = with_algorithm(config)
+    source = config.init or "runs/base"
+    if not config.init and not newest("runs/base"):
+        if env.master:
+            print("no base in runs/base yet: training it first, about two minutes on two cores", flush=True)
+        train_gpt.main(["--resume"] if Path("runs/base/config.json").exists() else [])
+    try:
+        folder = hf.find(source)
+        tok = data.tokenizer(folder)
+        model = GPT.from_hf(folder, dtype=env.dtype, device=env.device)
+        task = data.load(config.data or config.task)
+        if config.data and not config.reward:
+            raise ValueError("--data needs --reward my.py:score: what is a good answer to your prompts?")
+        reward = config.reward or config.task
+        check(reward)
+        problems = task.problems("train", config.problems, config.seed)
+        longest = max(problems, key=lambda p: len(prompt_ids(p, tok)))
+        need = len(prompt_ids(longest, tok)) + config.max_new
+        if need > config.row_tokens:
+            raise ValueError(f"--row-tokens {config.row_tokens} is below one sample: a prompt and --max-new take {need}")
+        if need > model.config.max_len:
+            raise ValueError(f"a prompt and --max-new {config.max_new} take {need} tokens, the model serves {model.config.max_len}")
+        held = task.problems("valid", config.eval_n, config.seed), task.problems("test", config.final_n, config.seed)
+        sampler = Sampler(model, tok.stop, tok, slots=config.slots or None, max_len=need, deterministic=env.deterministic)
+    except (ValueError, FileNotFoundError) as e:
+        die(e)
+    model.checkpoint = config.checkpoint
+    optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr or None, weight_decay=config.weight_decay, clip=config.clip)
+    return SimpleNamespace(config=config, env=env, model=model, tok=tok, task=task, problems=problems, valid=held[0], test=held[1],
+                           sampler=sampler, optimizer=optimizer, workers=Rewards(reward, workers=config.workers),
+                           normaliser=0.0, updates=0, visits={}, clock=dict.fromkeys(CLOCKS, 0.0))
+
+
+CLOCKS = ("rollout", "reward", "pack", "train", "opt", "idle")
+
+
+def with_algorithm(config):
+    """The row of --algo, overridden by every axis that was given its own flag."""
+    row = ALGORITHMS[config.algo]
+    chosen = {k: v for k, v in row.items() if getattr(config, k) in ("", None)}
+    config = type(config)(**{**{"dynamic": False}, **asdict(config), **chosen})
+    config.dynamic = bool(config.dynamic)
+    return config
+
+
+def next_problems(rl, at, count):
+    """Problems at .. at + count of the endless list: the training problems in a new order every epoch."""
+    epoch_of, order, out = None, None, []
+    for i in range(at, at + count):
+        epoch, place = divmod(i, len(rl.problems))
+        if epoch != epoch_of:
+            epoch_of, order = epoch, np.random.default_rng([rl.config.seed, epoch]).permutation(len(rl.problems))
+        out.append(rl.problems[order[place]])
+    return out
+
+
+def collect(rl, problems, n):
+    """Yields the groups of this rank as they finish, rewards in. Rewards run in worker processes while sampling goes on."""
+    c, sampler, clock = rl.config, rl.sampler, rl.clock
+    by_id, groups, scored = {p.id: p for p in problems}, {}, {}
+    ids = list(by_id)
+    mine, more = sampler._deal([c.max_new] * len(ids), ids), True
+    while more or groups:
+        begin = time.perf_counter()
+        while more and sampler.live < sampler.slots + n:         # no further ahead: another rank may be free sooner
+            i = next(mine, None)
+            more = i is not None
+            if more:
+                groups[ids[i]], scored[ids[i]] = [], 0
+                sampler.submit(ids[i], prompt_ids(by_id[ids[i]], rl.tok), n, c.max_new, seed=c.seed, visit=rl.visits.get(ids[i], 0),
+                               temperature=c.temperature, top_p=c.top_p)
+        sampling = sampler.live > 0
+        for s in sampler.step() if sampling else ():
+            groups[s.problem].append(s)
+            rl.workers.put((s.problem, s.index), by_id[s.problem], completion(s, rl.tok))
+        now = time.perf_counter()
+        clock["rollout"] += now - begin
+        for (problem, index), reward, _ in rl.workers.get(block=not sampling and bool(groups)):
+            next(s for s in groups[problem] if s.index == index).reward = reward
+            scored[problem] += 1
+            if scored[problem] == n:
+                rl.visits[problem] = rl.visits.get(problem, 0) + 1
+                yield sorted(groups.pop(problem), key=lambda s: s.index)
+        clock["reward"] += time.perf_counter() - now
+
+
+def update(rl, groups, loss):
+    """Packs the groups of all ranks, gives each rank its share, back-propagates the sums. -> stats as sums over ranks."""
+    c, clock = rl.config, rl.clock
+    begin = time.perf_counter()
+    parts = gather(groups)                                       # waits for the slowest rank
+    waited = time.perf_counter()
+    clock["idle"] += waited - begin if rl.env.world > 1 else 0.0
+    everyone = sorted((g for part in parts for g in part), key=lambda g: (g[0].problem, g[0].visit))
+    rl.normaliser += sum(AGGREGATES[c.aggregate](len(s.tokens), c)[1] for g in everyone for s in g)
+    # a response without advantage adds nothing to the gradient: it counts in the normaliser and costs no forward
+    trained = everyone if c.entropy_coef else [[s for s in g if s.advantage] for g in everyone]
+    trained = [g for g in trained if g]
+    micro = pack.batches(trained, c.row_tokens, rl.model.config, rl.env.rank, rl.env.world) if trained else []
+    for batch in micro:
+        weights = [AGGREGATES[c.aggregate](len(s.tokens), c)[0] for s in batch.samples]
+        batch.weight_N = torch.tensor(weights)[batch.sample_N] if weights else batch.weight_N
+    clock["pack"] += time.perf_counter() - waited
+    total = {}
+    for batch in micro:
+        begin = time.perf_counter()
+        batch = batch.to(rl.env.device)
+        attend = packed_attention(batch.cu_seqlens, batch.max_len, batch.parent)
+        hidden_ND = rl.model(batch.tokens_T, batch.positions_T, attend)[batch.at_N]
+        value, stats = loss(batch, hidden_ND, rl.model.head_weight)
+        value.backward()
+        for k, v in stats.items():
+            v = float(v)
+            total[k] = max(total.get(k, 0.0), v) if k.endswith("_max") else total.get(k, 0.0) + v
+        clock["train"] += time.perf_counter() - begin
+    everything = gather(total)
+    names = sorted({k for part in everything for k in part})
+    return {k: (max if k.endswith("_max") else sum)(part.get(k, 0.0) for part in everything) for k in names}
+
+
+def step(rl):
+    """The one division, the clipping, the update, the gathering of the weights. A step without signal moves nothing."""
+    begin = time.perf_counter()
+    c = rl.config
+    factor = min(1.0, (rl.updates + 1) / max(1, c.warmup), (c.steps - rl.updates) / max(1.0, c.decay * c.steps))
+    stats = rl.optimizer.step(divide=rl.normaliser, factor=max(0.0, factor))
+    rl.normaliser, rl.updates = 0.0, rl.updates + 1
+    rl.clock["opt"] += time.perf_counter() - begin
+    return stats
+
+
+# -----------------------------------------------------------------------------
+# what is logged, and the warnings that save a day
+
+
+def varied(group):
+    return max(s.reward for s in group) - min(s.reward for s in group) > 1e-9
+
+
+def summary(rl, groups, dropped, stats, seconds):
+    """The numbers of a step, over all ranks."""
+    mine = [s for g in groups for s in g]
+    rows = [(s.reward, s.finished == "length", len(s.tokens), repeats(completion(s, rl.tok))) for s in mine]
+    tokens = max(1.0, stats.get("tokens", 0.0))
+    every = [row for part in gather(rows) for row in part]
+    flat = all_sum(sum(not varied(g) for g in groups) + dropped)
+    count = all_sum(len(groups) + dropped)
+    mean = lambda values: float(np.mean(list(values))) if every else math.nan  # noqa: E731
+    clock = {f"t_{k}": v for k, v in rl.clock.items()}
+    rl.clock.update(dict.fromkeys(CLOCKS, 0.0))
+    sampled = sum(row[2] for row in every)
+    return dict(reward=mean(r for r, _, _, _ in every), zero_var=flat / max(1, count), truncated=mean(t for _, t, _, _ in every),
+                length=mean(n for _, _, n, _ in every), entropy=stats.get("entropy", math.nan) / tokens if stats else math.nan,
+                sampler_kl=stats.get("sampler_kl", 0.0) / tokens, sampler_max=stats.get("sampler_max", 0.0),
+                sampler_far=stats.get("sampler_far", 0.0) / tokens, clipped=stats.get("clipped", 0.0) / tokens,
+                repetition=mean(r for _, _, _, r in every), groups=count, tokens=sampled, trained_tokens=stats.get("tokens", 0.0),
+                rollout_tok_s=sampled / rl.env.world / max(1e-9, clock["t_rollout"]),
+                train_tok_s=stats.get("tokens", 0.0) / rl.env.world / max(1e-9, clock["t_train"]), t_step=seconds, **clock)
+
+
+def repeats(text):
+    """Does the end of a text say the same thing again and again? zlib shrinks such a tail more than tenfold."""
+    tail = text[-1000:].encode()
+    return len(tail) > 100 and len(tail) / len(zlib.compress(tail)) > 10
+
+
+def warnings(history, config):
+    """The lines that a step deserves, from the numbers of all steps so far (the last is the newest). A warning is given when its
+    condition begins, not again while it lasts."""
+    conditions = [
+        (lambda h: len(h) >= 5 and all(m["zero_var"] == 1 for m in h[-5:]),
+         "no group had two different rewards for 5 steps: there is nothing to learn from. The task is too hard or too easy for this model "
+         "(look at reward), or the reward does not read the answer (look at samples.jsonl)"),
+        (lambda h: h[-1]["truncated"] > 0.5,
+         f"more than half of the responses were cut at --max-new {config.max_new}: their rewards say nothing. Raise --max-new"),
+        (lambda h: len(h) > 1 and h[-1]["entropy"] < 0.1 * h[0]["entropy"],
+         "the entropy fell below a tenth of what it was: the samples of a group will soon be equal. Lower --lr, raise --clip-high or "
+         "give --entropy-coef"),
+        (lambda h: len(h) > 1 and h[-1]["entropy"] > 3 * h[0]["entropy"] and h[-1]["entropy"] > 0.5,
+         "the entropy rose to three times what it was: the policy is falling apart. Lower --lr"),
+        (lambda h: h[-1]["sampler_kl"] > 0.01,
+         "sampler and trainer disagree (KL above 0.01): a sampler in lower precision, truncation without --tis, or a bug"),
+        (lambda h: h[-1]["repetition"] > 0.1,
+         "more than a tenth of the responses end by repeating themselves (their tails shrink tenfold under zlib)"),
+    ]
+    now = [c(history) for c, _ in conditions]
+    before = [len(history) > 1 and c(history[:-1]) for c, _ in conditions]
+    return [text for (_, text), a, b in zip(conditions, now, before) if a and not b]
+
+
+def status(at, config, m):
+    """One line a step, reward first: a loss of a policy gradient says nothing."""
+    return (f"step {at}/{config.steps}  reward {m['reward']:.3f}  zero-var {m['zero_var']:.0%}  truncated {m['truncated']:.0%}  "
+            f"length {m['length']:.1f}  entropy {m['entropy']:.3f}  kl {m['sampler_kl']:.1e}  "
+            f"rollout {m['rollout_tok_s']:,.0f} tok/s {m['t_rollout']:.2f}s  update {m['train_tok_s']:,.0f} tok/s {m['t_train']:.2f}s")
+
+
+def sample_rows(rl, at, groups):
+    """16 samples of a step, as they will be read: text, the token pieces and their log-probs."""
+    by_id = {p.id: p for p in rl.problems}
+    chosen = [s for g in groups for s in g][:: max(1, sum(map(len, groups)) // 16)][:16]
+    return [dict(step=at, problem=s.problem, index=s.index, prompt=by_id[s.problem].prompt, text=completion(s, rl.tok),
+                 pieces=[rl.tok.decode([t]) for t in s.tokens], logprobs=s.logprobs, advantage=s.advantage, reward=s.reward,
+                 finished=s.finished) for s in chosen]
+
+
+# -----------------------------------------------------------------------------
+# memory: what a run needs of a GPU, before it is started
+
+
+def budget(rl):
+    """{what: bytes of one rank}. Weights and gradients whole, masters and moments sharded, the KV pool, the activations of a row."""
+    c, shape = rl.config, rl.model.config
+    params = sum(p.numel() for p in rl.model.parameters())
+    width = rl.model.head_weight.element_size()
+    half = width < 4
+    kv = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * width
+    slots, longest = rl.sampler.slots, rl.sampler.max_len
+    heads = (shape.n_head + 2 * shape.n_kv_head) * shape.head_dim
+    token = 2 * shape.d_model + heads * 2 + shape.n_head * shape.head_dim + 3 * shape.d_ff + 2 * shape.d_model       # kept per layer
+    kept = shape.n_layer * (shape.d_model if c.checkpoint else token) + (token if c.checkpoint else 0)
+    return {"weights": params * width, "gradients": params * (4 if half else width) + (params * width if half else 0),
+            "optimizer shard": params * (12 if half else 8) // rl.env.world, "KV cache": slots * longest * kv,
+            "activations": c.row_tokens * kept * width + 2 * kernels.CHUNK * 4}
+
+
+def print_budget(rl):
+    parts = budget(rl)
+    print(f"memory of one rank of {rl.env.world}, {rl.env.dtype}:")
+    for name, size in parts.items():
+        print(f"  {name:<16} {size / 2**30:8.3f} GiB")
+    print(f"  {'together':<16} {sum(parts.values()) / 2**30:8.3f} GiB")
+
+
+# -----------------------------------------------------------------------------
+
+
+def main(argv=None):
+    # ---- config
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config = flags(Config, argv, __doc__)
+    for flag in ("steps", "prompts", "n", "max_new", "problems", "row_tokens", "eval_n", "eval_k", "final_n", "save_every", "workers"):
+        if getattr(config, flag) < 1:
+            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
+    if config.overlong > config.max_new:
+        die(f"--overlong {config.overlong} is above --max-new {config.max_new}")
+    if config.n < 2:
+        die("--n is 1: a group of one has no baseline, so no advantage; give at least 2")
+
+    # ---- init
+    rl = setup(config)
+    config, env = rl.config, rl.env
+    if config.dry_run:
+        print_budget(rl)
+        return
+    run = Run(f"runs/{config.name}", config, env, resume=config.resume, free=("eval_every", "save_every", "threads", "workers", "wandb"),
+              sources=[m.__file__ for m in (sys.modules[__name__], rollout, pack)])
+    rl.workers.log = run.log
+    begin, at, history = 0, 0, []                                # at: how many problems were taken from the endless list
+    found = run.latest() if config.resume else None
+    if found:
+        hf.load(found[0], asdict(rl.model.config), dict(rl.model.named_parameters()))
+        states = run.load(found[0])
+        rl.optimizer.load_state_dict([s["optimizer"] for s in states])
+        begin, at, history, rl.visits, rl.updates = (states[0][k] for k in ("step", "at", "history", "visits", "updates"))
+    if config.resume:
+        run.rewind(begin)
+    size = sum(p.numel() for p in rl.model.parameters()) / 1e6
+    run.log(f"{config.algo} on {config.data or config.task} from {config.init or 'runs/base'}: {size:.2f}M parameters, {config.prompts} x "
+            f"{config.n} samples a step, {env.world} x {env.device}, {kernels.backend(env.device)}")
+    loss = make_loss(config)
+
+    def test(problems, k):
+        return evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, k, config.max_new)
+
+    def save(done):
+        run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
+                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=history[-50:], visits=rl.visits, updates=rl.updates))
+
+    # ---- the loop
+    if begin == 0:
+        before = test(rl.valid, config.eval_k)
+        run.log(f"before: {words(before)}")
+        run.metrics(0, **{f"eval/{k}": v for k, v in before.items()})
+    bar = progress(config.steps, "rl")
+    bar.update(begin)
+    for now in range(begin + 1, config.steps + 1):
+        clock = time.perf_counter()
+        groups, dropped, tries = [], 0, 0
+        while all_sum(len(groups)) < config.prompts and tries < (4 if config.dynamic else 1):
+            missing = config.prompts - all_sum(len(groups))
+            for group in collect(rl, next_problems(rl, at, missing), config.n):
+                if config.dynamic and not varied(group):
+                    dropped += 1
+                    continue
+                advantage(group, config)
+                groups.append(group)
+            at, tries = at + missing, tries + 1
+        stats = update(rl, groups, loss)
+        stats |= step(rl)
+        for part in gather(rl.visits):                           # a problem may meet another rank next time
+            rl.visits = {k: max(rl.visits.get(k, 0), part.get(k, 0)) for k in rl.visits | part}
+
+        # ---- log
+        numbers = summary(rl, groups, dropped, stats, time.perf_counter() - clock)
+        history.append(numbers)
+        numbers["grad_norm"], numbers["skipped"] = stats["grad_norm"], rl.optimizer.skipped
+        numbers["reward_failed"] = all_sum(sum(rl.workers.failed.values()))
+        bar.update()
+        run.log(status(now, config, numbers))
+        for warning in warnings(history, config):
+            run.log(f"  warning: {warning}")
+        last = now == config.steps
+        if config.eval_every and now % config.eval_every == 0 and not last:
+            result = test(rl.valid, config.eval_k)
+            run.log(f"  held out: {words(result)}")
+            numbers |= {f"eval/{k}": v for k, v in result.items()}
+        if last:
+            result = test(rl.test, config.eval_k)
+            run.log(f"after: {words(result)}")
+            numbers |= {f"eval/{k}": v for k, v in result.items()}
+        run.metrics(now, **numbers)
+        run.samples(sample_rows(rl, now, groups))
+        stopping = run.stopping()
+        if now % config.save_every == 0 or last or stopping:
+            save(now)
+        if stopping and not last:
+            rl.workers.close()
+            run.bye(now)
+    bar.close()
+    rl.workers.close()
+    if env.master:
+        view.curves(run.folder)
+        run.log(f"wrote {run.folder}: curves.png, samples.jsonl, and the model in ckpt/step_{config.steps} (a Hugging Face folder)")
+    run.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""the RL loop: losses against three lines of numpy, exact gradients, ranks, resume, warnings, bad input"""
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import nanorl
+import pack
+from nanorl import ALGORITHMS, Config, advantage, make_loss, warnings, with_algorithm
+from rollout import Sample
+from train_gpt import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def group(rewards, lengths, V=7, seed=0, problem=0):
+    g = torch.Generator().manual_seed(seed)
+    return [Sample([1, 2], torch.randint(0, V, (L,), generator=g).tolist(), [0.0] * L, "stop", problem, i, 0, reward=r)
+            for i, (r, L) in enumerate(zip(rewards, lengths))]
+
+
+def gradient(config, groups, hidden_of, W):
+    """The sums of nanorl's stages on a head alone: rows of hidden states in, gradient of the head out, already divided."""
+    W = W.clone().requires_grad_()
+    total, normaliser = 0.0, 0.0
+    for samples in groups:
+        advantage(samples, config)
+        for s in samples:
+            batch = pack.rows(pack.alone(s))
+            weight, share = nanorl.AGGREGATES[config.aggregate](len(s.tokens), config)
+            batch.weight_N, normaliser = torch.full((len(s.tokens),), weight, dtype=torch.float64), normaliser + share
+            batch.advantage_N = batch.advantage_N.double()
+            value, _ = make_loss(config)(batch, hidden_of(s), W)
+            total = total + value
+    (total / normaliser).backward()
+    return W.grad
+
+
+def rows(**kw):
+    config = with_algorithm(Config(**kw))
+    config.tis = 0.0
+    return config
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_row_is_three_lines_of_numpy(algo):
+    """rung 12: ragged random groups; the gradient of the head by numpy from the formula in the paper"""
+    torch.manual_seed(0)
+    config, V, D = rows(algo=algo, max_new=20), 7, 5
+    groups = [group([1, 0, 0, 1], [3, 9, 1, 20], problem=0), group([0, 1, 0.5, 0], [4, 4, 7, 2], seed=1, problem=1)]
+    H = {(s.problem, s.index): torch.randn(len(s.tokens), D, dtype=torch.float64) for g in groups for s in g}
+    W = torch.randn(V, D, dtype=torch.float64)
+    ours = gradient(config, groups, lambda s: H[s.problem, s.index], W).numpy()
+    theirs, tokens = np.zeros((V, D)), sum(len(s.tokens) for g in groups for s in g)
+    for g in groups:
+        r = np.array([s.reward for s in g])
+        A = {"grpo": (r - r.mean()) / (r.std() + 1e-6), "dapo": (r - r.mean()) / (r.std() + 1e-6), "dr_grpo": r - r.mean()}[algo]
+        for s, a in zip(g, A):
+            h = H[s.problem, s.index].numpy()
+            p = np.exp(h @ W.numpy().T)
+            onehot = np.eye(V)[s.tokens]
+            w = {"grpo": 1 / len(s.tokens) / 8, "dapo": 1 / tokens, "dr_grpo": 1 / 20 / 8}[algo]
+            theirs -= a * w * (onehot - p / p.sum(1, keepdims=True)).T @ h
+    assert np.abs(ours - theirs).max() < 1e-7 * np.abs(theirs).max()
+
+
+def test_gradient_on_three_actions_is_the_closed_form():
+    """a softmax over three actions with probabilities 1/2, 1/4, 1/4 and a group that holds them in just that proportion: the estimate is
+    exact, pi_k (r_k - mean r) for each logit"""
+    W = torch.tensor([[0.5], [0.25], [0.25]], dtype=torch.float64).log()
+    rewards = {0: 1.0, 1: 0.0, 2: 3.0}
+    samples = [Sample([1], [a], [0.0], "stop", 0, i, 0, reward=rewards[a]) for i, a in enumerate([0, 0, 1, 2])]
+    grad = gradient(rows(algo="dr_grpo", max_new=1), [samples], lambda s: torch.ones(1, 1, dtype=torch.float64), W)
+    pi, r = W.exp().squeeze(), torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
+    assert torch.allclose(-grad.squeeze(), pi * (r - (pi * r).sum()), atol=1e-7)
+
+
+def test_a_baseline_of_equal_rewards_gives_no_advantage():
+    for name, baseline in nanorl.BASELINES.items():
+        assert np.abs(baseline(np.ones(4))).max() == 0, name
+        assert abs(baseline(np.array([1.0, 0, 0, 1])).sum()) < 1e-9, name
+    assert np.allclose(nanorl.BASELINES["loo"](np.array([1.0, 0, 0])), [1 - 0, 0 - 0.5, 0 - 0.5])
+
+
+def test_overlong_answers_pay_softly():
+    config = rows(algo="dr_grpo", max_new=20, overlong=10)
+    samples = group([1, 1, 1], [10, 15, 20])
+    advantage(samples, config)
+    paid = np.array([s.advantage for s in samples])
+    assert np.allclose(paid - paid[0], [0, -0.5, -1])
+
+
+def test_an_axis_of_its_own_wins_over_the_row():
+    config = with_algorithm(Config(algo="grpo", aggregate="token", clip_high=0.3))
+    assert (config.baseline, config.aggregate, config.clip_low, config.clip_high, config.dynamic) == ("group", "token", 0.2, 0.3, False)
+    assert with_algorithm(Config(algo="dapo")).dynamic
+
+
+def test_clipping_stops_the_gradient_of_what_has_moved_far_enough():
+    loss = nanorl.TRUSTS["clip"]
+    for ratio, A, moves in [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, -1.0, False), (0.5, 1.0, True), (1.1, 1.0, True)]:
+        r = torch.tensor(ratio, requires_grad=True)
+        loss(r, torch.tensor(A), 0.2, 0.28).backward()
+        assert (r.grad != 0) == moves, (ratio, A)
+
+
+# -----------------------------------------------------------------------------
+# the loop, on a random tiny model and a reward that has variance: how often the text says "1"
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    tok = data.tokenizer("chars")
+    g = torch.Generator().manual_seed(0)
+    model = GPT(GPTConfig(tok.vocab_size, 2, 2, 1, 16, 32, 48, 256, 10000.0)).init_weights(0)
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
+    model.save_hf(tmp_path / "base", tok)
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(dict(prompt=f"question {i}:")) + "\n" for i in range(60)))
+    (tmp_path / "my.py").write_text("def score(problem, text):\n    return sum(c in '0123456789' for c in text) / 8\n")
+    monkeypatch.chdir(tmp_path)
+    return ("--init base --data my.jsonl --reward my.py:score --device cpu --threads 1 --prompts 5 --n 4 --max-new 10 --steps 4 "
+            "--row-tokens 128 "
+            "--eval-n 4 --final-n 4 --eval-every 2 --save-every 2 --lr 1e-2 --warmup 1 --workers 1").split()
+
+
+def metrics(name="rl"):
+    return [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return GPT.from_hf(folder).state_dict()
+
+
+def test_own_prompts_and_reward_learn(own, capsys):
+    """a task nobody wrote a file for; the contract's metrics; the sampler's log-probs are the trainer's (rung 13)"""
+    nanorl.main([*own, "--steps", "12", "--eval-every", "0", "--prompts", "16"])
+    m = metrics()
+    assert m[-1]["reward"] > 1.5 * m[1]["reward"], "more digits than before"
+    for key in ("step reward zero_var truncated length entropy sampler_kl t_rollout t_reward t_pack t_train t_opt t_idle eval/avg").split():
+        assert key in m[-1], key
+    assert max(row["sampler_max"] for row in m[1:]) < 1e-5
+    assert m[1]["t_rollout"] > 0 and m[1]["t_train"] > 0
+    samples = [json.loads(line) for line in Path("runs/rl/samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 12 * 16
+    assert {"step", "problem", "index", "prompt", "text", "pieces", "logprobs", "advantage", "reward", "finished"} == set(samples[0])
+    assert Path("runs/rl/curves.png").stat().st_size > 1000
+    out = capsys.readouterr().out
+    assert "reward" in out and out.index("before: avg@4") < out.index("after: avg@4")
+
+
+def stop_after(step, monkeypatch):
+    calls = []
+    monkeypatch.setattr(nanorl.Run, "stopping", lambda self: calls.append(1) or len(calls) == step)
+
+
+def test_resumed_equals_never_stopped_bit_for_bit(own, monkeypatch):
+    """rung 11: weights, moments, visits and every number that is not a time"""
+    nanorl.main([*own, "--name", "whole"])
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(SystemExit) as stopped:
+            nanorl.main([*own, "--name", "parts"])
+    assert stopped.value.code == 130
+    nanorl.main([*own, "--name", "parts", "--resume"])
+    one, two = weights("runs/whole/ckpt/step_4"), weights("runs/parts/ckpt/step_4")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    timeless = lambda rows: [{k: v for k, v in m.items() if not k.startswith("t_") and "tok_s" not in k} for m in rows]  # noqa: E731
+    assert timeless(metrics("whole")) == timeless(metrics("parts"))
+
+
+SCRIPT = "import sys, nanorl; nanorl.main(sys.argv[1:])"
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_two_ranks_equal_one(own, ranks, one_process, algo):
+    """rung 9: an odd number of prompts over two ranks, one step of each algorithm"""
+    argv = [*own, "--algo", algo, "--steps", "1", "--eval-every", "0", "--save-every", "1"]
+    one_process(SCRIPT, *argv, "--name", "one")
+    ranks(2, SCRIPT, *argv, "--name", "two")
+    one, two = weights("runs/one/ckpt/step_1"), weights("runs/two/ckpt/step_1")
+    start = weights("base")
+    assert any(not torch.equal(one[k], start[k]) for k in one)
+    assert all(torch.allclose(one[k], two[k], atol=5e-5) for k in one)
+    a, b = metrics("one")[-1], metrics("two")[-1]
+    assert all(math.isclose(a[k], b[k], rel_tol=1e-4) for k in ("reward", "length", "entropy", "zero_var", "grad_norm", "eval/avg"))
+
+
+def test_the_stop_token_gets_gradient(own):
+    """three projects masked the stop token that was sampled, because its id is also the padding's: their models never learned to
+    stop. Here a reward for ending early makes ending early likelier"""
+    Path("my.py").write_text("def score(problem, text):\n    return -len(text) / 10\n")
+    nanorl.main([*own, "--steps", "10", "--prompts", "16", "--eval-every", "0"])
+    m = metrics()
+    assert m[-1]["length"] < 0.8 * m[1]["length"]
+
+
+def test_rewards_that_are_all_equal_change_no_weight(own):
+    Path("my.py").write_text("def score(problem, text):\n    return 1.0\n")
+    nanorl.main([*own, "--steps", "2", "--eval-every", "0"])
+    before, after = weights("base"), weights("runs/rl/ckpt/step_2")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert metrics()[-1]["zero_var"] == 1
+
+
+def test_dynamic_sampling_fills_the_batch_with_groups_that_differ(own):
+    """half of the problems always score the same; dapo drops their groups and takes others, and says how many"""
+    Path("my.py").write_text("def score(problem, text):\n    return 1.0 if int(problem.prompt[9:-1]) % 2 else sum(map(ord, text))\n")
+    nanorl.main([*own, "--algo", "dapo", "--steps", "2", "--eval-every", "0"])
+    for m in metrics()[1:]:
+        assert m["groups"] > 5 and 0 < m["zero_var"] < 1 and math.isclose((1 - m["zero_var"]) * m["groups"], 5)
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(own):
+    """kill -9 in mid-step: at most --save-every steps are lost, and --resume goes on as if nothing had happened"""
+    argv = [*own, "--steps", "7", "--eval-every", "0"]
+    process = subprocess.Popen([sys.executable, ROOT / "nanorl.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.kill()
+            break
+    process.wait()
+    assert nanorl.newest("runs/rl")[1] >= 4
+    nanorl.main([*argv, "--resume"])
+    assert [m["step"] for m in metrics()] == list(range(8))
+
+
+# -----------------------------------------------------------------------------
+# warnings: each is triggered
+
+
+def history(**changes):
+    calm = dict(zero_var=0.3, truncated=0.0, entropy=1.0, sampler_kl=1e-9, repetition=0.0)
+    return [calm] * 6 + [{**calm, **changes}]
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(truncated=0.6), "--max-new 48"),
+    (dict(entropy=0.05), "entropy fell"),
+    (dict(entropy=3.5), "entropy rose"),
+    (dict(sampler_kl=0.02), "sampler and trainer disagree"),
+    (dict(repetition=0.2), "repeating"),
+])
+def test_each_warning_begins_once(changes, words):
+    (warning,) = warnings(history(**changes), Config())
+    assert words in warning
+    assert warnings(history(**changes) + [history(**changes)[-1]], Config()) == [], "not again while it lasts"
+    assert warnings(history(), Config()) == []
+
+
+def test_five_steps_without_a_difference_are_worth_a_word():
+    flat = dict(zero_var=1.0, truncated=0.0, entropy=1.0, sampler_kl=0.0, repetition=0.0)
+    assert warnings([flat] * 4, Config()) == []
+    assert "nothing to learn from" in warnings([flat] * 5, Config())[0]
+
+
+def test_a_short_limit_is_not_silent(own, capsys):
+    """a trainer with a default limit of 256 tokens truncated nearly every answer of its own quick start: reward 0, loss 0, no word.
+    Here the limit is named in the first step's output"""
+    nanorl.main([*own, "--steps", "1", "--max-new", "2", "--eval-every", "0"])
+    assert "Raise --max-new" in capsys.readouterr().out
+
+
+def test_repetition_is_seen_in_the_tail():
+    assert nanorl.repeats("so " * 400) and nanorl.repeats("a different beginning, then " + "again " * 300)
+    assert not nanorl.repeats("12*3=36,36+7=43") and not nanorl.repeats("".join(chr(33 + i * 7 % 90) for i in range(900)))
+
+
+def test_epochs_come_in_new_orders_with_new_visits():
+    """the same noise at every epoch would sample the same answers to the same questions again"""
+    rl = SimpleNamespace(config=Config(), problems=list(range(10)))
+    first, second = nanorl.next_problems(rl, 0, 10), nanorl.next_problems(rl, 10, 10)
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert nanorl.next_problems(rl, 7, 6) == first[7:] + second[:3]
+
+
+# -----------------------------------------------------------------------------
+# bad input
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--data", "empty.jsonl"], "empty.jsonl is empty"),
+    (["--data", "bad.jsonl"], "line 2"),
+    (["--data", "nothere.jsonl"], "nothere.jsonl"),
+    (["--reward", "my.py:scroe"], "scroe"),
+    (["--reward", "nothere.py:score"], "nothere.py"),
+    (["--reward", ""], "--reward"),
+    (["--row-tokens", "16"], "--row-tokens"),
+    (["--n", "1"], "--n"),
+    (["--algo", "gpro"], "grpo"),
+    (["--max-nwe", "3"], "--max-new"),
+    (["--prompts", "0"], "--prompts"),
+    (["--init", "nowhere"], "nowhere"),
+])
+def test_bad_input_is_one_line(own, capsys, argv, words):
+    Path("empty.jsonl").write_text("")
+    Path("bad.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
+    with pytest.raises(SystemExit) as stopped:
+        nanorl.main([*own, *argv])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(error) == 1 and words in error[0], error
+    assert not Path("runs").exists(), "nothing half-written"
+
+
+def test_resume_into_another_config_is_refused(own, capsys):
+    nanorl.main([*own, "--steps", "1", "--eval-every", "0"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        nanorl.main([*own, "--steps", "1", "--eval-every", "0", "--lr", "1e-4", "--resume"])
+    assert stopped.value.code == 2 and "--lr was 0.01, is 0.0001" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_budget_and_writes_nothing(own, capsys):
+    nanorl.main([*own, "--dry-run"])
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("weights", "gradients", "optimizer shard", "KV cache", "activations", "together"))
+    assert not Path("runs").exists()
