@@ -35,7 +35,7 @@ import kernels
 from common import hf, view
 from common.optim import Optimizer
 from common.run import Run, all_sum, die, flags, progress, start
-from kernels import linear_logprob, packed_attention, qk_norm_rope, rope_tables, swiglu, uniform
+from kernels import linear, linear_logprob, packed_attention, qk_norm_rope, rope_tables, swiglu, uniform
 from pack import pack
 
 # -----------------------------------------------------------------------------
@@ -108,12 +108,12 @@ class Block(nn.Module):
         self.down = nn.Linear(c.d_ff, c.d_model, bias=False)
 
     def forward(self, x_TD, cos_T, sin_T, attend, layer):
-        heads = self.qkv(self.attn_norm(x_TD)).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
+        heads = linear(self.attn_norm(x_TD), self.qkv.weight, self.qkv.bias).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)      # (T, heads, head_dim)
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm else (None, None)
         q, k = qk_norm_rope(q, k, *norms, cos_T, sin_T, self.eps)
-        x_TD = x_TD + self.out(attend(layer, q, k, v).flatten(1))
-        return x_TD + self.down(swiglu(self.gate_up(self.mlp_norm(x_TD))))
+        x_TD = x_TD + linear(attend(layer, q, k, v).flatten(1), self.out.weight)
+        return x_TD + linear(swiglu(linear(self.mlp_norm(x_TD), self.gate_up.weight)), self.down.weight)
 
 
 class GPT(nn.Module):

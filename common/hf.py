@@ -228,6 +228,9 @@ def save(folder, c, params, dtype, eos=None):
     from a Hugging Face folder is saved after this and puts that folder's own generation_config.json back.
     """
     folder = Path(folder)
+    eos = sorted(eos) if isinstance(eos, (set, list, tuple)) else eos
+    eos = eos[0] if isinstance(eos, list) and len(eos) == 1 else eos
+    config = config_json(c, dtype, eos)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for ours, parts in names(c).items():
@@ -236,7 +239,5 @@ def save(folder, c, params, dtype, eos=None):
             tensors[hf] = piece.contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     os.chmod(folder / "model.safetensors", 0o644)
-    eos = sorted(eos) if isinstance(eos, (set, list, tuple)) else eos
-    eos = eos[0] if isinstance(eos, list) and len(eos) == 1 else eos
-    (folder / "config.json").write_text(json.dumps(config_json(c, dtype, eos), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=eos, do_sample=True), indent=2) + "\n")

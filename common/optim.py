@@ -15,6 +15,8 @@ Deleted: parameter groups, closures, foreach paths, schedulers. The caller passe
 import torch
 import torch.distributed as dist
 
+from common.run import times
+
 # five rounds of the Polar Express (arXiv 2505.16932): the best quintics in turn for singular values in [1e-3, 1]
 POLAR = [(8.28721201814563, -23.595886519098837, 17.300387312530933), (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
          (3.9486908534822946, -2.908902115962949, 0.5518191394370137), (3.3184196573706015, -2.488488024314874, 0.51004894012372),
@@ -28,8 +30,8 @@ def orthogonalize(m):
     x = x.t() if tall else x
     x = x / (x.norm() * 1.01 + 1e-7)                             # the margin keeps rounding inside the interval of the quintics
     for a, b, c in POLAR:
-        xx = x @ x.t()
-        x = a * x + (b * xx + c * xx @ xx) @ x
+        xx = times(x, x)                                         # symmetric, so times(xx, xx) is its square
+        x = torch.addmm(x, b * xx + c * times(xx, xx), x, beta=a)
     return (x.t() if tall else x).to(m.dtype)
 
 
