@@ -31,7 +31,7 @@ def orthogonalize(m):
     x = x / (x.norm() * 1.01 + 1e-7)                             # the margin keeps rounding inside the interval of the quintics
     for a, b, c in POLAR:
         xx = times(x, x)                                         # symmetric, so times(xx, xx) is its square
-        x = torch.addmm(x, b * xx + c * times(xx, xx), x, beta=a)
+        x = a * x + times(b * xx + c * times(xx, xx), x.t())
     return (x.t() if tall else x).to(m.dtype)
 
 
@@ -156,7 +156,7 @@ class Optimizer:
     def _muon(self, s, grad, factor):
         lr = self.muon_lr * factor
         s.m.lerp_(grad, 1 - self.momentum)
-        update = orthogonalize(grad.lerp(s.m, self.momentum).view(s.param.shape)).view(-1)
+        update = orthogonalize(grad.lerp(s.m, self.momentum).view(s.param.shape)).reshape(-1)
         if self.weight_decay:
             s.master.mul_(1 - lr * self.weight_decay)
         rows, cols = s.param.shape                               # 0.2 sqrt(max): the update has the size of AdamW's (arXiv 2502.16982)

@@ -57,6 +57,20 @@ def test_muon_takes_only_the_blocks_matrices():
     assert {s.name for s in optimizer.shards if s.muon} == {f"blocks.{i}.weight" for i in range(3)}
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (12, 6), (6, 12)])
+def test_muon_moves_a_matrix_by_its_orthogonal_gradient(shape):
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Linear(shape[1], shape[0], bias=False)])
+    weight = model.blocks[0].weight
+    optimizer = Optimizer(model, muon_lr=1e-2, clip=0)
+    before, direction = weight.detach().clone(), torch.randn(shape)
+    (weight * direction).sum().backward()
+    optimizer.step()
+    u, _, vt = torch.linalg.svd(direction, full_matrices=False)
+    moved = (before - weight.detach()) / (1e-2 * 0.2 * max(shape) ** 0.5)
+    assert (moved - u @ vt).norm() < 0.4 * (u @ vt).norm() and (moved * (u @ vt)).sum() > 0.9 * min(shape)
+
+
 def test_micro_batches_sum_to_the_whole_batch():
     """the division happens once, at the step: three micro-batches or one, the same weights"""
     a, b = net(), net()
