@@ -18,7 +18,6 @@ Deleted from the usual recipe, and why:
 """
 
 import math
-import os
 import sys
 from collections import deque
 from dataclasses import dataclass, field
@@ -138,8 +137,8 @@ def causal(queries, keys, device):
 
 
 class Slab:
-    def __init__(self, capacity, c, dtype):
-        self.capacity, self.c, self.dtype, self.size = capacity, c, dtype, 0
+    def __init__(self, capacity, c, like):
+        self.capacity, self.c, self.like, self.size = capacity, c, like, 0
         self.slots, self.k, self.v, self.mask = [], [None] * c.n_layer, [None] * c.n_layer, None
 
     def add(self, slot, length):
@@ -149,7 +148,7 @@ class Slab:
             size = max(4, 2 * self.size)
 
             def bigger(old, fill, *shape):
-                new = torch.full((size, c.n_kv_head, *shape), fill, dtype=self.dtype)
+                new = self.like.new_full((size, c.n_kv_head, *shape), fill)
                 if old is not None:
                     new[: self.size] = old
                 return new
@@ -178,12 +177,12 @@ class Slab:
 class Slabs:
     smallest, horizon = 64, 1            # horizon: steps between two looks at what has ended; a look costs nothing here
 
-    def __init__(self, c, dtype, exact):
-        self.c, self.dtype, self.exact, self.slabs, self.at = c, dtype, exact, {}, {}    # at: slot -> (slab, row)
+    def __init__(self, c, like, exact):
+        self.c, self.like, self.exact, self.slabs, self.at = c, like, exact, {}, {}      # at: slot -> (slab, row)
 
     def open(self, prefix, parent=None):
         c, P = self.c, len(prefix.tokens)
-        prefix.cache = torch.empty(2, c.n_layer, c.n_kv_head, P, c.head_dim, dtype=self.dtype)
+        prefix.cache = self.like.new_empty(2, c.n_layer, c.n_kv_head, P, c.head_dim)
         if parent:
             prefix.done = parent.done
             prefix.cache[:, :, :, : parent.done] = parent.cache
@@ -201,16 +200,16 @@ class Slabs:
         together = None if self.exact or any(a for _, a, _ in pieces) else packed_attention(cu, max(b - a for _, a, b in pieces))
 
         def attend(layer, q, k, v):
-            for (prefix, a, b), start, end in zip(pieces, cu, cu[1:]):
-                prefix.cache[0, layer, :, a:b] = k[start:end].transpose(0, 1)
-                prefix.cache[1, layer, :, a:b] = v[start:end].transpose(0, 1)
+            for (prefix, a, b), s, e in zip(pieces, cu, cu[1:]):
+                prefix.cache[0, layer, :, a:b] = k[s:e].transpose(0, 1)
+                prefix.cache[1, layer, :, a:b] = v[s:e].transpose(0, 1)
             if together:
                 return together(layer, q, k, v)
             o = torch.zeros_like(q)
-            for (prefix, a, b), start, end in zip(pieces, cu, cu[1:]):
+            for (prefix, a, b), s, e in zip(pieces, cu, cu[1:]):
                 k_b, v_b = prefix.cache[:, layer, None, :, :b]                     # (1, kv heads, b, hd)
-                o[start:end] = F.scaled_dot_product_attention(
-                    q[start:end].transpose(0, 1).unsqueeze(0), k_b, v_b, is_causal=a == 0, enable_gqa=q.shape[1] != k.shape[1],
+                o[s:e] = F.scaled_dot_product_attention(
+                    q[s:e].transpose(0, 1).unsqueeze(0), k_b, v_b, is_causal=a == 0, enable_gqa=q.shape[1] != k.shape[1],
                     attn_mask=causal(b - a, b, q.device) if a else None).squeeze(0).transpose(0, 1)
             return o
         return attend
@@ -220,7 +219,7 @@ class Slabs:
         while capacity < keys:
             capacity *= 2
         if capacity not in self.slabs:
-            self.slabs[capacity] = Slab(capacity, self.c, self.dtype)
+            self.slabs[capacity] = Slab(capacity, self.c, self.like)
         return self.slabs[capacity]
 
     def enter(self, prefix, slot, live):
@@ -259,11 +258,11 @@ class Slabs:
             if n:
                 longest = max(rows[slot].keys for slot in slab.slots)
                 lasts = min(lasts, slab.capacity - longest)
-                first = torch.arange(n * c.n_kv_head).mul_(slab.capacity).view(n, c.n_kv_head)
+                first = torch.arange(n * c.n_kv_head, device=self.like.device).mul_(slab.capacity).view(n, c.n_kv_head)
                 parts.append(SimpleNamespace(slab=slab, n=n, s=slice(len(order), len(order) + n), longest=longest, first=first, L=0))
                 order += slab.slots
         B, group, scale = len(order), c.n_head // c.n_kv_head, c.head_dim**-0.5
-        rest = torch.zeros(pad - B, c.n_head, c.head_dim, dtype=self.dtype) if pad > B else None
+        rest = self.like.new_zeros(pad - B, c.n_head, c.head_dim) if pad > B else None
 
         def begin(position_B):
             for p in parts:
@@ -363,11 +362,11 @@ class Pool:
             if together:
                 return together(layer, q, k, v)
             o = torch.zeros_like(q)
-            for (prefix, a, b), start, end in zip(pieces, cu, cu[1:]):
+            for (prefix, a, b), s, e in zip(pieces, cu, cu[1:]):
                 pages = torch.tensor(prefix.cache, device=self.device)
                 k_b, v_b = (x[layer, pages].flatten(0, 1)[:b].transpose(0, 1).unsqueeze(0) for x in (self.k, self.v))
-                o[start:end] = F.scaled_dot_product_attention(
-                    q[start:end].transpose(0, 1).unsqueeze(0), k_b, v_b, attn_mask=causal(b - a, b, q.device),
+                o[s:e] = F.scaled_dot_product_attention(
+                    q[s:e].transpose(0, 1).unsqueeze(0), k_b, v_b, attn_mask=causal(b - a, b, q.device),
                     enable_gqa=q.shape[1] != k.shape[1]).squeeze(0).transpose(0, 1)
             return o
         return attend
@@ -438,7 +437,7 @@ class Sampler:
             raise ValueError(f"slots {slots}: at least 1")
         self.stop, self.max_len = set(stop), max_len or self.c.max_len
         self.paged = cuda if paged is None else paged
-        self.exact = exact is not False and not self.paged
+        self.exact = exact is not False and self.device.type == "cpu" and not self.paged
         self.deterministic = not cuda if deterministic is None else deterministic
         self.store, self.expected = store, {}                    # problem -> mean length at its last visit
         self.slots = slots or (256 if cuda else 32)              # more rows on a CPU make a step longer and no cheaper a token
@@ -462,7 +461,7 @@ class Sampler:
         self.is_stop[list(self.stop)] = True
         dtype = self.model.head_weight.dtype
         if not self.paged:
-            self.storage = Slabs(self.c, dtype, self.exact)
+            self.storage = Slabs(self.c, self.model.head_weight, self.exact)     # like: the weights' dtype and device
         elif isinstance(getattr(self, "storage", None), Pool):   # the pool stays where it is: graphs know its address
             self.storage.pages = Pages(len(self.storage.pages.owners))
             self.storage.pages.take()
@@ -497,10 +496,11 @@ class Sampler:
         if len(prompt) >= self.max_len:
             raise ValueError(who + f"the prompt has {len(prompt)} tokens, and prompt and response together may have {self.max_len}")
         if self.paged and min(self.max_len, len(prompt) + max_new) > self.storage.most:
-            raise ValueError(who + f"prompt and max_new are {len(prompt) + max_new} tokens, the pool holds {self.storage.most}: lower max_new, "
-                             "or make a Sampler with more pages")
-        if not 0 <= min(prompt) <= max(prompt) < self.c.vocab_size:
-            raise ValueError(who + f"the prompt has token {min(prompt) if min(prompt) < 0 else max(prompt)}, the vocabulary 0 .. {self.c.vocab_size - 1}")
+            raise ValueError(who + f"prompt and max_new are {len(prompt) + max_new} tokens, the pool holds {self.storage.most}: "
+                             "lower max_new, or make a Sampler with more pages")
+        outside = [t for t in (min(prompt), max(prompt)) if not 0 <= t < self.c.vocab_size]
+        if outside:
+            raise ValueError(who + f"the prompt has token {outside[0]}, the vocabulary is 0 .. {self.c.vocab_size - 1}")
         if not 0 <= temperature < math.inf:
             raise ValueError(who + f"temperature {temperature}: 0 (greedy) or more, and finite")
         if not 0 < top_p <= 1:
@@ -527,7 +527,8 @@ class Sampler:
             else:
                 rows.append(Row(group, i, list(old), [NAN] * len(old), [0.0] * len(old)))
             if len(rows[-1].tokens) >= limit:
-                raise ValueError(f"problem {problem_id}: a sample to resume has {len(rows[-1].tokens)} tokens already, max_new is {limit}")
+                raise ValueError(f"problem {problem_id}: a sample to resume has {len(rows[-1].tokens)} tokens already, "
+                                 f"max_new is {limit}")
         taken = {row.index for row in rows}
         rows += [Row(group, i) for i in range(n) if i not in taken][: n - len(rows)]
         self.waiting.extend(rows)
@@ -662,16 +663,17 @@ class Sampler:
         for row, end in ended:
             self._withdraw(row, end)
             if math.isnan(row.logprobs[-1]):
-                raise FloatingPointError(f"step {self.steps_done}: the logits of problem {row.group.problem}, sample {row.index}, token {end - 1} "
-                                         "are not finite: the weights have diverged, or the prompt drives them to overflow")
+                raise FloatingPointError(f"step {self.steps_done}: the logits of problem {row.group.problem}, sample {row.index}, "
+                                         f"token {end - 1} are not finite: the weights have diverged, or overflow on this prompt")
             at_limit = row.tokens[-1] not in self.stop and not self._stopped(row)
             self.ended.append(self._sample(row, "length" if at_limit else "stop"))
 
     def _stopped(self, row):
-        return bool(row.group.stop_strings) and any(s in self.tok.decode(row.tokens[-self._reach(row) :]) for s in row.group.stop_strings)
+        strings = row.group.stop_strings
+        return bool(strings) and any(s in self.tok.decode(row.tokens[-self._reach(row) :]) for s in strings)
 
     def _reach(self, row):
-        return max(len(s.encode()) for s in row.group.stop_strings) + 4              # a token is a byte at least, and 3 may be half a character
+        return max(len(s.encode()) for s in row.group.stop_strings) + 4      # a token is a byte or more, and 3 may be half a character
 
     def _string_end(self, row, n):
         """-> after which token the text holds a stop string. Only the tail of each new token is decoded; what matched stays."""
@@ -788,7 +790,7 @@ class Sampler:
 
     @torch.inference_mode()
     def abort(self, problem_id):
-        """A problem's samples that are not finished leave with the tokens they have. -> Samples, finished = "aborted\""""
+        """A problem's unfinished samples leave with the tokens they have. -> Samples, finished: aborted"""
         if self.batch is not None:
             self._look(self.batch)
             self._flush()
@@ -856,18 +858,19 @@ class Sampler:
             raise ValueError("two prompts have the same id: they would get the same noise")
         for i, prompt in enumerate(prompts):
             self._check(ids[i], prompt, n, limits[i], temperature, top_p, top_k, stop_strings)
-        return self._stream(prompts, n, limits, ids, visits, bar, dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-                                                                         stop_strings=stop_strings))
+        settings = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop_strings=stop_strings)
+        return self._stream(prompts, n, limits, ids, visits, bar, settings)
 
     def _stream(self, prompts, n, limits, ids, visits, bar, settings):
         mine, found, place = self._deal(limits, ids), {}, {id: i for i, id in enumerate(ids)}
         bar = progress(None, "rollout") if bar or (bar is None and sys.stderr.isatty() and n * sum(limits) > 50_000) else None
         finished, more = 0, True
+        ahead = int(self.deterministic)  # one waits for the next free slot; but not if another rank may be free sooner
         if bar is not None:
             bar.unit = " tokens"
         try:
             while more or found:
-                while more and len(self.waiting) < max(1, self.free.left):      # no further ahead: another rank may be free sooner
+                while more and len(self.waiting) < max(ahead, self.free.left):
                     i = next(mine, None)
                     more = i is not None
                     if more:

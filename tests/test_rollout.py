@@ -1,0 +1,503 @@
+"""rollout.py: the sampler equals the uncached oracle, and nothing that shares the batch with a row can be seen in its tokens"""
+import gc
+import math
+import random
+import threading
+
+import pytest
+import torch
+
+from kernels import linear_logprob, packed_attention, uniform
+from rollout import Pages, Sample, Sampler
+from train_gpt import GPT, GPTConfig, sample
+
+V, STOP = 61, 5
+
+
+def tiny(seed=0, **kw):
+    shape = dict(vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, d_model=64, d_ff=96, max_len=400, rope_theta=1e4) | kw
+    model, g = GPT(GPTConfig(**shape)), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.copy_(torch.randn(p.shape, generator=g) * p.shape[1] ** -0.5 * 1.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+PROMPTS = [[(7 * i + j * j) % V for j in range(1 + 9 * i % 41)] for i in range(10)]
+LIMITS = [3 + 9 * i for i in range(10)]
+KINDS = [dict(exact=True), dict(exact=False), dict(paged=True)]
+IDS = ["exact", "slabs", "pages"]
+
+
+def tokens(groups):
+    return [[s.tokens for s in group] for group in groups]
+
+
+def distribution(model, prefix, temperature=1.0):
+    with torch.no_grad():
+        T = len(prefix)
+        hidden = model(torch.tensor(prefix), torch.arange(T), packed_attention([0, T], T))[-1]
+        return (hidden.double() @ model.head_weight.double().t() / temperature).softmax(-1)
+
+
+def same_or_tied(model, prompt, a, b, s, seed, temperature=1.0):
+    """Equal, or parted where the uniform fell on the border of two tokens within rounding. -> were they equal?"""
+    if a == b:
+        return True
+    t = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+    cdf = distribution(model, prompt + a[:t], temperature).cumsum(-1)
+    u = float(uniform(seed, s.visit, s.problem, s.index, t))
+    assert min(abs(float(cdf[x]) - u) for x in (a[t], b[t], max(a[t] - 1, 0), max(b[t] - 1, 0))) < 1e-5, "parted without a tie"
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the ladder: cached == uncached, batched == alone, re-batched == not, sampler log-probs == trainer log-probs
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_cached_is_uncached(model, kind):
+    sampler = Sampler(model, {STOP}, slots=6, **kind)
+    groups = sampler.generate(PROMPTS, n=3, max_new=LIMITS, seed=3)
+    equal = []
+    for i, group in enumerate(groups):
+        for s in group:
+            with torch.no_grad():
+                oracle = sample(model, PROMPTS[i], LIMITS[i], {STOP}, 1.0, 3, i, s.index, 0)
+            equal.append(same_or_tied(model, PROMPTS[i], s.tokens, oracle, s, 3))
+            assert s.finished == ("stop" if s.tokens[-1] == STOP else "length") and len(s.logprobs) == len(s.tokens)
+            assert s.finished == "stop" or len(s.tokens) == LIMITS[i]
+    assert sum(equal) >= len(equal) - 2 and sampler.live == 0 and sampler.free.left == 6
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_alone_is_in_a_crowd(threads):
+    """With exact=, the tokens and every bit of the log-probs are the same alone, in a crowd, with 4 slots and with 32, in any order:
+    a bug report about one sample can be replayed without the 255 others."""
+    many = 10 if threads == 1 else 4                             # two threads on a busy machine wait for each other
+    prompts, limits = PROMPTS[:many], LIMITS[:many]
+    torch.set_num_threads(threads)
+    try:
+        model = tiny(1, n_head=3, n_kv_head=1, head_dim=32)
+        crowd = Sampler(model, {STOP}, slots=32, exact=True).generate(prompts, n=4, max_new=limits, seed=1, temperature=0.8)
+        few = Sampler(model, {STOP}, slots=4, exact=True).generate(prompts[::-1], n=4, max_new=limits[::-1], seed=1, temperature=0.8,
+                                                                   ids=range(many - 1, -1, -1))[::-1]
+        one = [Sampler(model, {STOP}, slots=1, exact=True).generate([p], 2, m, seed=1, temperature=0.8, ids=[i])[0]
+               for i, (p, m) in enumerate(zip(prompts, limits))]
+        bits = lambda groups, n: [[(s.tokens, s.logprobs) for s in group[:n]] for group in groups]
+        assert bits(crowd, 4) == bits(few, 4) and bits(crowd, 2) == bits(one, 2)
+        assert len({tuple(s.tokens) for group in crowd for s in group}) > 3 * many
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_exact_where_the_sums_get_long():
+    """A product over more than about 350 keys is summed in blocks, and the blocks depend on its length: a row that saw its own 300
+    keys padded to its neighbour's 390 had another last bit. The length is the slab's, which depends on the row alone."""
+    model = tiny(4, n_layer=1, n_head=8, n_kv_head=1)
+    prompts = [[3 + i] * n for i, n in enumerate((280, 390, 330, 5))]
+    run = lambda pick, slots: {i: g for i, g in zip(pick, Sampler(model, (), slots=slots, exact=True).generate(
+        [prompts[i] for i in pick], 2, 8, ids=pick))}
+    together = run([0, 1, 2, 3], 8)
+    for i in range(4):
+        assert [s.logprobs for s in run([i], 2)[i]] == [s.logprobs for s in together[i]]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_logprobs_are_the_trainers(model, kind, temperature):
+    """Log-probs at temperature 1 beside samples at another were a silent bug of a popular trainer. Greedy: those of temperature 1.
+    The stop token has one too."""
+    groups = Sampler(model, {STOP}, slots=5, **kind).generate(PROMPTS, 2, LIMITS, temperature=temperature)
+    for s in (s for group in groups for s in group):
+        row, P = s.prompt + s.tokens, len(s.prompt)
+        with torch.no_grad():
+            hidden = model(torch.tensor(row), torch.arange(len(row)), packed_attention([0, len(row)], len(row)))
+            logp, _ = linear_logprob(hidden[P - 1 : -1], model.head_weight, torch.tensor(s.tokens), temperature or 1.0)
+        torch.testing.assert_close(torch.tensor(s.logprobs), logp, atol=1e-5, rtol=1e-5)
+        assert s.kept is None
+
+
+def test_greedy_is_transformers(tmp_path):
+    from bench import peer
+    transformers = peer("transformers")
+    if transformers is None:
+        pytest.skip("transformers is not installed")
+    model = tiny(2)
+    model.save_hf(tmp_path)
+    hf = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for prompt in PROMPTS[1:4]:
+        out = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=40, do_sample=False,
+                          eos_token_id=STOP, pad_token_id=0)[0, len(prompt) :].tolist()
+        assert Sampler(model, {STOP}, slots=2).generate([prompt], 1, 40, temperature=0)[0][0].tokens == out
+
+
+def test_long_prompts_in_chunks(model):
+    """A long prompt is computed a chunk per step while others decode, and comes out the same."""
+    prompt, short = [(3 * j) % V for j in range(150)], [[9, 8]]
+    for kind in KINDS:
+        whole = Sampler(model, {STOP}, slots=4, **kind).generate([prompt, *short], 2, 20)
+        chunked = Sampler(model, {STOP}, slots=4, **kind)
+        chunked.chunk = 32
+        groups = chunked.generate([prompt, *short], 2, 20)
+        for a, b in zip(whole[0], groups[0]):
+            same_or_tied(model, prompt, a.tokens, b.tokens, a, 0)
+        assert tokens(groups)[1] == tokens(whole)[1]
+
+
+def test_sampling_leaves_training_alone(model):
+    """The sampler reads the trainer's own weights in inference mode; a gradient must still be had afterwards."""
+    fresh = tiny(3)
+    Sampler(fresh, {STOP}, slots=2).generate([[1, 2]], 2, 3)
+    fresh(torch.tensor([1, 2, 3]), torch.arange(3), packed_attention([0, 3], 3)).sum().backward()
+    assert all(p.grad is not None for name, p in fresh.named_parameters() if "head" not in name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# noise
+
+def test_uniform_is_for_ever():
+    """Samples in old logs are found again by their address: these bits must never change."""
+    words = [(0, 0, 0, 0, 0), (1, 2, 3, 4, 5), (42, 0, 7, 3, 255), (2**31, 1, 2**32 + 9, 0, 1), (-1, 0, 0, 0, 0)]
+    assert [int(float(uniform(*w)) * 2**24) for w in words] == [8312281, 10343044, 9519112, 3391287, 12466301]
+
+
+def test_uniform_is_uniform():
+    n = 1000
+    u = uniform(0, 0, torch.arange(n)[:, None], 3, torch.arange(n)[None]).double()          # a million addresses
+    counts = torch.histc(u.flatten(), 256, 0, 1)
+    chi2 = float(((counts - n * n / 256) ** 2 / (n * n / 256)).sum())
+    assert abs(chi2 - 255) < 5 * math.sqrt(2 * 255)
+    z = (u - 0.5) * math.sqrt(12)
+    at = lambda seed, visit, index: uniform(seed, visit, torch.arange(n)[:, None], index, torch.arange(n)[None]).double()
+    neighbours = [at(1, 0, 3), at(0, 1, 3), at(0, 0, 4), u.roll(1, 0), u.roll(1, 1)]
+    for other in neighbours:                                     # in each of the five words
+        assert abs(float((z * (other - 0.5) * math.sqrt(12)).mean())) < 5 / n
+
+
+@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.8, 0), (1.0, 6), (0.9, 12)])
+def test_samples_follow_the_softmax(model, top_p, top_k):
+    """Chi-square of first tokens, and `kept` is the log of the mass that survived: the trainer needs it, since its softmax is full."""
+    n, prompt, temperature = 3000, PROMPTS[3], 0.7
+    (group,) = Sampler(model, (), slots=500).generate([prompt], n, 1, temperature=temperature, top_p=top_p, top_k=top_k)
+    p = distribution(model, prompt, temperature)
+    q, order = p.sort(descending=True)
+    keep = torch.arange(V) < top_k if top_k else torch.ones(V, dtype=torch.bool)
+    keep &= (q.cumsum(0) - q < top_p * (q * keep).sum()) | (top_p == 1)
+    kept = float((q * keep).sum())
+    law = torch.zeros_like(p)
+    law[order[keep]] = q[keep] / kept
+    counts = torch.bincount(torch.tensor([s.tokens[0] for s in group]), minlength=V)
+    assert not counts[law == 0].any()
+    common = law * n > 5
+    chi2, dof = float(((counts - n * law)[common] ** 2 / (n * law)[common]).sum()), int(common.sum())
+    assert chi2 < dof + 5 * math.sqrt(2 * dof)
+    assert len(set(counts.tolist())) > 3, "the first token was drawn once for all samples"
+    for s in group[:20]:
+        assert s.logprobs[0] == pytest.approx(math.log(p[s.tokens[0]]), abs=1e-5)
+        assert (s.kept is None) if top_p == 1 and not top_k else s.kept[0] == pytest.approx(math.log(kept), abs=1e-5)
+
+
+def test_first_tokens_are_not_one_token(model):
+    """A sampler once drew the first token of a prompt and gave it to all rows of the group."""
+    (group,) = Sampler(model, {STOP}, slots=4).generate([PROMPTS[2]], 24, 1)
+    assert len({s.tokens[0] for s in group}) > 3
+
+
+def test_a_visit_has_its_own_noise(model):
+    """Without `visit` in the address, every epoch over the same questions repeated the same answers."""
+    sampler = Sampler(model, {STOP}, slots=8)
+    a, b, c = (tokens(sampler.generate(PROMPTS[:3], 4, 20, visits=[v] * 3)) for v in (0, 1, 0))
+    assert a == c and a != b
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# submit, step, abort; pages
+
+def test_abort_and_resume(model):
+    """What abort gave back goes on exactly where it was, with its recorded log-probs, under its own index."""
+    for kind in KINDS:
+        sampler = Sampler(model, (), slots=4, **kind)
+        (whole,) = sampler.generate([PROMPTS[4]], 3, 40, ids=[77])
+        sampler.submit(77, PROMPTS[4], 3, 40)
+        for _ in range(17):
+            sampler.step()
+        cut = sampler.abort(77)
+        assert [s.finished for s in cut] == ["aborted"] * 3 and sampler.live == 0
+        assert [s.tokens for s in cut] == [s.tokens[:17] for s in whole]
+        sampler.submit(77, PROMPTS[4], 3, 40, resume=cut[1:])
+        done = []
+        while sampler.live:
+            done += sampler.step()
+        done.sort(key=lambda s: s.index)
+        assert [s.index for s in done] == [0, 1, 2]
+        for s, c, w in zip(done, cut, whole):
+            same_or_tied(model, PROMPTS[4], s.tokens, w.tokens, s, 0)
+            assert s.logprobs[:17] == pytest.approx(c.logprobs, abs=1e-6) and len(s.logprobs) == len(s.tokens) == 40
+        assert done[1].logprobs[:17] == cut[1].logprobs
+
+
+def test_forced_tokens_are_marked(model):
+    """Tokens that nobody sampled have log-prob nan: they are context, not predictions."""
+    sampler = Sampler(model, {STOP}, slots=2)
+    sampler.submit(0, [1, 2, 3], 2, 12, resume=[[7, 8], []])
+    done = []
+    while sampler.live:
+        done += sampler.step()
+    forced = next(s for s in done if s.index == 0)
+    assert forced.tokens[:2] == [7, 8] and all(map(math.isnan, forced.logprobs[:2])) and not any(map(math.isnan, forced.logprobs[2:]))
+    p = distribution(model, [1, 2, 3, 7, 8])
+    assert forced.logprobs[2] == pytest.approx(math.log(p[forced.tokens[2]]), abs=1e-5)
+
+
+def test_one_token_a_step(model):
+    sampler = Sampler(model, (), slots=3)
+    sampler.submit(1, PROMPTS[1], 5, 4)
+    ends = []
+    for step in range(1, 20):
+        ends += [(step, s.index) for s in sampler.step()]
+    assert ends == [(4, 0), (4, 1), (4, 2), (8, 3), (8, 4)] or ends == [(4, 0), (4, 1), (4, 2), (7, 3), (7, 4)]
+
+
+def test_preemption_changes_nothing(model):
+    """Too few pages for all rows: the youngest leaves and is computed again later, with the same noise."""
+    plenty = Sampler(model, {STOP}, slots=8, paged=True).generate(PROMPTS, 3, 70, seed=5)
+    sampler = Sampler(model, {STOP}, slots=8, paged=True, pages=9)
+    withdrawn, was = [], sampler._make_room
+    sampler._make_room = lambda: (withdrawn.append(len(sampler.rows)), was())
+    scarce = sampler.generate(PROMPTS, 3, 70, seed=5)
+    assert withdrawn and sampler.storage.pages.left == 8
+    for group, other in zip(plenty, scarce):
+        for a, b in zip(group, other):
+            same_or_tied(model, a.prompt, a.tokens, b.tokens, a, 5)
+            assert len(b.logprobs) == len(b.tokens)
+
+
+def test_prompt_pages_are_shared(model):
+    sampler = Sampler(model, (), slots=8, paged=True)
+    sampler.submit(0, [1] * 100, 8, 4)
+    sampler.step()
+    total = len(sampler.storage.pages.owners) - 1
+    assert total - sampler.storage.pages.left == 3 + 8           # 3 full pages once, the partial one for each
+    sampler.abort(0)
+    assert sampler.storage.pages.left == total
+
+
+def test_pages():
+    pages = Pages(2)
+    a = pages.take()
+    pages.share(a)
+    pages.free(a)
+    assert pages.left == 1
+    pages.free(a)
+    assert pages.left == 2
+    for wrong in (pages.free, pages.share):
+        with pytest.raises(AssertionError, match="page"):
+            wrong(a)
+
+
+@pytest.mark.parametrize("kind", [dict(exact=False), dict(paged=True, pages=14)], ids=["slabs", "pages"])
+def test_nothing_leaks(kind):
+    """10,000 random submits, steps and aborts: every sample comes back once, and every page is free at the end."""
+    model = tiny(0, vocab_size=16, n_layer=1, n_head=1, n_kv_head=1, head_dim=8, d_model=8, d_ff=8, max_len=200)
+    rng, sampler = random.Random(0), Sampler(model, {3}, slots=5, **kind)
+    running, asked, back = {}, 0, 0
+    for op in range(10_000 if "paged" in kind else 3_000):
+        kind_of = rng.random()
+        if kind_of < 0.3 and len(running) < 6:
+            n = rng.randint(1, 4)
+            sampler.submit(op, [rng.randrange(16) for _ in range(rng.randint(1, 70))], n, rng.randint(1, 40), seed=op)
+            running[op], asked = n, asked + n
+        elif kind_of < 0.6 and running:
+            problem = rng.choice(list(running))
+            back += len(sampler.abort(problem))
+            running.pop(problem)
+        else:
+            for s in sampler.step():
+                back += 1
+                if s.problem in running:
+                    running[s.problem] -= 1
+                    if not running[s.problem]:
+                        del running[s.problem]
+        assert sampler.live == asked - back
+    for problem in running:
+        back += len(sampler.abort(problem))
+    back += len(sampler.step())
+    assert back == asked and sampler.live == 0 and sampler.free.left == 5
+    if "paged" in kind:
+        assert sampler.storage.pages.left == 13 and not sampler.storage.owned
+    else:
+        assert not sampler.storage.at and not any(slab.slots for slab in sampler.storage.slabs.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# many prompts: streaming, stop strings, ranks
+
+def test_stream_gives_groups_as_they_end(model):
+    sampler = Sampler(model, (), slots=8)
+    order = [i for i, group in sampler.stream(PROMPTS[:4], 2, [30, 3, 20, 9]) if len(group) == 2]
+    assert order == [1, 3, 2, 0]
+    for _ in sampler.stream(PROMPTS[:4], 2, [30, 3, 20, 9]):
+        break                                                    # left early: what was in flight is freed
+    gc.collect()
+    assert sampler.live == 0 and sampler.free.left == 8
+
+
+class Letters:
+    def decode(self, ids):
+        return "".join(chr(65 + i) for i in ids)
+
+
+def test_stop_strings(model):
+    """The text decides, however the tokens cut it; what matched stays in the tokens, and nothing after it."""
+    for kind in KINDS:
+        sampler = Sampler(model, (), Letters(), slots=4, **kind)
+        (free,) = sampler.generate([PROMPTS[2]], 4, 30)
+        word = Letters().decode(free[1].tokens[6:8])
+        (cut,) = sampler.generate([PROMPTS[2]], 4, 30, stop_strings=[word])
+        for a, b in zip(free, cut):
+            at = Letters().decode(a.tokens).find(word)
+            want = a.tokens[: at + 2] if at >= 0 else a.tokens
+            assert b.tokens == want and b.finished == ("stop" if at >= 0 else "length") and len(b.logprobs) == len(want)
+
+
+class Store:
+    """The counter of a process group's store."""
+    def __init__(self):
+        self.numbers, self.lock = {}, threading.Lock()
+
+    def add(self, key, n):
+        with self.lock:
+            self.numbers[key] = self.numbers.get(key, 0) + n
+            return self.numbers[key]
+
+
+def test_prompts_from_a_shared_counter(model, monkeypatch):
+    """Two samplers on one counter: each prompt is sampled once, the longest expected first, and the tokens do not depend on who."""
+    import rollout
+    store, results = Store(), []
+    alone = tokens(Sampler(model, {STOP}, slots=2).generate(PROMPTS, 2, LIMITS))
+    a, b = (Sampler(model, {STOP}, slots=2, deterministic=False, store=store) for _ in range(2))
+    monkeypatch.setattr(rollout, "calls", iter([5, 5]))          # two processes count their calls alike
+    streams = [s.stream(PROMPTS, 2, LIMITS) for s in (a, b)]
+    for stream in streams:
+        results.append(next(stream))
+    results += [item for stream in streams for item in stream]
+    assert sorted(i for i, _ in results) == list(range(10))
+    assert {i: [s.tokens for s in g] for i, g in results} == dict(enumerate(alone))
+    assert min(i for i, _ in results[:2]) >= 7, "the longest limits go first where nothing is known"
+    assert a.expected.keys() | b.expected.keys() == set(range(10))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+@pytest.mark.parametrize("change, words", [
+    (dict(prompts=[[]]), "empty"), (dict(prompts=[[1] * 400]), "400 tokens"), (dict(prompts=[[1, V]]), "token 61"),
+    (dict(prompts=[[-1]]), "token -1"), (dict(n=0), "n = 0"), (dict(max_new=0), "max_new = 0"), (dict(top_p=0), "top_p 0"),
+    (dict(top_p=2), "top_p 2"), (dict(top_k=-1), "top_k -1"), (dict(temperature=-1.0), "temperature"),
+    (dict(temperature=math.nan), "temperature"), (dict(ids=[1, 1], prompts=[[1], [2]]), "same id"), (dict(ids=[1, 2]), "2 ids"),
+    (dict(stop_strings=["x"]), "tokenizer"), (dict(max_new=[1, 2]), "2 max_new")])
+def test_bad_calls(model, change, words):
+    sampler = Sampler(model, {STOP}, slots=2)
+    with pytest.raises(ValueError, match=words):
+        sampler.generate(**(dict(prompts=[[1, 2]], n=2, max_new=3) | change))
+    assert sampler.live == 0
+    assert len(sampler.generate([[1, 2]], 2, 3)[0]) == 2
+
+
+def test_bad_samplers(model):
+    for kw, words in ((dict(stop={V}), "stop id 61"), (dict(stop={-1}), "stop id -1"), (dict(slots=0), "slots 0"),
+                      (dict(max_len=9999), "max_len")):
+        with pytest.raises(ValueError, match=words):
+            Sampler(model, **(dict(stop={STOP}) | kw))
+    with pytest.raises(ValueError, match="pool holds"):
+        Sampler(model, {STOP}, slots=2, paged=True, pages=6).generate([[1] * 60], 1, 300)
+    with pytest.raises(ValueError, match="to resume"):
+        Sampler(model, {STOP}).submit(0, [1], 1, 5, resume=[[1], [2]])
+    with pytest.raises(ValueError, match="already"):
+        Sampler(model, {STOP}).submit(0, [1], 1, 2, resume=[[1, 2]])
+
+
+def test_the_context_ends(model):
+    """Past prompt + max_new > max_len a table of positions used to overflow; here the sample ends at the model's length."""
+    (group,) = Sampler(model, (), slots=2).generate([[1] * 390], 2, 50)
+    assert [len(s.tokens) for s in group] == [10, 10] and group[0].finished == "length"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_logits_that_are_not_finite(kind):
+    """Named with step and request; the weights mended, the same sampler goes on."""
+    model = tiny(5)
+    sampler = Sampler(model, {STOP}, slots=3, **kind)
+    before = tokens(sampler.generate(PROMPTS[:3], 2, 12))
+    good = model.norm.weight.data.clone()
+    model.norm.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match=r"step \d+: the logits of problem \d.* not finite"):
+        sampler.generate(PROMPTS[:3], 2, 12)
+    model.norm.weight.data.copy_(good)
+    assert sampler.live == 0 and tokens(sampler.generate(PROMPTS[:3], 2, 12)) == before
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_interrupt(model, kind):
+    """Ctrl-C in mid-round: what was sampled comes back as aborted, finished groups as they are, and nothing stays taken."""
+    sampler = Sampler(model, {STOP}, slots=4, **kind)
+    whole = sampler.generate(PROMPTS, 2, LIMITS)
+    was, calls = sampler._token, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return was(*args)
+    sampler._token = interrupted
+    groups = sampler.generate(PROMPTS, 2, LIMITS)
+    sampler._token = was
+    assert len(groups) == 10 and all(len(g) == 2 for g in groups)
+    kinds = {s.finished for g in groups for s in g}
+    assert "aborted" in kinds and len(kinds) > 1
+    for g, w in zip(groups, whole):
+        for a, b in zip(g, w):
+            assert isinstance(a, Sample) and a.tokens == b.tokens[: len(a.tokens)] and len(a.tokens) == len(a.logprobs)
+    assert sampler.live == 0 and sampler.free.left == 4
+    assert tokens(sampler.generate(PROMPTS, 2, LIMITS)) == tokens(whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command line, GPU
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    import data
+    import rollout
+    tok = data.tokenizer("chars")
+    tiny(0, vocab_size=tok.vocab_size).save_hf(tmp_path, tok)
+    rollout.main(["--model", str(tmp_path), "--prompt", "1+2=", "--n", "2", "--max-new", "5", "--device", "cpu"])
+    lines = capsys.readouterr().out
+    assert lines.count("1+2=") >= 2
+    answers = iter(["hello", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    rollout.main(["--model", str(tmp_path), "--chat", "--max-new", "5", "--device", "cpu"])
+    assert "model:" in capsys.readouterr().out
+    for argv in (["--model", str(tmp_path)], ["--model", "nowhere", "--prompt", "x"]):
+        with pytest.raises(SystemExit):
+            rollout.main(argv)
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.gpu
+def test_graphs_replay_what_eager_does():
+    """A graph with a length baked in at capture once attended too little: every bucket edge, replayed against eager."""
+    model = tiny(6, head_dim=32).cuda()
+    for B in (1, 2, 3, 4, 5, 8, 9, 16, 17, 32):
+        graphs = Sampler(model, {STOP}, slots=32)
+        eager = Sampler(model, {STOP}, slots=32)
+        eager._advance = eager._eager
+        for top_p in (1.0, 0.9):
+            a, b = (s.generate([[1 + i, 2, 3] for i in range(B)], 1, 90, top_p=top_p) for s in (graphs, eager))
+            assert tokens(a) == tokens(b)
