@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
 
-from common.run import times
+from common.run import FEW, times
 
 try:
     import triton
@@ -646,9 +646,9 @@ def weight_gradient(grad_TN, x_TD):
 
 
 def linear(x, weight, bias=None):
-    """x W^T + b. In fp32 on a CPU by oneDNN, which from 2 rows on also sums each row in the same order, however many there are."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and x.ndim == 2:
-        return _Linear.apply(x, weight, bias)
+    """x W^T + b, in fp32 on a CPU by `times`."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and x.ndim == 2 and len(x) >= FEW:
+        return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() or bias is not None else times(x, weight)
     return F.linear(x, weight, bias)
 
 
@@ -660,11 +660,11 @@ def rope_tables(positions_T, inv_freq, scale=1.0):
 
 def rope(x_THd, cos_T, sin_T):
     """(a, b) -> (a cos - b sin, b cos + a sin) on the two halves of each head, in fp32 for half-precision input."""
-    a, b = x_THd.chunk(2, dim=-1)
-    cos, sin = cos_T.unsqueeze(1), sin_T.unsqueeze(1)
-    if x_THd.dtype in (torch.float32, torch.float64):
-        cos, sin = cos.to(x_THd.dtype), sin.to(x_THd.dtype)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_THd.dtype)
+    cos, sin = torch.cat((cos_T, cos_T), 1).unsqueeze(1), torch.cat((-sin_T, sin_T), 1).unsqueeze(1)
+    if x_THd.dtype == torch.float64:
+        cos, sin = cos.double(), sin.double()
+    # the halves change places: three passes over x, where halves cut and joined again take six
+    return torch.addcmul(x_THd * cos, x_THd.roll(x_THd.shape[-1] // 2, -1), sin).to(x_THd.dtype)
 
 
 def qk_norm_rope_torch(q, k, q_weight, k_weight, cos_T, sin_T, eps):
@@ -932,13 +932,17 @@ def draw_torch(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
         full_N = keep.all(1)
         p = p * torch.zeros_like(keep).scatter_(1, order, keep)
         kept_N = torch.where(full_N | greedy_N, kept_N, p.sum(1).log())
+    greedy = greedy_N.tolist() if not z.is_cuda else [True, False]               # a look makes a GPU wait, and spares a CPU a pass
+    if all(greedy):
+        token_N = z.argmax(1)
+        return token_N, whole.gather(1, token_N.unsqueeze(1)).squeeze(1).log(), kept_N
     cdf = p.cumsum(1)
     total = cdf[:, -1:]
     # strictly below the total, so that the first entry above it exists and its token has weight
     target = torch.minimum(uniform_N.to(p.dtype).unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
     token_N = torch.searchsorted(cdf, target, right=True).squeeze(1)
     token_N = token_N.clamp_(max=p.shape[1] - 1)                 # logits that are not finite: the log-prob is nan, the caller's to see
-    if z.is_cuda or greedy_N.any():                              # a look makes a GPU wait, and spares a CPU a pass
+    if any(greedy):
         token_N = torch.where(greedy_N, z.argmax(1), token_N)
     return token_N, whole.gather(1, token_N.unsqueeze(1)).squeeze(1).log(), kept_N
 

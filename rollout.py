@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common.run import die, flags, progress, start
-from kernels import address, decode_attention, draw, linear, packed_attention, uniform_at
+from common.run import FEW, die, flags, progress, start
+from kernels import address, decode_attention, draw, linear_logits, packed_attention, uniform_at
 
 NAN = math.nan
 calls = count()                          # of stream() in this process; ranks make the same calls, so it names a shared counter
@@ -440,10 +440,10 @@ class Sampler:
         self.exact = exact is not False and self.device.type == "cpu" and not self.paged
         self.deterministic = not cuda if deterministic is None else deterministic
         self.store, self.expected = store, {}                    # problem -> mean length at its last visit
-        self.slots = slots or (256 if cuda else 32)              # more rows on a CPU make a step longer and no cheaper a token
+        self.slots = slots or 256                                # 1M parameters on a CPU: twice the tokens a second of 32 rows
         self.n_pages, self.chunk = pages, 4096 if cuda else 512  # chunk: prompt tokens between two decode steps
-        # a product of 4 rows a thread or more sums each row in the same order, whatever the number of rows
-        self.multiple = 4 * torch.get_num_threads() if self.exact else 1
+        # products of so many rows are all of one kind (see common.run.times) and sum each row in the same order, however many there are
+        self.multiple = max(FEW, 4 * torch.get_num_threads()) if self.exact else 1
         if cuda:
             self.sizes = [s for s in (1, 2, 4, 8) if s < self.slots] + list(range(16, self.slots + 16, 16))
         else:
@@ -568,7 +568,7 @@ class Sampler:
 
     def _token(self, hidden_BD, now, real, truncated):
         """A token for each row from the hidden state of its last: drawn, written down, and made the next input."""
-        logits_BV = linear(hidden_BD, self.model.head_weight)
+        logits_BV = linear_logits(hidden_BD, self.model.head_weight)
         token_B, logp_B, kept_B = draw(logits_BV, uniform_at(now[ADDRESS], now[COUNT]), real[TEMPERATURE],
                                        *((now[TOP_K], real[TOP_P]) if truncated else ()))
         at_B = now[BASE] + now[COUNT]
