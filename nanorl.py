@@ -57,7 +57,7 @@ ALGORITHMS = {
 @dataclass
 class Config:
     name: str = "rl"                     # the run: everything it writes lies in runs/NAME
-    init: str = ""                       # a Hugging Face folder or a run to start from; empty: runs/base, trained first if it is not there
+    init: str = "runs/base"              # a Hugging Face folder or a run; runs/base and runs/mixed100m are trained first if not there
     task: str = "countdown"              # a task of data/; the word after a colon is its variant
     data: str = ""                       # your own prompts instead: a .jsonl file of {prompt, gold?}
     reward: str = ""                     # your own reward: my.py:score, a function (problem, text) -> float
@@ -102,6 +102,14 @@ class Config:
     dry_run: bool = False                # print what the run needs in memory, and stop
     resume: bool = False                 # go on with runs/NAME
     wandb: str = ""                      # a wandb project, if curves should go there too
+
+
+# what runs without flags, by what is found; flags given beside it win
+HARDWARE = {
+    "cpu": ("", "two CPU cores: EXPECT_CPU"),
+    "cuda": ("--init runs/mixed100m --task countdown:4 --prompts 128 --max-new 96 --row-tokens 16384 --lr 2e-4 --steps 300 --eval-every 50",
+             "eight GPUs: a base of 100M in about 10 minutes, then 300 steps in about 15 (an estimate: nobody has measured it yet)"),
+}
 
 
 # -----------------------------------------------------------------------------
@@ -176,11 +184,13 @@ def setup(config):
     """-> rl: everything a loop needs, in one namespace. What a user can get wrong is told here, before anything is written."""
     env = start(config.device, config.dtype, config.threads, config.deterministic)
     config = with_algorithm(config)
-    source = config.init or "runs/base"
-    if not config.init and not newest("runs/base"):
+    source = config.init
+    if source.startswith("runs/") and source[5:] in train_gpt.PRESETS and not newest(source):
+        if config.dry_run:
+            die(f"--dry-run: {source} is not trained yet; give a model by --init")
         if env.master:
-            print("no base in runs/base yet: training it first, about two minutes on two cores", flush=True)
-        train_gpt.main(["--resume"] if Path("runs/base/config.json").exists() else [])
+            print(f"no base in {source} yet: training it first (python train_gpt.py --preset {source[5:]})", flush=True)
+        train_gpt.main(["--preset", source[5:]] + ["--resume"] * Path(source, "config.json").exists())
     try:
         folder = hf.find(source)
         tok = data.tokenizer(folder)
@@ -415,7 +425,10 @@ def print_budget(rl):
 def main(argv=None):
     # ---- config
     argv = list(sys.argv[1:] if argv is None else argv)
-    config = flags(Config, argv, __doc__)
+    kind = "cuda" if flags(Config, argv, __doc__).device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+    settings, expected = HARDWARE[kind]
+    own = any(word.split("=")[0] in ("--init", "--task", "--data") for word in argv)
+    config = flags(Config, argv if own else settings.split() + argv, __doc__)
     for flag in ("steps", "prompts", "n", "max_new", "problems", "row_tokens", "eval_n", "eval_k", "final_n", "save_every", "workers"):
         if getattr(config, flag) < 1:
             die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
@@ -443,8 +456,10 @@ def main(argv=None):
     if config.resume:
         run.rewind(begin)
     size = sum(p.numel() for p in rl.model.parameters()) / 1e6
-    run.log(f"{config.algo} on {config.data or config.task} from {config.init or 'runs/base'}: {size:.2f}M parameters, {config.prompts} x "
+    run.log(f"{config.algo} on {config.data or config.task} from {config.init}: {size:.2f}M parameters, {config.prompts} x "
             f"{config.n} samples a step, {env.world} x {env.device}, {kernels.backend(env.device)}")
+    if not own:
+        run.log(f"on {expected}")
     loss = make_loss(config)
 
     def test(problems, k):

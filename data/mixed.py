@@ -9,23 +9,23 @@ long ones of `search` take more of the text than their share says.
 """
 from dataclasses import replace
 
-from data import endless, load, show, stream
+from data import endless, load, show, stream, unknown_word
 
 # the share of documents; they add up to 1
 SHARES = {"countdown:steps": 0.50, "countdown:search": 0.07, "arith": 0.23, "states": 0.20}
 
 
 def task(*words):
-    if words:
-        raise ValueError(f"task 'mixed' has no variants, but {words[0]!r} was asked for: use plain 'mixed'")
-    return Mixed()
+    for word in words:
+        if word not in "2345678" or len(word) != 1:
+            raise unknown_word("mixed", word, [*"2345678"])
+    return Mixed(*words[-1:])
 
 
 class Mixed:
-    name = "mixed"
-
-    def __init__(self):
-        self.tasks = [load(name) for name in SHARES]
+    def __init__(self, numbers=None):
+        self.name = f"mixed:{numbers}" if numbers else "mixed"   # how many numbers Countdown has
+        self.tasks = [load(f"{name}:{numbers}" if numbers and name.startswith("countdown") else name) for name in SHARES]
         self.by_name = {task.name: task for task in self.tasks}
 
     def document(self, split, seed, i):
