@@ -26,6 +26,7 @@ from random import Random
 
 from .tokenizer import tokenizer
 
+NOT_TASKS = {"__init__", "answers", "download", "fineweb", "own", "questions", "tokenizer"}     # every other file here is a task
 __all__ = ["Problem", "classes", "distinct", "endless", "load", "show", "split_of", "stream", "tokenizer"]
 
 
@@ -42,7 +43,7 @@ def load(name):
     if name.endswith(".jsonl"):                  # prompts of your own
         return importlib.import_module(f"{__name__}.own").task(name)
     base, *words = name.split(":")
-    known = sorted(path.stem for path in pathlib.Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "tokenizer", "own"))
+    known = sorted(path.stem for path in pathlib.Path(__file__).parent.glob("*.py") if path.stem not in NOT_TASKS)
     if base not in known:
         near = difflib.get_close_matches(base, known, 1, cutoff=0)
         raise ValueError(f"unknown task {base!r}: did you mean {near[0]!r}? known tasks: {', '.join(known)}")
