@@ -395,24 +395,31 @@ def sample_rows(rl, at, groups):
 # memory: what a run needs of a GPU, before it is started
 
 
-def budget(rl):
-    """{what: bytes of one rank}. Weights and gradients whole, masters and moments sharded, the KV pool, the activations of a row."""
-    c, shape = rl.config, rl.model.config
-    params = sum(p.numel() for p in rl.model.parameters())
-    width = rl.model.head_weight.element_size()
+def budget(shape, config, width, world, slots, longest, reference=False):
+    """{what: bytes of one rank}. shape: a GPTConfig; width: bytes of a weight. Weights and gradients are whole on every rank, masters
+    and moments sharded; the KV cache takes what its tokens take, at most this; activations are those of one packed row."""
+    with torch.device("meta"):
+        params = sum(p.numel() for p in GPT(shape).parameters())
     half = width < 4
-    kv = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * width
-    slots, longest = rl.sampler.slots, rl.sampler.max_len
-    heads = (shape.n_head + 2 * shape.n_kv_head) * shape.head_dim
-    token = 2 * shape.d_model + heads * 2 + shape.n_head * shape.head_dim + 3 * shape.d_ff + 2 * shape.d_model       # kept per layer
-    kept = shape.n_layer * (shape.d_model if c.checkpoint else token) + (token if c.checkpoint else 0)
-    return {"weights": params * width, "gradients": params * (4 if half else width) + (params * width if half else 0),
-            "optimizer shard": params * (12 if half else 8) // rl.env.world, "KV cache": slots * longest * kv,
-            "activations": c.row_tokens * kept * width + 2 * kernels.CHUNK * 4}
+    heads = shape.n_head * shape.head_dim
+    kv_heads = shape.n_kv_head * shape.head_dim
+    # kept for the backward, numbers a token and layer: two norms in and out, q k v twice (before and after the rotation), the attention's
+    # output, gate and up, their product
+    kept = 4 * shape.d_model + 2 * (heads + 2 * kv_heads) + heads + 3 * shape.d_ff
+    layers = shape.n_layer * shape.d_model + kept if config.checkpoint else shape.n_layer * kept
+    parts = {"weights": params * width,
+             "gradients": params * (4 + width if half else 4),                   # a half-precision gradient and its fp32 sum
+             "optimizer shard": params * (12 if half else 8) // world,           # fp32 master (where the weight is not it), two moments
+             "KV cache": slots * longest * 2 * shape.n_layer * kv_heads * width,
+             "activations": config.row_tokens * layers * width,
+             "head": 3 * 4 * (kernels.TILE if half else kernels.CHUNK)}          # a tile of logits, its exponentials, its gradient
+    if reference:
+        parts["reference"] = params * width
+    return parts
 
 
 def print_budget(rl):
-    parts = budget(rl)
+    parts = budget(rl.model.config, rl.config, rl.model.head_weight.element_size(), rl.env.world, rl.sampler.slots, rl.sampler.max_len)
     print(f"memory of one rank of {rl.env.world}, {rl.env.dtype}:")
     for name, size in parts.items():
         print(f"  {name:<16} {size / 2**30:8.3f} GiB")
