@@ -27,7 +27,7 @@ def test_one_rl_step_on_gsm8k(tmp_path, monkeypatch, family):
     (tmp_path / "model/tokenizer_config.json").write_text(json.dumps({"eos_token": eos, "chat_template": TEMPLATE}))
     (tmp_path / "data/gsm8k").mkdir(parents=True)
     for split in ("train", "test"):
-        rows = [dict(question=f"{split}: Ann has {i} pens and buys 2. How many?", answer=f"{i}+2={i + 2}\n#### {i + 2}") for i in range(60)]
+        rows = [dict(question=f"{split}: Ann has {i} pens and buys 2. How many?", answer=f"{i}+2\n#### {i + 2}") for i in range(60)]
         (tmp_path / f"data/gsm8k/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setenv("NANORL_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
