@@ -31,8 +31,8 @@ def test_one_rl_step_on_gsm8k(tmp_path, monkeypatch, family):
         (tmp_path / f"data/gsm8k/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setenv("NANORL_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
-    nanorl.main(("--init model --task gsm8k --device cpu --threads 1 --prompts 3 --n 2 --max-new 8 --steps 1 --eval-n 2 --final-n 2 --eval-k 2 "
-                 "--eval-every 0 --workers 1 --entropy-coef 0.1 --lr 1e-2 --warmup 1").split())
+    nanorl.main(("--init model --task gsm8k --device cpu --threads 1 --prompts 3 --n 2 --max-new 8 --steps 1 --eval-n 2 --final-n 2 "
+                 "--eval-k 2 --eval-every 0 --workers 1 --entropy-coef 0.1 --lr 1e-2 --warmup 1").split())
     out = tmp_path / "runs/rl/ckpt/step_1"
     (row,) = [json.loads(line) for line in (tmp_path / "runs/rl/metrics.jsonl").read_text().splitlines()][1:]
     assert row["length"] > 0 and row["sampler_max"] < 1e-4
