@@ -16,13 +16,14 @@ no eval: it takes one line of steps, does exact rational arithmetic on numbers o
 """
 import re
 import sys
+import zlib
 from fractions import Fraction
 
 from data import Problem, distinct, endless, show, split_of, stream, unknown_word
 
 # difficulty
 NUMBERS = 3              # how many, unless the variant says so
-LARGEST = 20             # of the numbers given: 1 .. LARGEST
+LARGEST = 25             # of the numbers given: 1 .. LARGEST
 MAX_VALUE = 999          # of every result in a document; results are natural numbers there (the checker takes any rational)
 OPS = "+-*/"             # drawn uniformly; a letter twice is drawn twice as often. "/" is seldom possible
 NOISE = 0.0              # the share of documents whose steps are right and miss the target
@@ -59,7 +60,7 @@ class Countdown:
             numbers = [1 + int(rand() * LARGEST) for _ in range(self.n)]
             steps, target = derive(numbers, rand)
             key = f"countdown {sorted(numbers)} {target}"
-            if split_of(key) == split:
+            if split_of(key) == split and (split != "train" or in_text(key) == (what == "countdown document")):
                 return key, numbers, target, steps, rand
 
     def problems(self, split, n, seed):
@@ -108,6 +109,12 @@ class Countdown:
 
     def same(self, a, b):
         return self.canon(a) == self.canon(b)
+
+
+def in_text(key):
+    """Half of the train problems are written out in documents, the other half are there to be solved. With three numbers there are only
+    some 60,000 problems: a base that has read them all recalls them, and a reward for recalling teaches nothing that holds out."""
+    return zlib.crc32(key.encode()) % 2 == 0
 
 
 def parse(text):

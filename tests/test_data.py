@@ -393,3 +393,11 @@ def test_each_distinct_string_is_parsed_once():
     counting = SimpleNamespace(canon=lambda a: seen.append(a) or int(a), same=lambda a, b: False)
     assert data.classes(counting, ["1", "2", "1", "01", "2"] * 100) == [0, 1, 0, 0, 1] * 100
     assert sorted(seen) == ["01", "1", "2"]
+
+
+def test_no_train_problem_is_written_out_in_a_document():
+    """a base that has read the solutions of all problems of a small space recalls them: its reward in training rises, held out it does not"""
+    task = data.load("countdown")
+    written = {content(task.document("train", seed, i)[0]) for seed in (0, 1) for i in range(5000)}
+    to_solve = {content(p.prompt) for p in task.problems("train", 5000, 0)}
+    assert len(written) > 4000 and not written & to_solve
