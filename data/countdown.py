@@ -23,7 +23,7 @@ from data import Problem, distinct, endless, show, split_of, stream, unknown_wor
 
 # difficulty
 NUMBERS = 3              # how many, unless the variant says so
-LARGEST = 25             # of the numbers given: 1 .. LARGEST
+LARGEST = 20             # of the numbers given: 1 .. LARGEST
 MAX_VALUE = 999          # of every result in a document; results are natural numbers there (the checker takes any rational)
 OPS = "+-*/"             # drawn uniformly; a letter twice is drawn twice as often. "/" is seldom possible
 NOISE = 0.0              # the share of documents whose steps are right and miss the target
@@ -113,7 +113,7 @@ class Countdown:
 
 def in_text(key):
     """Half of the train problems are written out in documents, the other half are there to be solved. With three numbers there are only
-    some 60,000 problems: a base that has read them all recalls them, and a reward for recalling teaches nothing that holds out."""
+    some 30,000 problems: a base that has read them all recalls them, and a reward for recalling teaches nothing that holds out."""
     return zlib.crc32(key.encode()) % 2 == 0
 
 
