@@ -35,7 +35,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -73,9 +73,9 @@ class Config:
     entropy_coef: float = 0.0            # bonus on the entropy of the policy; may be negative
     tis: float = 2.0                     # truncate the importance weight between sampler and trainer here; 0: no weight
     prompts: int = 25                    # questions a step, over all ranks
-    epochs: int = 40                     # passes over the questions, at most
+    passes: int = 40                     # over the questions, at most
     budget: float = 0.0                  # stop before this many seconds of training, evaluation apart; 0: no limit
-    patience: int = 3                    # stop after this many epochs in a row that changed nothing (see idle); 0: never
+    patience: int = 3                    # stop after this many passes in a row that changed nothing (see idle); 0: never
     settled: float = 0.02                # that is: this share of the majorities, or fewer, flipped
     max_new: int = 48                    # tokens of a sample, at most; look at `truncated` before anything else
     temperature: float = 1.0             # of the rollout, and of the log-probs that are trained
@@ -107,10 +107,15 @@ class Config:
 PAPER = ("--votes 64 --samples 32 --min-votes 8 --prompts 8 --algo grpo --aggregate token --lr 5e-7 --weight-decay 0.01 --decay 0.97 "
          "--max-new 3072 --row-tokens 16384 --eval-temperature 0.6 --eval-top-p 0.95 --patience 0 --save-every 40")
 PRESETS = {
-    "aime": f"{PAPER} --task aime:ttrl --questions 30 --epochs 80 --warmup 10 --unseen amc:ttrl",
-    "amc": f"{PAPER} --task amc:ttrl --questions 83 --epochs 30 --warmup 10 --unseen aime:ttrl",
-    "math500": f"{PAPER} --task math500:ttrl --questions 500 --epochs 10 --warmup 20 --unseen amc:ttrl",
+    "aime": f"{PAPER} --task aime:ttrl --questions 30 --passes 80 --warmup 10 --unseen amc:ttrl",
+    "amc": f"{PAPER} --task amc:ttrl --questions 83 --passes 30 --warmup 10 --unseen aime:ttrl",
+    "math500": f"{PAPER} --task math500:ttrl --questions 500 --passes 10 --warmup 20 --unseen amc:ttrl",
 }
+
+
+# what nanorl.py's stages read of it, under the same names
+SHARED = ("name init task algo aggregate entropy_coef tis prompts max_new temperature top_p lr muon_lr warmup decay weight_decay clip "
+          "row_tokens slots workers seed checkpoint device dtype threads deterministic").split()
 
 
 # -----------------------------------------------------------------------------
@@ -177,12 +182,11 @@ def votes(task, texts_M, logps_M, config):
     answers_M = [task.answer(text) for text in texts_M]
     classes_M = data.classes(task, answers_M)
     shares = tally(classes_M)
-    label, rewards_M, why = -1, None, ""
-    if sum(shares.values()) < max(1, config.min_votes):
-        why = "too_few"
-    else:
+    label, rewards_M = largest(shares) if shares else -1, None   # who leads is a metric even where nobody is rewarded for it
+    why = "too_few" if sum(shares.values()) < config.min_votes else ""
+    if not why:
         verdict = JUDGES[config.judge](classes_M, logps_M, config)
-        label, rewards_M = verdict or (largest(shares), None)
+        label, rewards_M = verdict or (label, None)
         why = "" if verdict else "abstained"
     first = {c: answers_M[classes_M.index(c)] for c in shares}
     return SimpleNamespace(classes_M=classes_M, label=label, rewards_M=rewards_M, why=why, answer=first.get(label),
@@ -255,24 +259,24 @@ MEANS = ("majority_ratio", "label_acc", "reward_acc", "avg", "pass", "answered",
 
 def means(rows):
     """{metric: mean over the questions that have it}; a metric that no question has is left out."""
-    found = {k: [row[k] for row in rows if not math.isnan(row[k])] for k in MEANS}
+    found = {k: [row[k] for row in rows if not math.isnan(row.get(k, math.nan))] for k in MEANS}
     out = {k: float(np.mean(v)) for k, v in found.items() if v}
     return out | {why: sum(row["why"] == why for row in rows) for why in ("too_few", "abstained")}
 
 
-def idle(epoch, lowest, config):
-    """Did an epoch change nothing? The majorities stand, and the votes around them gather hardly any further."""
-    return epoch.get("flips", 1.0) <= config.settled and epoch.get("vote_entropy", math.inf) > 0.95 * lowest
+def idle(whole, lowest, config):
+    """Did a pass change nothing? The majorities stand, and the votes around them gather by less than 0.03 nats."""
+    return whole.get("flips", 1.0) <= config.settled and whole.get("vote_entropy", math.inf) > lowest - 0.03
 
 
 def ended(config, still, mute, spent, seconds):
-    """Why the run is over before its epochs are, or nothing. `seconds`: of the last step; the next would take as long."""
+    """Why the run is over before its passes are, or nothing. `seconds`: of the last step; the next would take as long."""
     if mute:
         clear = " and a clear majority" if config.judge == "abstain" else ""
         return (f"no question had --min-votes {config.min_votes} readable answers{clear}: look at `truncated` and raise --max-new "
                 f"{config.max_new}, or begin with a model that answers in the way --task {config.task} reads")
     if config.patience and still >= config.patience:
-        return f"for --patience {still} epochs at most {config.settled:.0%} of the majorities flipped and the votes gathered no further"
+        return f"for --patience {still} passes at most {config.settled:.0%} of the majorities flipped and the votes gathered no further"
     if config.budget and spent + seconds > config.budget:
         return f"--budget {config.budget:g} s: {spent:.1f} are spent, another step would pass it"
     return ""
@@ -300,7 +304,7 @@ class Graders:
 
 
 def questions(config):
-    """-> (task, questions, unseen). What a user can get wrong about them ends here."""
+    """-> (those to learn on, those never trained on). What a user can get wrong about them ends here."""
     try:
         task = data.load(config.task)
         if not all(hasattr(task, name) for name in ("answer", "canon", "same")):
@@ -319,11 +323,11 @@ def questions(config):
         unseen = [p for p in (other.problems(split, config.unseen_n, config.seed) if config.unseen_n else []) if p.prompt not in known]
     except (ValueError, FileNotFoundError) as e:
         die(e)
-    return task, asked, unseen
+    return asked, unseen
 
 
 def take(rl, at, count):
-    """The next `count` questions, or fewer at the end of an epoch: none is left out, none comes twice in a step."""
+    """The next `count` questions, or fewer at the end of a pass: none is left out, none comes twice in a step."""
     return next_problems(rl, at, min(count, len(rl.problems) - at % len(rl.problems)))
 
 
@@ -415,11 +419,11 @@ def status(at, steps, config, m):
 
 
 def configure(argv):
-    """-> (config, the nanorl.Config that its stages read): the fields of one name are one thing, but for `reward` and `data`."""
+    """-> (config, the nanorl.Config that its stages read)."""
     preset = flags(Config, argv, __doc__).preset
     config = flags(Config, PRESETS.get(preset, "").split() + argv, __doc__)
     config.name = config.name or f"ttrl_{config.reward}"
-    for flag in ("questions", "votes", "min_votes", "prompts", "epochs", "max_new", "eval_k", "save_every", "workers", "row_tokens"):
+    for flag in ("questions", "votes", "min_votes", "prompts", "passes", "max_new", "eval_k", "save_every", "workers", "row_tokens"):
         if getattr(config, flag) < 1:
             die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
     if config.samples < 2:
@@ -437,36 +441,36 @@ def configure(argv):
         if getattr(config, flag) not in known:
             near = difflib.get_close_matches(getattr(config, flag), known, 1, cutoff=0)[0]
             die(f"--{flag} is {getattr(config, flag)!r}: one of {', '.join(filter(None, known))} (did you mean {near}?)")
-    shared = {f.name for f in fields(nanorl.Config)} & {f.name for f in fields(Config)} - {"reward", "data"}
-    return config, nanorl.Config(**{k: getattr(config, k) for k in shared}, n=config.samples, eval_n=0, final_n=0)
+    return config, nanorl.Config(**{k: getattr(config, k) for k in SHARED}, n=config.samples, eval_n=0, final_n=0)
 
 
 def main(argv=None):
     # ---- config
     config, below = configure(list(sys.argv[1:] if argv is None else argv))
-    task, asked, unseen = questions(config)
-    per_epoch = -(-len(asked) // config.prompts)
-    below.steps = config.epochs * per_epoch
+    asked, unseen = questions(config)
+    below.steps = config.passes * -(-len(asked) // config.prompts)
 
     # ---- init
     rl = setup(below, asked + unseen)
     rl.problems, rl.workers, env = asked, Graders(rl.workers), rl.env
-    run = Run(f"runs/{config.name}", config, env, resume=config.resume, free=("save_every", "threads", "workers", "wandb", "budget"),
+    run = Run(f"runs/{config.name}", config, env, resume=config.resume,
+              free=("save_every", "threads", "workers", "wandb", "budget", "patience"),
               sources=[sys.modules[__name__].__file__, nanorl.__file__])
     rl.workers.workers.log = run.log
-    begin, at, spent, history, memory, epoch, still, lowest = 0, 0, 0.0, [], {}, [], 0, math.inf
-    best, before = dict(step=0, consensus=-1.0), None
+    begin, at, spent, history, memory, seen = 0, 0, 0.0, [], {}, []
+    still, mute, lowest, best, before = 0, False, math.inf, dict(step=0, consensus=-1.0), None
     found = run.latest() if config.resume else None
     if found:
         hf.load(found[0], asdict(rl.model.config), dict(rl.model.named_parameters()))
         states = run.load(found[0])
         rl.optimizer.load_state_dict([s["optimizer"] for s in states])
-        begin, at, spent, history, memory, epoch, still, lowest, best, before, rl.visits, rl.updates = (states[0][k] for k in (
-            "step", "at", "spent", "history", "memory", "epoch", "still", "lowest", "best", "before", "visits", "updates"))
+        begin, at, spent, history, memory, seen, still, mute, lowest, best, before, rl.visits, rl.updates = (states[0][k] for k in (
+            "step", "at", "spent", "history", "memory", "seen", "still", "mute", "lowest", "best", "before", "visits", "updates"))
     if config.resume:
         run.rewind(begin)
-    run.log(f"{config.reward} ({config.judge}) on {len(asked)} questions of {config.data or config.task} from {config.init}: "
-            f"{config.votes} votes, {config.samples} trained on, {config.prompts} questions a step, at most {config.epochs} epochs, "
+    judge = f" ({config.judge})" if config.reward == "majority" and config.judge != "majority" else ""
+    run.log(f"reward {config.reward}{judge}, on {len(asked)} questions of {config.data or config.task} from {config.init}: "
+            f"{config.votes} votes, {config.samples} trained on, {config.prompts} questions a step, at most {config.passes} passes, "
             f"{env.world} x {env.device}")
     if not unseen:
         run.log("no unseen questions to compare with: give --unseen TASK")
@@ -476,8 +480,8 @@ def main(argv=None):
 
     def save(done):
         run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
-                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, spent=spent, history=history[-50:], memory=memory, epoch=epoch,
-                      still=still, lowest=lowest, best=best, before=before, visits=rl.visits, updates=rl.updates))
+                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, spent=spent, history=history[-50:], memory=memory, seen=seen,
+                      still=still, mute=mute, lowest=lowest, best=best, before=before, visits=rl.visits, updates=rl.updates))
 
     # ---- before
     if before is None:
@@ -488,7 +492,7 @@ def main(argv=None):
         run.metrics(0, **{f"eval/{name}/{k}": v for name, result in before.items() for k, v in result.items() if k != "scores"})
 
     # ---- the loop
-    steps, now, mute = rl.config.steps, begin, False
+    steps, now = rl.config.steps, begin
     end = ended(config, still, mute, spent, 0.0)
     bar = progress(steps, "ttrl")
     bar.update(begin)
@@ -497,6 +501,7 @@ def main(argv=None):
         groups, trained, rows = [], [], []
         todo = take(rl, at, config.prompts)
         for group in collect(rl, todo, config.votes):
+            counting = time.perf_counter()
             truth_M = [s.reward for s in group]                  # for the metrics; what follows is decided by the votes
             logps_M = [float(np.nanmean(s.logprobs)) for s in group]
             ballot = votes(rl.task, [completion(s, rl.tok) for s in group], logps_M, config)
@@ -510,6 +515,7 @@ def main(argv=None):
                 trained.append(chosen)
             groups.append(group)
             rows.append(record(group[0].problem, ballot, rewards_M, truth_M))
+            rl.clock["reward"] += time.perf_counter() - counting
         at += len(todo)
         stats = update(rl, trained, loss)
         stats |= step(rl)
@@ -529,16 +535,16 @@ def main(argv=None):
         run.metrics(now, **numbers)
         run.samples(sample_rows(rl, now, groups))
 
-        # ---- judge the epoch, by votes alone
-        epoch += rows
+        # ---- judge the pass, by votes alone
+        seen += rows
         if at % len(asked) == 0:
-            whole, epoch = means(epoch), []
+            whole, seen = means(seen), []
             if whole["consensus"] > best["consensus"]:
                 best = dict(step=now, consensus=whole["consensus"])
                 keep(rl, run.folder, now)
             still = still + 1 if idle(whole, lowest, config) else 0
             lowest = min(lowest, whole.get("vote_entropy", math.inf))
-            run.log(f"  epoch {at // len(asked)}: majority {whole['majority_ratio']:.1%}  agreement with all votes "
+            run.log(f"  pass {at // len(asked)}: majority {whole['majority_ratio']:.1%}  agreement with all votes "
                     f"{whole['consensus']:.1%}  flips {whole.get('flips', math.nan):.1%}  vote entropy "
                     f"{whole.get('vote_entropy', math.nan):.3f}  idle {still}")
             mute = config.reward == "majority" and whole["too_few"] + whole["abstained"] == len(asked)
