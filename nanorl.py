@@ -180,8 +180,9 @@ def make_loss(config):
 # the stages: setup, collect, update, step
 
 
-def setup(config):
-    """-> rl: everything a loop needs, in one namespace. What a user can get wrong is told here, before anything is written."""
+def setup(config, problems=None):
+    """-> rl: everything a loop needs, in one namespace. What a user can get wrong is told here, before anything is written.
+    problems: to train on, instead of the task's."""
     env = start(config.device, config.dtype, config.threads, config.deterministic)
     config = with_algorithm(config)
     source = config.init
@@ -200,7 +201,7 @@ def setup(config):
             raise ValueError("--data needs --reward my.py:score: what is a good answer to your prompts?")
         reward = config.reward or config.task
         check(reward)
-        problems = task.problems("train", config.problems, config.seed)
+        problems = problems or task.problems("train", config.problems, config.seed)
         longest = max(problems, key=lambda p: len(prompt_ids(p, tok)))
         need = len(prompt_ids(longest, tok)) + config.max_new
         if need > config.row_tokens:
