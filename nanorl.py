@@ -346,8 +346,7 @@ def with_algorithm(config):
         (c.clip_low and c.clip_low > 1, f"--clip-low {c.clip_low}: a ratio is never below 0, so give at most 1"),
         (0 < c.tis < 1, f"--tis {c.tis} would cut the weight where sampler and trainer agree: give 1 or more, or 0 for no weight"),
         (c.top_p < 1 and not c.tis, "--top-p below 1 with --tis 0: what is sampled is not what is trained, and nothing would correct it"),
-        ((c.reset_every or c.reset_patience) and not c.kl_coef, "--reset-every and --reset-patience need a reference: give --kl-coef, "
-                                                                "or 0 to both"),
+        ((c.reset_every or c.reset_patience) and not c.kl_coef, "--reset-every and --reset-patience need a reference: give --kl-coef"),
         (c.reset_patience and not c.eval_every, "--reset-patience counts evaluations, and --eval-every 0 makes none"),
         (c.cov and not 0 < c.cov_share < 1, f"--cov-share {c.cov_share} is a share of the tokens: give a number between 0 and 1"),
         (c.cov == "kl" and not several, "--cov kl with one update a rollout: the old policy is the new one, so their KL has no gradient; "
@@ -530,9 +529,8 @@ def summary(rl, groups, dropped, stats, seconds):
     sampled = sum(row[2] for row in every)
     return dict(reward=mean(r for r, _, _, _ in every), zero_var=flat / max(1, count), truncated=mean(t for _, t, _, _ in every),
                 length=mean(n for _, _, n, _ in every), entropy=stats.get("entropy", math.nan) / tokens if stats else math.nan,
-                sampler_kl=stats.get("sampler_kl", 0.0) / tokens, sampler_max=stats.get("sampler_max", 0.0),
-                sampler_far=stats.get("sampler_far", 0.0) / tokens, clipped=stats.get("clipped", 0.0) / tokens,
-                reference_kl=stats.get("reference_kl", 0.0) / tokens, weight_q01=low, weight_q50=middle, weight_q99=high,
+                **{k: stats.get(k, 0.0) / tokens for k in ("sampler_kl", "sampler_far", "clipped", "reference_kl")},
+                sampler_max=stats.get("sampler_max", 0.0), weight_q01=low, weight_q50=middle, weight_q99=high,
                 repetition=mean(r for _, _, _, r in every), groups=count, tokens=sampled, trained_tokens=stats.get("tokens", 0.0),
                 rollout_tok_s=sampled / rl.env.world / max(1e-9, clock["t_rollout"]),
                 train_tok_s=stats.get("tokens", 0.0) / rl.env.world / max(1e-9, clock["t_train"]), t_step=seconds, **clock)
@@ -559,7 +557,7 @@ def warnings(history, config):
         (lambda h: len(h) > 1 and h[-1]["entropy"] > 3 * h[0]["entropy"] and h[-1]["entropy"] > 0.5,
          "the entropy rose to three times what it was: the policy is falling apart. Lower --lr"),
         (lambda h: h[-1]["sampler_kl"] > 0.01,
-         "sampler and trainer disagree (KL above 0.01): a sampler in lower precision, truncation without --tis, or a bug"),
+         "sampler and trainer disagree (KL above 0.01): a sampler in lower precision, or a bug"),
         (lambda h: h[-1]["repetition"] > 0.1,
          "more than a tenth of the responses end by repeating themselves (their tails shrink tenfold under zlib)"),
     ]
@@ -658,7 +656,7 @@ def main(argv=None):
         if rl.reference:
             rl.reference.load_state_dict(states[0]["reference"])
     if config.resume:
-        run.rewind(begin)
+        run.rewind(begin if found else -1)                       # stopped before its first checkpoint: from the start
     size = sum(p.numel() for p in rl.model.parameters()) / 1e6
     run.log(f"{config.algo} on {config.data or config.task} from {config.init}: {size:.2f}M parameters, {config.prompts} x "
             f"{config.n} samples a step, {env.world} x {env.device}, {kernels.backend(env.device)}")
@@ -676,6 +674,7 @@ def main(argv=None):
     # ---- the loop
     if begin == 0:
         before = test(rl.valid, config.eval_k)
+        rl.best = before["avg"]
         run.log(f"before: {words(before)}")
         run.metrics(0, **{f"eval/{k}": v for k, v in before.items()})
     bar = progress(config.steps, "rl")
@@ -702,7 +701,7 @@ def main(argv=None):
         # ---- log
         numbers = summary(rl, groups, dropped, stats, time.perf_counter() - clock)
         history.append(numbers)
-        numbers["grad_norm"], numbers["skipped"] = stats["grad_norm"], rl.optimizer.skipped
+        numbers["grad_norm"], numbers["skipped"], numbers["spent"] = stats["grad_norm"], rl.optimizer.skipped, rl.spent
         numbers["reward_failed"] = all_sum(sum(rl.workers.failed.values()))
         bar.update()
         run.log(status(now, config, numbers))

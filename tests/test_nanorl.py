@@ -1,16 +1,20 @@
 """the RL loop: it learns, ranks, resume, resets, several updates a rollout, warnings, bad input (losses: test_algorithms.py)"""
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import data
 import nanorl
+from bench import algorithms
+from examples import darling
 from nanorl import Config, warnings
 from train_gpt import GPT, GPTConfig
 
@@ -288,3 +292,76 @@ def test_dry_run_prints_the_budget_and_writes_nothing(own, capsys):
     out = capsys.readouterr().out
     assert all(word in out for word in ("weights", "gradients", "optimizer shard", "KV cache", "activations", "together"))
     assert not Path("runs").exists()
+
+
+# -----------------------------------------------------------------------------
+# the fork, and the benchmark of all rows
+
+
+def test_darling_pays_for_what_siblings_have_not(own):
+    """three times one answer, two others, one wrong; equal is what the task calls equal"""
+    task, config = data.load("countdown"), darling.Config(n=6)
+    texts = ["12*3=36,36+7=43", "3*12=36,36+7=43", "3*12=36,7+36=43", "12+7=19,19+24=43", "7+3=10,10+33=43", "nothing"]
+    samples = [SimpleNamespace(tokens=list(text.encode())) for text in texts]
+    assert np.allclose(darling.distinctness(samples, task, texts, config), [3 / 5] * 3 + [1, 1, 1])
+    assert darling.right_ways(task, texts, [1, 1, 1, 1, 0, 0]) == 2
+    grams = darling.Config(same="ngrams", ngram=2)
+    samples = [SimpleNamespace(tokens=t) for t in ([1, 2, 3], [1, 2, 4], [5])]
+    assert np.allclose(darling.distinctness(samples, task, texts, grams), [0.5, 0.5, 1])
+
+
+@pytest.mark.parametrize("argv", [["--same", "classes"], ["--same", "ngrams", "--minibatch", "3", "--algo", "gspo"]])
+def test_darling_runs(own, argv):
+    darling.main([*"--init base --task countdown --steps 2 --prompts 5 --n 4 --max-new 10 --eval-n 4 --eval-k 4 --eval-every 1 --threads 1 "
+                   "--device cpu --row-tokens 128".split(), *argv])
+    m = metrics("darling")
+    assert [row["step"] for row in m] == [0, 1, 2] and {"right_ways", "distinct", "reward", "eval/pass@4"} <= set(m[-1])
+    assert weights("runs/darling/ckpt/step_2")
+
+
+def test_darling_raises_what_is_rare_and_right():
+    """four times the same right answer, one other, three wrong: all right ones go up, the rare one most"""
+    digits = SimpleNamespace(answer=lambda text: next((c for c in text if c in "0123456789"), None), canon=lambda a: a,
+                             same=lambda a, b: a == b)
+    config = darling.Config(n=8)
+    texts = ["1"] * 4 + ["2", "x", "x", "x"]
+    factor = darling.distinctness([SimpleNamespace(tokens=[1])] * 8, digits, texts, config)
+    reward = np.array([1.0] * 5 + [0] * 3) * factor
+    A = nanorl.BASELINES["mean"](reward)
+    assert A[4] > 2 * A[0] > 0 > A[7]
+
+
+def test_benchmark_of_all_rows_runs_resumes_and_repeats_nothing(own, capsys):
+    """two rows on a tiny budget: a table, one picture; a run that is there is not made again, and one that was stopped goes on"""
+    argv = ("--init base --rows dr_grpo,holder --tasks countdown:steps --max-new 8 --seeds 1 --tokens 150 --prompts 4 --n 4 --updates 2 "
+            "--eval-every 1 --eval-n 4 --final-n 4 --k 2").split()
+    numbers = algorithms.main(argv)
+    out = capsys.readouterr().out
+    assert numbers["left"] == numbers["failed"] == 0, out
+    assert "2 runs, 2 to make" in out and "| dr_grpo |" in out and "| holder |" in out
+    assert numbers["countdown:steps dr_grpo speed"] == 1
+    assert Path("runs/algorithms/algorithms.png").stat().st_size > 1000
+    shutil.rmtree("runs/algorithms/countdown-steps-holder-0/ckpt")
+    assert algorithms.main(argv) == numbers
+    assert "2 runs, 1 to make" in capsys.readouterr().out
+
+
+def test_benchmark_stops_what_takes_too_long(own, capsys):
+    argv = ("--init base --rows grpo --tasks countdown:steps --max-new 8 --seeds 1 --tokens 1000000 --prompts 4 --n 4 --updates 1 "
+            "--eval-every 50 --eval-n 4 --final-n 4 --k 2 --minutes 0.2").split()
+    assert algorithms.main(argv)["left"] == 1
+    assert "stopped at its time" in capsys.readouterr().out
+    assert nanorl.newest("runs/algorithms/countdown-steps-grpo-0"), "with a checkpoint"
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--rows", "gpro"], "gpro"),
+    (["--max-new", "48"], "one number for each of the 2 tasks"),
+    (["--k", "3"], "power of two"),
+    (["--init", "nowhere"], "nowhere is not there"),
+])
+def test_benchmark_refuses(own, capsys, argv, words):
+    with pytest.raises(SystemExit) as stopped:
+        algorithms.main(["--init", "base", *argv])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(error) == 1 and words in error[0]
