@@ -269,7 +269,7 @@ def make_loss(config, at=0.0, old=None, marked=None, reference=None):
         with torch.no_grad():
             ratio_N = logratio_N.exp()
             outside_N = (ratio_N < 1 - c.clip_low) | (ratio_N > 1 + c.clip_high) if c.trust != "none" else ratio_N < 0
-            stats = dict(tokens=len(logp_N), entropy=entropy_N.sum(), sampler_kl=(apart_N.exp() - 1 - apart_N).sum(),
+            stats = dict(tokens=len(logp_N), entropy=entropy_N.sum(), sampler_kl=(apart_N.expm1() - apart_N).sum(),
                          sampler_far=(apart_N.abs() > 0.1).sum(), sampler_max=apart_N.abs().max() if len(apart_N) else 0.0,
                          clipped=outside_N.sum(), reference_kl=k3_N.sum(), weight_all=trust_N.exp())
         return total, stats

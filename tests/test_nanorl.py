@@ -67,6 +67,14 @@ def test_own_prompts_and_reward_learn(own, capsys):
     assert "reward" in out and out.index("before: avg@4") < out.index("after: avg@4")
 
 
+@pytest.mark.parametrize("algo", nanorl.ALGORITHMS)
+def test_every_row_learns(own, algo):
+    """two updates a rollout: more digits than before, whatever clips and weights"""
+    nanorl.main([*own, "--algo", algo, "--steps", "6", "--eval-every", "0", "--save-every", "10", "--prompts", "16", "--minibatch", "8"])
+    m = metrics()
+    assert m[-1]["reward"] > 2 * m[1]["reward"]
+
+
 def stop_after(step, monkeypatch):
     calls = []
     monkeypatch.setattr(nanorl.Run, "stopping", lambda self: calls.append(1) or len(calls) == step)
