@@ -1,18 +1,20 @@
 """
-nanorl.py: the RL loop. problems -> rollouts -> rewards -> advantages -> one packed update -> the next step.
+nanorl.py: the RL loop. problems -> rollouts -> rewards -> advantages -> packed updates -> the next step.
 
 GRPO and its family in the open. An algorithm is a row of choices on five independent axes (the table below), not a class;
 a new one is a new row, a new choice is a function of a few lines.
 
 Deleted from the usual recipe, and why:
 - no second engine and no weight sync: the sampler reads the very tensors that the optimizer writes;
-- no second forward for old log-probs: with one update per rollout the ratio is 1, so old = logp.detach();
+- no second forward for old log-probs: with one update per rollout the ratio is 1, so old = logp.detach(); with several
+  (--epochs, --minibatch) they are computed once, before the first;
 - no padding and no per-rank mean: rows are packed, every micro-batch back-propagates a SUM, and the one normaliser, global over
   ranks and micro-batches, divides once at the step; how the work is cut up never changes the result;
-- no critic and, unless asked for, no reference model.
+- no critic and, unless --kl-coef asks for one, no reference model.
 
     python nanorl.py                                       a laptop: finds or trains the base, then learns Countdown in minutes
     torchrun --nproc_per_node=8 nanorl.py                  a node: a base of 100M, then Countdown with 4 numbers
+    python nanorl.py --algo gspo --minibatch 8             a row of the table, four updates a rollout
     python nanorl.py --init DIR --task gsm8k --max-new 1024
     python nanorl.py --data my.jsonl --reward my.py:score --init DIR
 """
@@ -44,13 +46,81 @@ from rollout import Sampler
 from train_gpt import GPT
 
 # -----------------------------------------------------------------------------
-# the algorithm table: baseline and scale | ratio | trust region and its clips | aggregation
+# the five axes. 1, the baseline: rewards of a group -> advantages, always local to the group
 
+BASELINES = {
+    "group": lambda r: (r - r.mean()) / (r.std() + 1e-6),
+    "mean": lambda r: r - r.mean(),
+    "loo": lambda r: (r - r.mean()) * len(r) / max(1, len(r) - 1),           # r minus the mean of the others
+}
+
+# 2, the ratio: x = log pi - log pi_old of each prediction -> the log of the ratio that counts for it. A ratio of the whole response
+# has the response's value in every token and the gradient of the token's own part, so that a token may have its own advantage;
+# summed over a response whose advantage is uniform this is the gradient of the ratio itself
+
+
+def of_sample(values_N, sample_N, lengths_S):
+    """The mean over each sample's predictions, at each prediction."""
+    return (values_N.new_zeros(len(lengths_S)).index_add_(0, sample_N, values_N) / lengths_S)[sample_N]
+
+
+def sequence(x_N, sample_N, lengths_S, p):
+    """GSPO: the geometric mean over the response."""
+    return of_sample(x_N.detach(), sample_N, lengths_S) + x_N - x_N.detach()
+
+
+def power(x_N, sample_N, lengths_S, p):
+    """HolderPO: the power mean (mean rho^p)^(1/p); p = 1 arithmetic, 0 geometric, below 0 the smallest ratios decide. By
+    log mean exp z = top + log1p(mean expm1(z - top)), true for any top: 0 while z is small, where the plain form cancels."""
+    fixed_N = x_N.detach()
+    mean_N = of_sample(fixed_N, sample_N, lengths_S)
+    z_N = p * (fixed_N - mean_N)
+    top_S = z_N.new_zeros(len(lengths_S)).scatter_reduce_(0, sample_N, z_N, "amax")
+    top_N = torch.where(top_S > 1, top_S, 0.0)[sample_N]         # and the largest z where exp could overflow
+    log_N = top_N + of_sample((z_N - top_N).expm1(), sample_N, lengths_S).log1p()
+    share_N = (z_N - log_N).exp()                                # length * rho^p / sum rho^p: whose gradient counts
+    return mean_N + (log_N / p if p else 0.0) + share_N * (x_N - fixed_N)
+
+
+RATIOS = {
+    "token": lambda x_N, sample_N, lengths_S, p: x_N,
+    "sequence": sequence,
+    "power": power,
+}
+
+# 3, the trust region: log-ratio and advantage of each prediction -> the objective, to be maximised
+
+TRUSTS = {
+    "clip": lambda x, A, low, high: torch.minimum(x.exp() * A, x.exp().clamp(1 - low, 1 + high) * A),        # PPO: no gradient outside
+    "weight": lambda x, A, low, high: x.detach().exp().clamp(1 - low, 1 + high) * A * x,         # CISPO: a bounded one everywhere
+    "none": lambda x, A, low, high: x.exp() * A,
+}
+
+# 4, aggregation: length of a response -> (weight of each of its tokens, its share of the normaliser)
+
+AGGREGATES = {
+    "token": lambda L, config: (1.0, L),                                     # DAPO: every token of the batch counts the same
+    "sequence": lambda L, config: (1.0 / L, 1.0),                            # GRPO: every response does
+    "constant": lambda L, config: (1.0 / config.max_new, 1.0),               # Dr. GRPO: a long answer is not discounted
+    "length": lambda L, config: (L ** -config.length_power, L ** -config.length_power),      # VL Norm: w_i = L_i^-a / sum L_j^-a
+}
+
+# 5, regularisers: --kl-coef and the resets of its reference, --cov, --entropy-coef. They add up, so they are flags and no choices
+
+# the table. Clips of cispo (no lower one) and holder, and the KL coefficient of prorl, are ours: their papers leave them open
 ALGORITHMS = {
     #           baseline       ratio              trust          clips                         aggregation
     "grpo":    dict(baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="sequence"),
     "dapo":    dict(baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.28, aggregate="token", dynamic=True),
     "dr_grpo": dict(baseline="mean", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="constant"),
+    "rloo":    dict(baseline="loo", ratio="token", trust="none", aggregate="constant"),
+    "gspo":    dict(baseline="group", ratio="sequence", trust="clip", clip_low=3e-4, clip_high=4e-4, aggregate="sequence"),
+    "cispo":   dict(baseline="group", ratio="token", trust="weight", clip_low=1.0, clip_high=4.0, aggregate="token"),
+    "vl_norm": dict(baseline="mean", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="length", length_power=1.0),
+    "holder":  dict(baseline="group", ratio="power", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="sequence", power=2.0,
+                    power_end=-2.0),
+    "prorl":   dict(baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.4, aggregate="token", dynamic=True,
+                    temperature=1.2, kl_coef=1e-3, reset_every=100),
 }
 
 
@@ -61,22 +131,34 @@ class Config:
     task: str = "countdown"              # a task of data/; the word after a colon is its variant
     data: str = ""                       # your own prompts instead: a .jsonl file of {prompt, gold?}
     reward: str = ""                     # your own reward: my.py:score, a function (problem, text) -> float
-    algo: Literal["grpo", "dapo", "dr_grpo"] = "dr_grpo"  # a row of the table; each axis has its own flag below
-    baseline: Literal["", "group", "mean", "loo"] = ""  # advantage: (r - mean) / std of the group; r - mean; leave one out
-    ratio: Literal["", "token"] = ""     # importance ratio of the update
-    trust: Literal["", "clip", "none"] = ""  # trust region: PPO's clip, or none
+    algo: Literal[*ALGORITHMS] = "dr_grpo"  # a row of the table; each axis has its own flag below
+    baseline: Literal["", *BASELINES] = ""  # advantage: (r - mean) / std of the group; r - mean; leave one out
+    ratio: Literal["", *RATIOS] = ""     # importance ratio: of the token; geometric mean of the response; power mean of the response
+    trust: Literal["", *TRUSTS] = ""     # trust region: PPO's clip; clipped weights that keep the gradient; none
     clip_low: float | None = None        # the ratio is clipped below 1 - this
     clip_high: float | None = None       # and above 1 + this
-    aggregate: Literal["", "token", "sequence", "constant"] = ""  # mean over tokens; over sequences of their mean; sum over --max-new
+    aggregate: Literal["", *AGGREGATES] = ""  # mean over tokens; over sequences of their mean; sum over --max-new; sums by length^-a
+    length_power: float | None = None    # the a of --aggregate length: 0 every token, 1 every response counts the same
+    power: float | None = None           # the p of --ratio power at the start of the run; may be negative
+    power_end: float | None = None       # and at its end; may be negative
+    kl_coef: float | None = None         # KL (k3) to a reference, at first the model of --init
+    reset_every: int | None = None       # steps until the policy becomes the reference and the optimizer forgets; 0: never
+    reset_patience: int = 0              # the same after this many evaluations without a new best; 0: never
+    cov: Literal["", "clip", "kl"] = ""  # tokens whose log-prob and advantage vary together most: no gradient, or a KL to the old policy
+    cov_share: float = 2e-3              # how many of the tokens of a rollout those are
+    cov_coef: float = 1.0                # the coefficient of --cov kl
     entropy_coef: float = 0.0            # bonus on the entropy of the policy; may be negative
     dynamic: bool | None = None          # drop groups whose rewards are all equal and sample others in their place
     overlong: int = 0                    # soft penalty on the last this many tokens before --max-new; 0: off
     tis: float = 2.0                     # truncate the importance weight between sampler and trainer here; 0: no weight
-    steps: int = 120                     # updates
+    epochs: int = 1                      # times a rollout is learned from
+    minibatch: int = 0                   # prompts of one update; 0: all of the step
+    steps: int = 120                     # rollouts
+    tokens: int = 0                      # end after this many sampled tokens, if that is sooner than --steps; 0: no limit
     prompts: int = 32                    # prompts a step, over all ranks
     n: int = 16                          # samples of a prompt
     max_new: int = 48                    # tokens of a sample, at most; look at `truncated` before anything else
-    temperature: float = 1.0             # of the rollout, and of the log-probs that are trained
+    temperature: float | None = None     # of the rollout, and of the log-probs that are trained; 1 unless the row says otherwise
     top_p: float = 1.0                   # 1: off; otherwise corrected by the mass it kept
     problems: int = 4096                 # training problems; the epochs repeat them with new noise
     lr: float = 1e-3                     # AdamW
@@ -113,13 +195,7 @@ HARDWARE = {
 
 
 # -----------------------------------------------------------------------------
-# axis 1: the baseline. rewards of a group -> advantages, always local to the group
-
-BASELINES = {
-    "group": lambda r: (r - r.mean()) / (r.std() + 1e-6),
-    "mean": lambda r: r - r.mean(),
-    "loo": lambda r: (r - r.mean()) * len(r) / max(1, len(r) - 1),           # r minus the mean of the others
-}
+# from rewards to a loss
 
 
 def advantage(group, config):
@@ -132,52 +208,77 @@ def advantage(group, config):
         s.advantage = float(a)
 
 
-# axis 2: the ratio. log pi - log pi_old of the predictions -> log-ratio of each
-
-RATIOS = {
-    "token": lambda logratio_N, sample_N, lengths: logratio_N,
-}
-
-# axis 3: the trust region. ratio and advantage of each prediction -> the objective, to be maximised
-
-TRUSTS = {
-    "clip": lambda ratio, A, low, high: torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A),
-    "none": lambda ratio, A, low, high: ratio * A,
-}
-
-# axis 4: aggregation. length of a response -> (weight of each of its tokens, its share of the normaliser)
-
-AGGREGATES = {
-    "token": lambda L, config: (1.0, L),                                     # DAPO: every token of the batch counts the same
-    "sequence": lambda L, config: (1.0 / L, 1.0),                            # GRPO: every response does
-    "constant": lambda L, config: (1.0 / config.max_new, 1.0),               # Dr. GRPO: a long answer is not discounted
-}
+def address(s):
+    return s.problem, s.visit, s.index
 
 
-def make_loss(config):
-    """-> loss(batch, hidden_ND, head_VD) -> (sum to be minimised, stats as sums)."""
+def stored(known, batch):
+    """What is known of each sample by its address, one number a prediction, for the predictions of a batch."""
+    parts = [known[address(s)] for s in batch.samples]
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts])).to(batch.targets_N.device)
+
+
+def covariant(groups, config):
+    """-> 1 for the predictions that most lower the entropy, else 0: those with the largest (log-prob - mean) (advantage - mean) of the
+    whole batch. From the sampler's log-probs, so it is known before any backward; a tie goes to the lower address."""
+    samples = [s for g in groups for s in g]
+    trained = [~np.isnan(s.logprobs) for s in samples]
+    logp = np.concatenate([np.zeros(0), *[np.array(s.logprobs)[on] for s, on in zip(samples, trained)]])
+    A = np.concatenate([np.zeros(0), *[np.broadcast_to(s.advantage, len(on))[on] for s, on in zip(samples, trained)]])
+    top = np.zeros(len(logp), np.float32)
+    if len(logp):
+        cov = (logp - logp.mean()) * (A - A.mean())
+        top[np.argsort(-cov, kind="stable")[:math.ceil(config.cov_share * len(cov))]] = 1
+    ends = np.cumsum([on.sum() for on in trained])
+    return {address(s): part for s, part in zip(samples, np.split(top, ends))}
+
+
+def predicting(model, batch):
+    """-> hidden_ND: the hidden states that predict."""
+    return model(batch.tokens_T, batch.positions_T, packed_attention(batch.cu_seqlens, batch.max_len, batch.parent))[batch.at_N]
+
+
+def make_loss(config, at=0.0, old=None, marked=None, reference=None):
+    """-> loss(batch, hidden_ND, head_VD) -> (sum to be minimised, stats as sums). at: the share of the run that is over. old: log-probs
+    before the first of several updates; marked: from covariant(), both by address. reference: a model for --kl-coef."""
+    c = config
+    p = None if c.power is None else c.power + at * (c.power_end - c.power)
 
     def loss(batch, hidden_ND, head_VD):
-        logp_N, entropy_N = linear_logprob(hidden_ND, head_VD, batch.targets_N, config.temperature)
-        old_N = logp_N.detach()                                  # one update a rollout: the policy that sampled is this one
-        lengths = torch.bincount(batch.sample_N, minlength=len(batch.samples))
-        ratio_N = RATIOS[config.ratio](logp_N - old_N, batch.sample_N, lengths).exp()
-        objective_N = TRUSTS[config.trust](ratio_N, batch.advantage_N, config.clip_low, config.clip_high)
+        logp_N, entropy_N = linear_logprob(hidden_ND, head_VD, batch.targets_N, c.temperature)
+        # one update a rollout: the policy that sampled is this one
+        old_N = logp_N.detach() if old is None else stored(old, batch)
+        lengths_S = torch.bincount(batch.sample_N, minlength=len(batch.samples)).clamp(min=1)
+        x_N = logp_N - old_N
+        logratio_N = RATIOS[c.ratio](x_N, batch.sample_N, lengths_S, p)
+        objective_N = TRUSTS[c.trust](logratio_N, batch.advantage_N, c.clip_low, c.clip_high)
+        if c.cov == "clip":
+            objective_N = objective_N * (1 - stored(marked, batch))
+        elif c.cov == "kl":
+            objective_N = objective_N - c.cov_coef * stored(marked, batch) * x_N.abs()
         apart_N = old_N - batch.old_logp_N                       # trainer against sampler: rounding, or a bug
-        if config.tis:                                           # truncation sampled from pi / kept where kept is less than 1
-            objective_N = objective_N * (apart_N + batch.kept_N).exp().clamp(max=config.tis)
-        total = -(batch.weight_N * (objective_N + config.entropy_coef * entropy_N)).sum()
+        trust_N = apart_N + batch.kept_N                         # truncation sampled from pi / kept where kept is less than 1
+        if c.tis:
+            objective_N = objective_N * trust_N.exp().clamp(max=c.tis)
+        k3_N = torch.zeros_like(logp_N)
+        if c.kl_coef:
+            with torch.no_grad():
+                reference_N, _ = linear_logprob(predicting(reference, batch), reference.head_weight, batch.targets_N, c.temperature)
+            k3_N = (reference_N - logp_N).expm1() - (reference_N - logp_N)
+        total = -(batch.weight_N * (objective_N + c.entropy_coef * entropy_N - c.kl_coef * k3_N)).sum()
         with torch.no_grad():
-            stats = dict(tokens=len(logp_N), entropy=entropy_N.sum(), sampler_kl=(apart_N.exp() - 1 - apart_N).sum(),
+            ratio_N = logratio_N.exp()
+            outside_N = (ratio_N < 1 - c.clip_low) | (ratio_N > 1 + c.clip_high) if c.trust != "none" else ratio_N < 0
+            stats = dict(tokens=len(logp_N), entropy=entropy_N.sum(), sampler_kl=(apart_N.expm1() - apart_N).sum(),
                          sampler_far=(apart_N.abs() > 0.1).sum(), sampler_max=apart_N.abs().max() if len(apart_N) else 0.0,
-                         clipped=((ratio_N < 1 - config.clip_low) | (ratio_N > 1 + config.clip_high)).sum())
+                         clipped=outside_N.sum(), reference_kl=k3_N.sum(), weight_all=trust_N.exp())
         return total, stats
 
     return loss
 
 
 # -----------------------------------------------------------------------------
-# the stages: setup, collect, update, step
+# the stages: setup, collect, update, step; learn is all updates of a rollout
 
 
 def setup(config, problems=None):
@@ -213,22 +314,48 @@ def setup(config, problems=None):
     except (ValueError, FileNotFoundError) as e:
         die(e)
     model.checkpoint = config.checkpoint
+    # on the host between updates, on the device while one lasts
+    reference = GPT.from_hf(folder, dtype=env.dtype).requires_grad_(False) if config.kl_coef else None
     optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr or None, weight_decay=config.weight_decay, clip=config.clip)
     return SimpleNamespace(config=config, env=env, model=model, tok=tok, task=task, problems=problems, valid=held[0], test=held[1],
                            sampler=sampler, optimizer=optimizer, workers=Rewards(reward, workers=config.workers),
-                           normaliser=0.0, updates=0, visits={}, clock=dict.fromkeys(CLOCKS, 0.0))
+                           reference=reference, normaliser=0.0, updates=0.0, spent=0, best=-math.inf, stalled=0, visits={},
+                           clock=dict.fromkeys(CLOCKS, 0.0))
 
 
+COUNTERS = ("visits", "updates", "spent", "best", "stalled")     # of rl, kept in checkpoints
 CLOCKS = ("rollout", "reward", "pack", "train", "opt", "idle")
 
 
 def with_algorithm(config):
-    """The row of --algo, overridden by every axis that was given its own flag."""
-    row = ALGORITHMS[config.algo]
-    chosen = {k: v for k, v in row.items() if getattr(config, k) in ("", None)}
-    config = type(config)(**{**{"dynamic": False}, **asdict(config), **chosen})
-    config.dynamic = bool(config.dynamic)
-    return config
+    """The row of --algo, overridden by every axis that was given its own flag. What does not go together is refused, with the reason."""
+    defaults = dict(dynamic=False, temperature=1.0, kl_coef=0.0, reset_every=0, clip_low=0.2, clip_high=0.2, length_power=1.0, power=1.0)
+    given = {k: v for k, v in asdict(config).items() if v not in ("", None)}
+    c = type(config)(**{**asdict(config), **defaults, **ALGORITHMS[config.algo], **given})
+    c.power_end = c.power if c.power_end is None else c.power_end
+    for name, axis, idle in [("clip_low", "trust", c.trust == "none"), ("clip_high", "trust", c.trust == "none"),
+                             ("power", "ratio", c.ratio != "power"), ("power_end", "ratio", c.ratio != "power"),
+                             ("length_power", "aggregate", c.aggregate != "length")]:
+        if idle and name in given:
+            die(f"--{name.replace('_', '-')} says nothing here: --{axis} is {getattr(c, axis)}")
+        setattr(c, name, None if idle else getattr(c, name))
+    several = c.epochs > 1 or 0 < c.minibatch < c.prompts
+    for wrong, why in [
+        (c.epochs < 1, "--epochs is 0: give at least 1"),
+        (c.minibatch > c.prompts, f"--minibatch {c.minibatch} is above --prompts {c.prompts}, and an update holds no more than a rollout"),
+        (not c.temperature, "--temperature 0 samples the same answer again and again: groups need variety, give a number above 0"),
+        (c.clip_low and c.clip_low > 1, f"--clip-low {c.clip_low}: a ratio is never below 0, so give at most 1"),
+        (0 < c.tis < 1, f"--tis {c.tis} would cut the weight where sampler and trainer agree: give 1 or more, or 0 for no weight"),
+        (c.top_p < 1 and not c.tis, "--top-p below 1 with --tis 0: what is sampled is not what is trained, and nothing would correct it"),
+        ((c.reset_every or c.reset_patience) and not c.kl_coef, "--reset-every and --reset-patience need a reference: give --kl-coef"),
+        (c.reset_patience and not c.eval_every, "--reset-patience counts evaluations, and --eval-every 0 makes none"),
+        (c.cov and not 0 < c.cov_share < 1, f"--cov-share {c.cov_share} is a share of the tokens: give a number between 0 and 1"),
+        (c.cov == "kl" and not several, "--cov kl with one update a rollout: the old policy is the new one, so their KL has no gradient; "
+                                        "give --epochs 2 or a --minibatch below --prompts, or --cov clip"),
+    ]:
+        if wrong:
+            die(why)
+    return c
 
 
 def next_problems(rl, at, count):
@@ -272,49 +399,112 @@ def collect(rl, problems, n):
         clock["reward"] += time.perf_counter() - now
 
 
+def everyone(rl, groups):
+    """The groups of all ranks, by their address: the same list everywhere, however many ranks there are."""
+    begin = time.perf_counter()
+    parts = gather(groups)                                       # waits for the slowest rank
+    rl.clock["idle"] += time.perf_counter() - begin if rl.env.world > 1 else 0.0
+    return sorted((g for part in parts for g in part), key=lambda g: (g[0].problem, g[0].visit))
+
+
+def together(parts):
+    """Stats of micro-batches, ranks or updates as one: sums, but the largest of *_max and all numbers of *_all."""
+    total = {}
+    for part in parts:
+        for k, v in part.items():
+            if k.endswith("_all"):
+                total[k] = np.append(total.get(k, np.zeros(0, np.float32)), v)
+            else:
+                total[k] = max(total.get(k, 0.0), float(v)) if k.endswith("_max") else total.get(k, 0.0) + float(v)
+    return total
+
+
+def batches(rl, groups):
+    """This rank's packed rows. A response without advantage adds nothing to the gradient: unless another term needs it, it counts in the
+    normaliser and costs no forward."""
+    c = rl.config
+    trained = groups if c.entropy_coef or c.kl_coef else [[s for s in g if s.advantage] for g in groups]
+    trained = [g for g in trained if g]
+    return pack.batches(trained, c.row_tokens, rl.model.config, rl.env.rank, rl.env.world) if trained else []
+
+
 def update(rl, groups, loss):
+    """One update's gradient from the groups of all ranks, each rank passing its own. -> stats as sums over ranks."""
+    return backward(rl, everyone(rl, groups), loss)
+
+
+def backward(rl, groups, loss):
     """Packs the groups of all ranks, gives each rank its share, back-propagates the sums. -> stats as sums over ranks."""
     c, clock = rl.config, rl.clock
     begin = time.perf_counter()
-    parts = gather(groups)                                       # waits for the slowest rank
-    waited = time.perf_counter()
-    clock["idle"] += waited - begin if rl.env.world > 1 else 0.0
-    everyone = sorted((g for part in parts for g in part), key=lambda g: (g[0].problem, g[0].visit))
-    rl.normaliser += sum(AGGREGATES[c.aggregate](len(s.tokens), c)[1] for g in everyone for s in g)
-    # a response without advantage adds nothing to the gradient: it counts in the normaliser and costs no forward
-    trained = everyone if c.entropy_coef else [[s for s in g if s.advantage] for g in everyone]
-    trained = [g for g in trained if g]
-    micro = pack.batches(trained, c.row_tokens, rl.model.config, rl.env.rank, rl.env.world) if trained else []
+    rl.normaliser += sum(AGGREGATES[c.aggregate](len(s.tokens), c)[1] for g in groups for s in g)
+    micro = batches(rl, groups)
     for batch in micro:
         weights = [AGGREGATES[c.aggregate](len(s.tokens), c)[0] for s in batch.samples]
         batch.weight_N = torch.tensor(weights)[batch.sample_N] if weights else batch.weight_N
-    clock["pack"] += time.perf_counter() - waited
-    total = {}
+    clock["pack"] += time.perf_counter() - begin
+    parts = []
     for batch in micro:
         begin = time.perf_counter()
         batch = batch.to(rl.env.device)
-        attend = packed_attention(batch.cu_seqlens, batch.max_len, batch.parent)
-        hidden_ND = rl.model(batch.tokens_T, batch.positions_T, attend)[batch.at_N]
-        value, stats = loss(batch, hidden_ND, rl.model.head_weight)
+        value, stats = loss(batch, predicting(rl.model, batch), rl.model.head_weight)
         value.backward()
-        for k, v in stats.items():
-            v = float(v)
-            total[k] = max(total.get(k, 0.0), v) if k.endswith("_max") else total.get(k, 0.0) + v
+        parts.append({k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in stats.items()})
         clock["train"] += time.perf_counter() - begin
-    everything = gather(total)
-    names = sorted({k for part in everything for k in part})
-    return {k: (max if k.endswith("_max") else sum)(part.get(k, 0.0) for part in everything) for k in names}
+    return together(gather(together(parts)))
 
 
-def step(rl):
-    """The one division, the clipping, the update, the gathering of the weights. A step without signal moves nothing."""
+@torch.no_grad()
+def score(rl, groups):
+    """-> the log-probs of the policy as it is now, of every sample that is trained, by address; of all ranks."""
+    begin, mine = time.perf_counter(), {}
+    for batch in batches(rl, groups):
+        batch = batch.to(rl.env.device)
+        logp_N, _ = linear_logprob(predicting(rl.model, batch), rl.model.head_weight, batch.targets_N, rl.config.temperature)
+        lengths = torch.bincount(batch.sample_N, minlength=len(batch.samples)).tolist()
+        mine |= {address(s): part.numpy() for s, part in zip(batch.samples, logp_N.cpu().split(lengths))}
+    rl.clock["train"] += time.perf_counter() - begin
+    return {k: v for part in gather(mine) for k, v in part.items()}
+
+
+def elapsed(rl):
+    """The share of the run that is over: of --steps, or of --tokens where those are used up sooner."""
+    return max(rl.updates / rl.config.steps, rl.spent / rl.config.tokens if rl.config.tokens else 0.0)
+
+
+def step(rl, share=1.0):
+    """The one division, the clipping, the update, the gathering of the weights. A step without signal moves nothing. share: of a rollout,
+    when it is learned from in several steps; schedules count rollouts."""
     begin = time.perf_counter()
     c = rl.config
-    factor = min(1.0, (rl.updates + 1) / max(1, c.warmup), (c.steps - rl.updates) / max(1.0, c.decay * c.steps))
+    factor = min(1.0, (rl.updates + 1) / max(1, c.warmup), (1 - elapsed(rl)) / max(1 / c.steps, c.decay))
     stats = rl.optimizer.step(divide=rl.normaliser, factor=max(0.0, factor))
-    rl.normaliser, rl.updates = 0.0, rl.updates + 1
+    rl.normaliser, rl.updates = 0.0, rl.updates + share
     rl.clock["opt"] += time.perf_counter() - begin
     return stats
+
+
+def learn(rl, groups):
+    """Every update of a rollout: minibatches by address, so that ranks do not matter, --epochs times. -> stats of them all."""
+    c, groups = rl.config, everyone(rl, groups)
+    size = c.minibatch or max(1, len(groups))
+    parts = [groups[i:i + size] for i in range(0, max(1, len(groups)), size)] * c.epochs
+    loss = make_loss(c, elapsed(rl), score(rl, groups) if len(parts) > 1 else None, covariant(groups, c) if c.cov else None, rl.reference)
+    if rl.reference:
+        rl.reference.to(rl.env.device)
+    done = []
+    for part in parts:
+        stats = backward(rl, part, loss)
+        done.append(stats | step(rl, 1 / len(parts)))
+    if rl.reference:
+        rl.reference.to("cpu")
+    return together(done) | {"grad_norm": sum(s["grad_norm"] for s in done) / len(done)}
+
+
+def reset(rl):
+    """ProRL: the policy becomes its own reference, so the KL is 0 again, and the optimizer forgets its moments."""
+    rl.reference.load_state_dict(rl.model.state_dict())
+    rl.optimizer.reset()
 
 
 # -----------------------------------------------------------------------------
@@ -330,6 +520,7 @@ def summary(rl, groups, dropped, stats, seconds):
     mine = [s for g in groups for s in g]
     rows = [(s.reward, s.finished == "length", len(s.tokens), repeats(completion(s, rl.tok))) for s in mine]
     tokens = max(1.0, stats.get("tokens", 0.0))
+    low, middle, high = np.quantile(weight, (0.01, 0.5, 0.99)) if len(weight := stats.get("weight_all", ())) else [math.nan] * 3
     every = [row for part in gather(rows) for row in part]
     flat = all_sum(sum(not varied(g) for g in groups) + dropped)
     count = all_sum(len(groups) + dropped)
@@ -339,8 +530,8 @@ def summary(rl, groups, dropped, stats, seconds):
     sampled = sum(row[2] for row in every)
     return dict(reward=mean(r for r, _, _, _ in every), zero_var=flat / max(1, count), truncated=mean(t for _, t, _, _ in every),
                 length=mean(n for _, _, n, _ in every), entropy=stats.get("entropy", math.nan) / tokens if stats else math.nan,
-                sampler_kl=stats.get("sampler_kl", 0.0) / tokens, sampler_max=stats.get("sampler_max", 0.0),
-                sampler_far=stats.get("sampler_far", 0.0) / tokens, clipped=stats.get("clipped", 0.0) / tokens,
+                **{k: stats.get(k, 0.0) / tokens for k in ("sampler_kl", "sampler_far", "clipped", "reference_kl")},
+                sampler_max=stats.get("sampler_max", 0.0), weight_q01=low, weight_q50=middle, weight_q99=high,
                 repetition=mean(r for _, _, _, r in every), groups=count, tokens=sampled, trained_tokens=stats.get("tokens", 0.0),
                 rollout_tok_s=sampled / rl.env.world / max(1e-9, clock["t_rollout"]),
                 train_tok_s=stats.get("tokens", 0.0) / rl.env.world / max(1e-9, clock["t_train"]), t_step=seconds, **clock)
@@ -367,7 +558,7 @@ def warnings(history, config):
         (lambda h: len(h) > 1 and h[-1]["entropy"] > 3 * h[0]["entropy"] and h[-1]["entropy"] > 0.5,
          "the entropy rose to three times what it was: the policy is falling apart. Lower --lr"),
         (lambda h: h[-1]["sampler_kl"] > 0.01,
-         "sampler and trainer disagree (KL above 0.01): a sampler in lower precision, truncation without --tis, or a bug"),
+         "sampler and trainer disagree (KL above 0.01): a sampler in lower precision, or a bug"),
         (lambda h: h[-1]["repetition"] > 0.1,
          "more than a tenth of the responses end by repeating themselves (their tails shrink tenfold under zlib)"),
     ]
@@ -420,7 +611,8 @@ def budget(shape, config, width, world, slots, longest, reference=False):
 
 
 def print_budget(rl):
-    parts = budget(rl.model.config, rl.config, rl.model.head_weight.element_size(), rl.env.world, rl.sampler.slots, rl.sampler.max_len)
+    parts = budget(rl.model.config, rl.config, rl.model.head_weight.element_size(), rl.env.world, rl.sampler.slots, rl.sampler.max_len,
+                   bool(rl.reference))
     print(f"memory of one rank of {rl.env.world}, {rl.env.dtype}:")
     for name, size in parts.items():
         print(f"  {name:<16} {size / 2**30:8.3f} GiB")
@@ -460,65 +652,76 @@ def main(argv=None):
         hf.load(found[0], asdict(rl.model.config), dict(rl.model.named_parameters()))
         states = run.load(found[0])
         rl.optimizer.load_state_dict([s["optimizer"] for s in states])
-        begin, at, history, rl.visits, rl.updates = (states[0][k] for k in ("step", "at", "history", "visits", "updates"))
+        begin, at, history = (states[0][k] for k in ("step", "at", "history"))
+        vars(rl).update({k: states[0][k] for k in COUNTERS})
+        if rl.reference:
+            rl.reference.load_state_dict(states[0]["reference"])
     if config.resume:
-        run.rewind(begin)
+        run.rewind(begin if found else -1)                       # stopped before its first checkpoint: from the start
     size = sum(p.numel() for p in rl.model.parameters()) / 1e6
     run.log(f"{config.algo} on {config.data or config.task} from {config.init}: {size:.2f}M parameters, {config.prompts} x "
             f"{config.n} samples a step, {env.world} x {env.device}, {kernels.backend(env.device)}")
     if not own:
         run.log(f"on {expected}")
-    loss = make_loss(config)
 
     def test(problems, k):
         return evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, k, config.max_new)
 
     def save(done):
         run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
-                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=history[-50:], visits=rl.visits, updates=rl.updates))
+                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=history[-50:], **{k: getattr(rl, k) for k in COUNTERS},
+                      reference=rl.reference.state_dict() if rl.reference and env.master else None))
 
     # ---- the loop
     if begin == 0:
         before = test(rl.valid, config.eval_k)
+        rl.best = before["avg"]
         run.log(f"before: {words(before)}")
         run.metrics(0, **{f"eval/{k}": v for k, v in before.items()})
     bar = progress(config.steps, "rl")
     bar.update(begin)
-    for now in range(begin + 1, config.steps + 1):
-        clock = time.perf_counter()
-        groups, dropped, tries = [], 0, 0
+    now, over = begin, lambda: now >= config.steps or 0 < config.tokens <= rl.spent
+    while not over():
+        now, clock = now + 1, time.perf_counter()
+        groups, dropped, sampled, tries = [], 0, 0, 0
         while all_sum(len(groups)) < config.prompts and tries < (4 if config.dynamic else 1):
             missing = config.prompts - all_sum(len(groups))
             for group in collect(rl, next_problems(rl, at, missing), config.n):
+                sampled += sum(len(s.tokens) for s in group)
                 if config.dynamic and not varied(group):
                     dropped += 1
                     continue
                 advantage(group, config)
                 groups.append(group)
             at, tries = at + missing, tries + 1
-        stats = update(rl, groups, loss)
-        stats |= step(rl)
+        stats = learn(rl, groups)
+        rl.spent += all_sum(sampled)
         for part in gather(rl.visits):                           # a problem may meet another rank next time
             rl.visits = {k: max(rl.visits.get(k, 0), part.get(k, 0)) for k in rl.visits | part}
 
         # ---- log
         numbers = summary(rl, groups, dropped, stats, time.perf_counter() - clock)
         history.append(numbers)
-        numbers["grad_norm"], numbers["skipped"] = stats["grad_norm"], rl.optimizer.skipped
+        numbers["grad_norm"], numbers["skipped"], numbers["spent"] = stats["grad_norm"], rl.optimizer.skipped, rl.spent
         numbers["reward_failed"] = all_sum(sum(rl.workers.failed.values()))
         bar.update()
         run.log(status(now, config, numbers))
         for warning in warnings(history, config):
             run.log(f"  warning: {warning}")
-        last = now == config.steps
+        last = over()
         if config.eval_every and now % config.eval_every == 0 and not last:
             result = test(rl.valid, config.eval_k)
             run.log(f"  held out: {words(result)}")
             numbers |= {f"eval/{k}": v for k, v in result.items()}
+            rl.best, rl.stalled = (result["avg"], 0) if result["avg"] > rl.best else (rl.best, rl.stalled + 1)
         if last:
             result = test(rl.test, config.eval_k)
             run.log(f"after: {words(result)}")
             numbers |= {f"eval/{k}": v for k, v in result.items()}
+        if (config.reset_every and now % config.reset_every == 0) or (config.reset_patience and rl.stalled >= config.reset_patience):
+            reset(rl)
+            rl.best, rl.stalled = -math.inf, 0
+            run.log("  the policy is its own reference from here on, and the optimizer starts afresh")
         run.metrics(now, **numbers)
         run.samples(sample_rows(rl, now, groups))
         stopping = run.stopping()
@@ -531,7 +734,7 @@ def main(argv=None):
     rl.workers.close()
     if env.master:
         view.curves(run.folder)
-        run.log(f"wrote {run.folder}: curves.png, samples.jsonl, and the model in ckpt/step_{config.steps} (a Hugging Face folder)")
+        run.log(f"wrote {run.folder}: curves.png, samples.jsonl, and the model in ckpt/step_{now} (a Hugging Face folder)")
     run.close()
 
 

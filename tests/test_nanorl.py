@@ -1,6 +1,7 @@
-"""the RL loop: losses against three lines of numpy, exact gradients, ranks, resume, warnings, bad input"""
+"""the RL loop: it learns, ranks, resume, resets, several updates a rollout, warnings, bad input (losses: test_algorithms.py)"""
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,103 +13,12 @@ import torch
 
 import data
 import nanorl
-import pack
-from nanorl import ALGORITHMS, Config, advantage, make_loss, warnings, with_algorithm
-from rollout import Sample
+from bench import algorithms
+from examples import darling
+from nanorl import Config, warnings
 from train_gpt import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def group(rewards, lengths, V=7, seed=0, problem=0):
-    g = torch.Generator().manual_seed(seed)
-    return [Sample([1, 2], torch.randint(0, V, (L,), generator=g).tolist(), [0.0] * L, "stop", problem, i, 0, reward=r)
-            for i, (r, L) in enumerate(zip(rewards, lengths))]
-
-
-def gradient(config, groups, hidden_of, W):
-    """The sums of nanorl's stages on a head alone: rows of hidden states in, gradient of the head out, already divided."""
-    W = W.clone().requires_grad_()
-    total, normaliser = 0.0, 0.0
-    for samples in groups:
-        advantage(samples, config)
-        for s in samples:
-            batch = pack.rows(pack.alone(s))
-            weight, share = nanorl.AGGREGATES[config.aggregate](len(s.tokens), config)
-            batch.weight_N, normaliser = torch.full((len(s.tokens),), weight, dtype=torch.float64), normaliser + share
-            batch.advantage_N = batch.advantage_N.double()
-            value, _ = make_loss(config)(batch, hidden_of(s), W)
-            total = total + value
-    (total / normaliser).backward()
-    return W.grad
-
-
-def rows(**kw):
-    config = with_algorithm(Config(**kw))
-    config.tis = 0.0
-    return config
-
-
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_every_row_is_three_lines_of_numpy(algo):
-    """rung 12: ragged random groups; the gradient of the head by numpy from the formula in the paper"""
-    torch.manual_seed(0)
-    config, V, D = rows(algo=algo, max_new=20), 7, 5
-    groups = [group([1, 0, 0, 1], [3, 9, 1, 20], problem=0), group([0, 1, 0.5, 0], [4, 4, 7, 2], seed=1, problem=1)]
-    H = {(s.problem, s.index): torch.randn(len(s.tokens), D, dtype=torch.float64) for g in groups for s in g}
-    W = torch.randn(V, D, dtype=torch.float64)
-    ours = gradient(config, groups, lambda s: H[s.problem, s.index], W).numpy()
-    theirs, tokens = np.zeros((V, D)), sum(len(s.tokens) for g in groups for s in g)
-    for g in groups:
-        r = np.array([s.reward for s in g])
-        A = {"grpo": (r - r.mean()) / (r.std() + 1e-6), "dapo": (r - r.mean()) / (r.std() + 1e-6), "dr_grpo": r - r.mean()}[algo]
-        for s, a in zip(g, A):
-            h = H[s.problem, s.index].numpy()
-            p = np.exp(h @ W.numpy().T)
-            onehot = np.eye(V)[s.tokens]
-            w = {"grpo": 1 / len(s.tokens) / 8, "dapo": 1 / tokens, "dr_grpo": 1 / 20 / 8}[algo]
-            theirs -= a * w * (onehot - p / p.sum(1, keepdims=True)).T @ h
-    assert np.abs(ours - theirs).max() < 1e-7 * np.abs(theirs).max()
-
-
-def test_gradient_on_three_actions_is_the_closed_form():
-    """a softmax over three actions with probabilities 1/2, 1/4, 1/4 and a group that holds them in just that proportion: the estimate is
-    exact, pi_k (r_k - mean r) for each logit"""
-    W = torch.tensor([[0.5], [0.25], [0.25]], dtype=torch.float64).log()
-    rewards = {0: 1.0, 1: 0.0, 2: 3.0}
-    samples = [Sample([1], [a], [0.0], "stop", 0, i, 0, reward=rewards[a]) for i, a in enumerate([0, 0, 1, 2])]
-    grad = gradient(rows(algo="dr_grpo", max_new=1), [samples], lambda s: torch.ones(1, 1, dtype=torch.float64), W)
-    pi, r = W.exp().squeeze(), torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
-    assert torch.allclose(-grad.squeeze(), pi * (r - (pi * r).sum()), atol=1e-7)
-
-
-def test_a_baseline_of_equal_rewards_gives_no_advantage():
-    for name, baseline in nanorl.BASELINES.items():
-        assert np.abs(baseline(np.ones(4))).max() == 0, name
-        assert abs(baseline(np.array([1.0, 0, 0, 1])).sum()) < 1e-9, name
-    assert np.allclose(nanorl.BASELINES["loo"](np.array([1.0, 0, 0])), [1 - 0, 0 - 0.5, 0 - 0.5])
-
-
-def test_overlong_answers_pay_softly():
-    config = rows(algo="dr_grpo", max_new=20, overlong=10)
-    samples = group([1, 1, 1], [10, 15, 20])
-    advantage(samples, config)
-    paid = np.array([s.advantage for s in samples])
-    assert np.allclose(paid - paid[0], [0, -0.5, -1])
-
-
-def test_an_axis_of_its_own_wins_over_the_row():
-    config = with_algorithm(Config(algo="grpo", aggregate="token", clip_high=0.3))
-    assert (config.baseline, config.aggregate, config.clip_low, config.clip_high, config.dynamic) == ("group", "token", 0.2, 0.3, False)
-    assert with_algorithm(Config(algo="dapo")).dynamic
-
-
-def test_clipping_stops_the_gradient_of_what_has_moved_far_enough():
-    loss = nanorl.TRUSTS["clip"]
-    for ratio, A, moves in [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, -1.0, False), (0.5, 1.0, True), (1.1, 1.0, True)]:
-        r = torch.tensor(ratio, requires_grad=True)
-        loss(r, torch.tensor(A), 0.2, 0.28).backward()
-        assert (r.grad != 0) == moves, (ratio, A)
 
 
 # -----------------------------------------------------------------------------
@@ -157,13 +67,27 @@ def test_own_prompts_and_reward_learn(own, capsys):
     assert "reward" in out and out.index("before: avg@4") < out.index("after: avg@4")
 
 
+@pytest.mark.parametrize("algo", nanorl.ALGORITHMS)
+def test_every_row_learns(own, algo):
+    """two updates a rollout: more digits than before, whatever clips and weights"""
+    nanorl.main([*own, "--algo", algo, "--steps", "6", "--eval-every", "0", "--save-every", "10", "--prompts", "16", "--minibatch", "8"])
+    m = metrics()
+    assert m[-1]["reward"] > 2 * m[1]["reward"]
+
+
 def stop_after(step, monkeypatch):
     calls = []
     monkeypatch.setattr(nanorl.Run, "stopping", lambda self: calls.append(1) or len(calls) == step)
 
 
-def test_resumed_equals_never_stopped_bit_for_bit(own, monkeypatch):
-    """rung 11: weights, moments, visits and every number that is not a time"""
+@pytest.mark.parametrize("algo", [
+    "--algo dr_grpo",
+    "--algo prorl --kl-coef 0.1 --reset-every 2 --epochs 2 --minibatch 3 --cov kl --save-every 3 --reset-patience 1",
+    "--algo holder --minibatch 2 --tokens 100000",
+])
+def test_resumed_equals_never_stopped_bit_for_bit(own, monkeypatch, algo):
+    """rung 11: weights, moments, visits, the reference, what schedules count, and every number that is not a time"""
+    own += algo.split()
     nanorl.main([*own, "--name", "whole"])
     with monkeypatch.context() as patch:
         stop_after(3, patch)
@@ -180,10 +104,14 @@ def test_resumed_equals_never_stopped_bit_for_bit(own, monkeypatch):
 SCRIPT = "import sys, nanorl; nanorl.main(sys.argv[1:])"
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("algo", [
+    "--algo dapo",
+    "--algo holder --minibatch 2 --cov clip --cov-share 0.1",
+    "--algo prorl --kl-coef 0.1 --epochs 2 --cov kl --top-p 0.9",
+])
 def test_two_ranks_equal_one(own, ranks, one_process, algo):
-    """rung 9: an odd number of prompts over two ranks, one step of each algorithm"""
-    argv = [*own, "--algo", algo, "--steps", "1", "--eval-every", "0", "--save-every", "1"]
+    """rung 9: an odd number of prompts over two ranks, one rollout and one to three updates"""
+    argv = [*own, *algo.split(), "--steps", "1", "--eval-every", "0", "--save-every", "1"]
     one_process(SCRIPT, *argv, "--name", "one")
     ranks(2, SCRIPT, *argv, "--name", "two")
     one, two = weights("runs/one/ckpt/step_1"), weights("runs/two/ckpt/step_1")
@@ -217,6 +145,51 @@ def test_dynamic_sampling_fills_the_batch_with_groups_that_differ(own):
     nanorl.main([*own, "--algo", "dapo", "--steps", "2", "--eval-every", "0"])
     for m in metrics()[1:]:
         assert m["groups"] > 5 and 0 < m["zero_var"] < 1 and math.isclose((1 - m["zero_var"]) * m["groups"], 5)
+
+
+def test_several_updates_a_rollout(own):
+    """5 prompts in minibatches of 2 are three updates, twice over six: a bigger move than one update's, and ratios that leave their clip"""
+    nanorl.main([*own, "--steps", "1", "--eval-every", "0", "--name", "one"])
+    nanorl.main([*own, "--steps", "1", "--eval-every", "0", "--name", "six", "--minibatch", "2", "--epochs", "2"])
+    far = {name: sum(float((w - b).abs().sum()) for w, b in zip(weights(f"runs/{name}/ckpt/step_1").values(), weights("base").values()))
+           for name in ("one", "six")}
+    assert far["six"] > 1.5 * far["one"]
+    assert metrics("one")[-1]["clipped"] == 0 < metrics("six")[-1]["clipped"]
+
+
+def test_reference_is_reset_when_held_out_accuracy_stalls(own, capsys):
+    """a reward that nothing improves: the second evaluation is no better than the first, so the policy becomes its own reference"""
+    Path("my.py").write_text("def score(problem, text):\n    return sum(map(ord, text)) % 7 / 100\n")
+    nanorl.main([*own, "--steps", "5", "--algo", "prorl", "--kl-coef", "0.5", "--eval-every", "1", "--reset-every", "0",
+                 "--reset-patience", "2", "--lr", "1e-9"])
+    m = metrics()
+    values = [row["eval/avg"] for row in m[1:-1]]
+    assert capsys.readouterr().out.count("its own reference") >= 1, values
+
+
+def test_kl_grows_and_a_reset_ends_it(own):
+    nanorl.main([*own, "--steps", "4", "--algo", "prorl", "--reset-every", "3", "--eval-every", "0"])
+    kl = [row["reference_kl"] for row in metrics()[1:]]
+    assert kl[0] == 0 < kl[1] < kl[2] and kl[3] == 0, "measured before the update, so step 4 sees the reference of step 3"
+
+
+def test_a_run_ends_after_its_tokens(own):
+    """a budget of sampled tokens, dropped groups included, is what algorithms can be compared at"""
+    nanorl.main([*own, "--steps", "50", "--tokens", "500", "--eval-every", "0"])
+    m = metrics()
+    spent = [row["length"] * row["groups"] * 4 for row in m[1:]]
+    assert sum(spent) >= 500 > sum(spent[:-1]) and "eval/avg" in m[-1]
+    assert Path(f"runs/rl/ckpt/step_{m[-1]['step']}/meta.json").exists()
+
+
+def test_truncated_sampling_is_weighed(own):
+    """with top-p the sampler draws from pi / kept: the weight of a token is kept, whose quantiles are logged"""
+    nanorl.main([*own, "--steps", "1", "--eval-every", "0", "--top-p", "0.7"])
+    m = metrics()[-1]
+    assert 0.6 < m["weight_q01"] < m["weight_q50"] < m["weight_q99"] < 1
+    nanorl.main([*own, "--steps", "1", "--eval-every", "0", "--name", "all"])
+    m = metrics("all")[-1]
+    assert abs(m["weight_q01"] - 1) < 1e-4 and abs(m["weight_q99"] - 1) < 1e-4
 
 
 def test_killed_run_goes_on_from_its_last_checkpoint(own):
@@ -299,6 +272,10 @@ def test_epochs_come_in_new_orders_with_new_visits():
     (["--max-nwe", "3"], "--max-new"),
     (["--prompts", "0"], "--prompts"),
     (["--init", "nowhere"], "nowhere"),
+    (["--ratio", "sequnce"], "sequence"),
+    (["--algo", "rloo", "--clip-high", "0.3"], "--trust is none"),
+    (["--minibatch", "6"], "--minibatch 6"),
+    (["--cov", "kl"], "no gradient"),
 ])
 def test_bad_input_is_one_line(own, capsys, argv, words):
     Path("empty.jsonl").write_text("")
@@ -323,3 +300,76 @@ def test_dry_run_prints_the_budget_and_writes_nothing(own, capsys):
     out = capsys.readouterr().out
     assert all(word in out for word in ("weights", "gradients", "optimizer shard", "KV cache", "activations", "together"))
     assert not Path("runs").exists()
+
+
+# -----------------------------------------------------------------------------
+# the fork, and the benchmark of all rows
+
+
+def test_darling_pays_for_what_siblings_have_not(own):
+    """three times one answer, two others, one wrong; equal is what the task calls equal"""
+    task, config = data.load("countdown"), darling.Config(n=6)
+    texts = ["12*3=36,36+7=43", "3*12=36,36+7=43", "3*12=36,7+36=43", "12+7=19,19+24=43", "7+3=10,10+33=43", "nothing"]
+    samples = [SimpleNamespace(tokens=list(text.encode())) for text in texts]
+    assert np.allclose(darling.distinctness(samples, task, texts, config), [3 / 5] * 3 + [1, 1, 1])
+    assert darling.right_ways(task, texts, [1, 1, 1, 1, 0, 0]) == 2
+    grams = darling.Config(same="ngrams", ngram=2)
+    samples = [SimpleNamespace(tokens=t) for t in ([1, 2, 3], [1, 2, 4], [5])]
+    assert np.allclose(darling.distinctness(samples, task, texts, grams), [0.5, 0.5, 1])
+
+
+@pytest.mark.parametrize("argv", [["--same", "classes"], ["--same", "ngrams", "--minibatch", "3", "--algo", "gspo"]])
+def test_darling_runs(own, argv):
+    darling.main([*"--init base --task countdown --steps 2 --prompts 5 --n 4 --max-new 10 --eval-n 4 --eval-k 4 --eval-every 1 --threads 1 "
+                   "--device cpu --row-tokens 128".split(), *argv])
+    m = metrics("darling")
+    assert [row["step"] for row in m] == [0, 1, 2] and {"right_ways", "distinct", "reward", "eval/pass@4"} <= set(m[-1])
+    assert weights("runs/darling/ckpt/step_2")
+
+
+def test_darling_raises_what_is_rare_and_right():
+    """four times the same right answer, one other, three wrong: all right ones go up, the rare one most"""
+    digits = SimpleNamespace(answer=lambda text: next((c for c in text if c in "0123456789"), None), canon=lambda a: a,
+                             same=lambda a, b: a == b)
+    config = darling.Config(n=8)
+    texts = ["1"] * 4 + ["2", "x", "x", "x"]
+    factor = darling.distinctness([SimpleNamespace(tokens=[1])] * 8, digits, texts, config)
+    reward = np.array([1.0] * 5 + [0] * 3) * factor
+    A = nanorl.BASELINES["mean"](reward)
+    assert A[4] > 2 * A[0] > 0 > A[7]
+
+
+def test_benchmark_of_all_rows_runs_resumes_and_repeats_nothing(own, capsys):
+    """two rows on a tiny budget: a table, one picture; a run that is there is not made again, and one that was stopped goes on"""
+    argv = ("--init base --rows dr_grpo,holder --tasks countdown:steps --max-new 8 --seeds 1 --tokens 150 --prompts 4 --n 4 --updates 2 "
+            "--eval-every 1 --eval-n 4 --final-n 4 --k 2").split()
+    numbers = algorithms.main(argv)
+    out = capsys.readouterr().out
+    assert numbers["left"] == numbers["failed"] == 0, out
+    assert "2 runs, 2 to make" in out and "| dr_grpo |" in out and "| holder |" in out
+    assert numbers["countdown:steps dr_grpo speed"] == 1
+    assert Path("runs/algorithms/algorithms.png").stat().st_size > 1000
+    shutil.rmtree("runs/algorithms/countdown-steps-holder-0/ckpt")
+    assert algorithms.main(argv) == numbers
+    assert "2 runs, 1 to make" in capsys.readouterr().out
+
+
+def test_benchmark_stops_what_takes_too_long(own, capsys):
+    argv = ("--init base --rows grpo --tasks countdown:steps --max-new 8 --seeds 1 --tokens 1000000 --prompts 4 --n 4 --updates 1 "
+            "--eval-every 50 --eval-n 4 --final-n 4 --k 2 --minutes 0.2").split()
+    assert algorithms.main(argv)["left"] == 1
+    assert "stopped at its time" in capsys.readouterr().out
+    assert nanorl.newest("runs/algorithms/countdown-steps-grpo-0"), "with a checkpoint"
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--rows", "gpro"], "gpro"),
+    (["--max-new", "48"], "one number for each of the 2 tasks"),
+    (["--k", "3"], "power of two"),
+    (["--init", "nowhere"], "nowhere is not there"),
+])
+def test_benchmark_refuses(own, capsys, argv, words):
+    with pytest.raises(SystemExit) as stopped:
+        algorithms.main(["--init", "base", *argv])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(error) == 1 and words in error[0]
