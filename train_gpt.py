@@ -203,7 +203,7 @@ class Config:
     data: str = "mixed"                  # a task (its corpus), a text file, a folder of .bin token shards, or chats in a .jsonl file
     tokenizer: str = "numbers"           # chars, numbers, bytes, gpt2, or a folder; with --init the folder's own
     init: str = ""                       # a Hugging Face folder or a run to start from; its shape then wins over the flags
-    steps: int = 1600                    # optimizer steps
+    steps: int = 1000                    # optimizer steps
     batch: int = 64                      # documents a step, over all ranks
     row_tokens: int = 4096               # tokens of one packed row (a micro-batch)
     seq_len: int = 1024                  # tokens of a document cut from a text or from shards; longer documents are cut to it
@@ -216,9 +216,9 @@ class Config:
     max_len: int = 4096                  # positions the model promises to serve
     rope_theta: float = 10000.0          # base of the rotary waves
     tie_embeddings: bool = False         # one matrix for embedding and head
-    lr: float = 8e-3                     # AdamW: embeddings, head, norms (and everything with --no-muon)
+    lr: float = 1e-2                     # AdamW: embeddings, head, norms (and everything with --no-muon)
     muon: bool = True                    # Muon for the matrices of the blocks
-    muon_lr: float = 2.5e-2              # its learning rate
+    muon_lr: float = 3e-2                # its learning rate
     weight_decay: float = 0.0            # decoupled, matrices only
     clip: float = 1.0                    # global norm of the gradient; 0: no clipping
     warmup: float = 0.02                 # share of the steps to warm up

@@ -29,10 +29,24 @@ def orthogonalize(m):
     tall = x.shape[0] > x.shape[1]
     x = x.t() if tall else x
     x = x / (x.norm() * 1.01 + 1e-7)                             # the margin keeps rounding inside the interval of the quintics
+    if x.dtype == torch.float32 and x.shape[1] >= 2 * x.shape[0]:
+        return _by_gram(x, tall).to(m.dtype)
     for a, b, c in POLAR:
         xx = times(x, x)                                         # symmetric, so times(xx, xx) is its square
         x = a * x + times(b * xx + c * times(xx, xx), x.t())
     return (x.t() if tall else x).to(m.dtype)
+
+
+def _by_gram(x, tall):
+    """The same rounds on the small matrix g = x x^T alone: each multiplies x from the left by q = a + b g + c g^2, and g from both
+    sides. All of them are polynomials in one symmetric matrix, so they commute. Needs fp32: g squares the singular values."""
+    g, p = times(x, x), None
+    for a, b, c in POLAR:
+        q = b * g + c * times(g, g)
+        q.diagonal().add_(a)
+        p = q if p is None else times(q, p)
+        g = times(times(q, q), g)
+    return times(x.t(), p) if tall else times(p, x.t())
 
 
 class Shard:
