@@ -303,13 +303,12 @@ def setup(config, problems=None):
         reward = config.reward or config.task
         check(reward)
         problems = problems or task.problems("train", config.problems, config.seed)
-        longest = max(problems, key=lambda p: len(prompt_ids(p, tok)))
-        need = len(prompt_ids(longest, tok)) + config.max_new
+        held = task.problems("valid", config.eval_n, config.seed), task.problems("test", config.final_n, config.seed)
+        need = max(len(prompt_ids(p, tok)) for p in [*problems, *held[0], *held[1]]) + config.max_new
         if need > config.row_tokens:
             raise ValueError(f"--row-tokens {config.row_tokens} is below one sample: a prompt and --max-new take {need}")
         if need > model.config.max_len:
             raise ValueError(f"a prompt and --max-new {config.max_new} take {need} tokens, the model serves {model.config.max_len}")
-        held = task.problems("valid", config.eval_n, config.seed), task.problems("test", config.final_n, config.seed)
         sampler = Sampler(model, tok.stop, tok, slots=config.slots or None, max_len=need, deterministic=env.deterministic)
     except (ValueError, FileNotFoundError) as e:
         die(e)
@@ -359,14 +358,16 @@ def with_algorithm(config):
 
 
 def next_problems(rl, at, count):
-    """Problems at .. at + count of the endless list: the training problems in a new order every epoch."""
-    epoch_of, order, out = None, None, []
-    for i in range(at, at + count):
-        epoch, place = divmod(i, len(rl.problems))
+    """-> `count` different problems from place `at` of the endless list on, and the place after them. The list is the training
+    problems in a new order every epoch; one that a step has already, at the turn of an epoch, is passed over."""
+    epoch_of, order, out = None, None, {}
+    while len(out) < min(count, len(rl.problems)):
+        epoch, place = divmod(at, len(rl.problems))
         if epoch != epoch_of:
             epoch_of, order = epoch, np.random.default_rng([rl.config.seed, epoch]).permutation(len(rl.problems))
-        out.append(rl.problems[order[place]])
-    return out
+        problem, at = rl.problems[order[place]], at + 1
+        out[problem.id] = problem
+    return list(out.values()), at
 
 
 def collect(rl, problems, n):
@@ -686,14 +687,15 @@ def main(argv=None):
         groups, dropped, sampled, tries = [], 0, 0, 0
         while all_sum(len(groups)) < config.prompts and tries < (4 if config.dynamic else 1):
             missing = config.prompts - all_sum(len(groups))
-            for group in collect(rl, next_problems(rl, at, missing), config.n):
+            problems, at = next_problems(rl, at, missing)
+            for group in collect(rl, problems, config.n):
                 sampled += sum(len(s.tokens) for s in group)
                 if config.dynamic and not varied(group):
                     dropped += 1
                     continue
                 advantage(group, config)
                 groups.append(group)
-            at, tries = at + missing, tries + 1
+            tries += 1
         stats = learn(rl, groups)
         rl.spent += all_sum(sampled)
         for part in gather(rl.visits):                           # a problem may meet another rank next time

@@ -328,7 +328,7 @@ def questions(config):
 
 def take(rl, at, count):
     """The next `count` questions, or fewer at the end of a pass: none is left out, none comes twice in a step."""
-    return next_problems(rl, at, min(count, len(rl.problems) - at % len(rl.problems)))
+    return next_problems(rl, at, min(count, len(rl.problems) - at % len(rl.problems)))[0]
 
 
 def keep(rl, folder, at):

@@ -23,7 +23,7 @@ from data import Problem, distinct, endless, show, split_of, stream, unknown_wor
 
 # difficulty
 NUMBERS = 3              # how many, unless the variant says so
-LARGEST = 25             # of the numbers given: 1 .. LARGEST
+LARGEST = 20             # of the numbers given: 1 .. LARGEST
 MAX_VALUE = 99           # of every result in a document; results are natural numbers there (the checker takes any rational)
 OPS = "+-*/"             # drawn uniformly; a letter twice is drawn twice as often. "/" is seldom possible
 NOISE = 0.0              # the share of documents whose steps are right and miss the target

@@ -100,7 +100,8 @@ def main(argv=None):
     run.metrics(0, **test(rl.valid))
     for now in range(1, config.steps + 1):
         clock, groups, ways, factors = time.perf_counter(), [], [], []
-        for group in nanorl.collect(rl, nanorl.next_problems(rl, at, config.prompts), config.n):
+        problems, at = nanorl.next_problems(rl, at, config.prompts)
+        for group in nanorl.collect(rl, problems, config.n):
             texts, rewards = [completion(s, rl.tok) for s in group], [s.reward for s in group]
             factor = distinctness(group, rl.task, texts, config)
             for s, d in zip(group, factor):
@@ -111,7 +112,6 @@ def main(argv=None):
             ways.append(right_ways(rl.task, texts, rewards) if votes else 0)
             factors += [d for d, r in zip(factor, rewards) if r > 0.5]
             groups.append(group)
-        at += config.prompts
         stats = nanorl.learn(rl, groups)
         for part in gather(rl.visits):
             rl.visits = {k: max(rl.visits.get(k, 0), part.get(k, 0)) for k in rl.visits | part}

@@ -249,10 +249,14 @@ def test_repetition_is_seen_in_the_tail():
 
 def test_epochs_come_in_new_orders_with_new_visits():
     """the same noise at every epoch would sample the same answers to the same questions again"""
-    rl = SimpleNamespace(config=Config(), problems=list(range(10)))
-    first, second = nanorl.next_problems(rl, 0, 10), nanorl.next_problems(rl, 10, 10)
+    rl = SimpleNamespace(config=Config(), problems=[data.Problem("", id=i) for i in range(10)])
+    take = lambda at, count: ([p.id for p in nanorl.next_problems(rl, at, count)[0]], nanorl.next_problems(rl, at, count)[1])  # noqa: E731
+    (first, _), (second, _) = take(0, 10), take(10, 10)
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
-    assert nanorl.next_problems(rl, 7, 6) == first[7:] + second[:3]
+    for at in range(5, 10):
+        got, after = take(at, 6)
+        assert len(set(got)) == 6 and got[:10 - at] == first[at:], "a problem that a step has already is passed over"
+        assert set(got) | set((first + second)[at:after]) == set(got)
 
 
 # -----------------------------------------------------------------------------
