@@ -91,7 +91,7 @@ def classes(task, answers):
 # seeded problems
 
 SPLITS = {"train": 0, "valid": 1, "test": 2}
-HELD_OUT = 20                                    # one problem in 20 is valid, one in 20 is test
+HELD_OUT = 14                                    # one problem in 14 is valid, one in 14 is test
 
 
 def split_of(key):

@@ -3,7 +3,7 @@ Your own prompts: a .jsonl file of {"prompt": ..., "gold": ... or nothing} lines
 
     python nanorl.py --data my.jsonl --reward my.py:score          def score(problem, text): return float(problem.gold in text)
 
-One line in ten is held out (by a hash of the prompt, half of those valid, half test); with too few lines the last one stands in.
+One line in seven is held out (by a hash of the prompt, half of those valid, half test); with too few lines the last one stands in.
 There is no answer() here: what an answer is, only your reward knows.
 """
 import json
