@@ -188,7 +188,7 @@ class Config:
 
 # what runs without flags, by what is found; flags given beside it win
 HARDWARE = {
-    "cpu": ("", "two CPU cores: EXPECT_CPU"),
+    "cpu": ("", "two CPU cores: the base in 2 minutes, then 400 steps in 3; held-out accuracy from about 31% to about 52% (one seed)"),
     "cuda": ("--init runs/mixed100m --task countdown:4 --prompts 128 --max-new 96 --row-tokens 16384 --lr 2e-4 --steps 300 --eval-every 50",
              "eight GPUs: a base of 100M in about 10 minutes, then 300 steps in about 15 (an estimate: nobody has measured it yet)"),
 }
@@ -375,7 +375,7 @@ def collect(rl, problems, n):
     c, sampler, clock = rl.config, rl.sampler, rl.clock
     by_id, groups, scored = {p.id: p for p in problems}, {}, {}
     ids = list(by_id)
-    mine, more = sampler._deal([c.max_new] * len(ids), ids), True
+    mine, more = sampler.deal([c.max_new] * len(ids), ids), True
     while more or groups:
         begin = time.perf_counter()
         while more and sampler.live < sampler.slots + n:         # no further ahead: another rank may be free sooner
@@ -675,9 +675,9 @@ def main(argv=None):
 
     # ---- the loop
     if begin == 0:
+        run.log(f"before: {words(test(rl.test, config.eval_k))}")
         before = test(rl.valid, config.eval_k)
         rl.best = before["avg"]
-        run.log(f"before: {words(before)}")
         run.metrics(0, **{f"eval/{k}": v for k, v in before.items()})
     bar = progress(config.steps, "rl")
     bar.update(begin)

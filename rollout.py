@@ -862,7 +862,7 @@ class Sampler:
         return self._stream(prompts, n, limits, ids, visits, bar, settings)
 
     def _stream(self, prompts, n, limits, ids, visits, bar, settings):
-        mine, found, place = self._deal(limits, ids), {}, {id: i for i, id in enumerate(ids)}
+        mine, found, place = self.deal(limits, ids), {}, {id: i for i, id in enumerate(ids)}
         bar = progress(None, "rollout") if bar or (bar is None and sys.stderr.isatty() and n * sum(limits) > 50_000) else None
         finished, more = 0, True
         ahead = int(self.deterministic)  # one waits for the next free slot; but not if another rank may be free sooner
@@ -904,7 +904,7 @@ class Sampler:
             if bar is not None:
                 bar.close()
 
-    def _deal(self, limits, ids):
+    def deal(self, limits, ids):
         """-> an iterator over the prompts that this rank samples."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         call = next(calls)

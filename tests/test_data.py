@@ -396,7 +396,7 @@ def test_each_distinct_string_is_parsed_once():
 
 
 def test_no_train_problem_is_written_out_in_a_document():
-    """a base that has read the solutions of all problems of a small space recalls them: its reward in training rises, held out it does not"""
+    """a base that has read the solutions of all problems of a small space recalls them: its reward rises in training, not held out"""
     task = data.load("countdown")
     written = {content(task.document("train", seed, i)[0]) for seed in (0, 1) for i in range(5000)}
     to_solve = {content(p.prompt) for p in task.problems("train", 5000, 0)}
