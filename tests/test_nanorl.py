@@ -140,8 +140,8 @@ def test_rewards_that_are_all_equal_change_no_weight(own):
 
 
 def test_dynamic_sampling_fills_the_batch_with_groups_that_differ(own):
-    """half of the problems always score the same; dapo drops their groups and takes others, and says how many"""
-    Path("my.py").write_text("def score(problem, text):\n    return 1.0 if int(problem.prompt[9:-1]) % 2 else sum(map(ord, text))\n")
+    """a quarter of the problems always score the same; dapo drops their groups and takes others, and says how many"""
+    Path("my.py").write_text("def score(problem, text):\n    return 1.0 if int(problem.prompt[9:-1]) % 4 == 0 else sum(map(ord, text))\n")
     nanorl.main([*own, "--algo", "dapo", "--steps", "2", "--eval-every", "0"])
     for m in metrics()[1:]:
         assert m["groups"] > 5 and 0 < m["zero_var"] < 1 and math.isclose((1 - m["zero_var"]) * m["groups"], 5)

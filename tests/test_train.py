@@ -74,7 +74,7 @@ SCRIPT = "import sys, train_gpt; train_gpt.main(sys.argv[1:])"
 def test_two_ranks_equal_one_and_a_run_moves_between_them(tmp_path, ranks, one_process):
     """rung 9 on the whole script: the global batch is the same documents however many ranks share it. Then two ranks take up
     what one left, resharded, and end where one would have"""
-    common = [*TINY, "--steps", "4", "--save-every", "2", "--eval-every", "4"]
+    common = [*TINY, "--steps", "4", "--save-every", "2", "--eval-every", "4", "--lr", "1e-3", "--muon-lr", "3e-3"]
     one_process(SCRIPT, "--name", "one", *common)
     ranks(2, SCRIPT, "--name", "two", *common)
     one, two = (weights(tmp_path / f"runs/{n}/ckpt/step_4") for n in ("one", "two"))

@@ -163,10 +163,10 @@ def test_when_to_stop():
 def test_an_epoch_leaves_no_question_out_and_asks_none_twice_in_a_step():
     """thirty questions, eight a step: the last two questions of an epoch and six of the next would share a step, and a question among
     both would be lost; dropping the rest instead would never ask the last six of an order"""
-    rl = SimpleNamespace(config=SimpleNamespace(seed=0), problems=list(range(30)))
+    rl = SimpleNamespace(config=SimpleNamespace(seed=0), problems=[data.Problem("", id=i) for i in range(30)])
     at, steps = 0, []
     while at < 60:
-        steps.append(take(rl, at, 8))
+        steps.append([p.id for p in take(rl, at, 8)])
         at += len(steps[-1])
     assert [len(s) for s in steps] == [8, 8, 8, 6] * 2
     assert sorted(sum(steps[:4], [])) == sorted(sum(steps[4:], [])) == list(range(30))
@@ -419,7 +419,7 @@ def test_presets_are_the_papers(name, n, passes):
     (["--min-votes", "9"], "--min-votes 9 is above"),
     (["--tail-batching", "race"], "--tail-batching race"),
     (["--reward", "lable"], "did you mean label?"),
-    (["--algo", "gpro"], "did you mean grpo?"),
+    (["--algo", "grpoo"], "did you mean grpo?"),
     (["--aggregate", "tokens"], "did you mean token?"),
     (["--data", "bare.jsonl", "--reward", "label"], "have no gold"),
     (["--preset", "aime", "--init", "runs/base"], "--preset aime needs a model"),
