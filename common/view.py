@@ -31,6 +31,7 @@ PANELS = [
     ("gradient norm", ["grad_norm"], "log"),
     ("tokens a second", ["tokens_per_second"], "linear"),
 ]
+COUNTS = {"n", "k", "length", "truncated", "no_answer"}        # of an evaluation: in metrics.jsonl, not beside accuracies
 STAGES = ["t_rollout", "t_reward", "t_pack", "t_train", "t_opt", "t_idle"]      # in the order of a step, from the bottom
 COLORS = ["#2f6db3", "#d9772b", "#3a9660", "#b8405e", "#7a5bb5", "#8a6d3b", "#3aa6b0", "#6b7280"]
 
@@ -94,7 +95,7 @@ def panels(runs):
     have = set().union(*runs.values())
     found = [(title, [k for k in keys if k in have], scale) for title, keys, scale in PANELS]
     drawn = {k for _, keys, _ in found for k in keys}
-    evals = sorted(k for k in have - drawn if k.startswith("eval/") and not k.endswith("_se"))
+    evals = sorted(k for k in have - drawn if k.startswith("eval/") and not k.endswith("_se") and k.rpartition("/")[2] not in COUNTS)
     for task in dict.fromkeys(k.rpartition("/")[0] for k in evals):      # eval/countdown/avg@4 beside eval/countdown/pass@4
         found.insert(1, (task.replace("/", " ") + " (band: standard error)" * any(k + "_se" in have for k in evals),
                          [k for k in evals if k.rpartition("/")[0] == task], "linear"))
@@ -103,7 +104,7 @@ def panels(runs):
 
 def draw(runs, path, title):
     todo = panels(runs)
-    seconds = {k for series in runs.values() for k in series if k.startswith("t_")}
+    seconds = {k for series in runs.values() for k in series if k.startswith("t_") and k != "t_step"}     # that is their sum
     seconds = [k for k in STAGES if k in seconds] + sorted(seconds - set(STAGES))
     count = len(todo) + bool(seconds)
     if not count:

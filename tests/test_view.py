@@ -3,6 +3,7 @@ import json
 import math
 
 import matplotlib.image
+import numpy as np
 import pytest
 
 from common import view
@@ -74,3 +75,22 @@ def test_bad_input_is_one_line(tmp_path, capsys, make, words):
     out, err = capsys.readouterr()
     assert e.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_an_evaluations_size_is_not_drawn_beside_its_accuracy(tmp_path, monkeypatch):
+    """1,000 problems on the axis of accuracies made every accuracy a line at zero; and the seconds of a whole step, stacked on those of its
+    stages, doubled the step"""
+    import matplotlib.axes
+    drawn = []
+    for name in ("plot", "stackplot", "fill_between"):
+        plain = getattr(matplotlib.axes.Axes, name)
+        monkeypatch.setattr(matplotlib.axes.Axes, name, lambda self, *a, plain=plain, **k: drawn.append((a, k)) or plain(self, *a, **k))
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = [{"step": s, "reward": 0.1, "eval/avg": 0.5, "eval/avg_se": 0.01, "eval/n": 1000, "eval/k": 4, "eval/length": 300.0,
+             "t_rollout": 1.0, "t_train": 2.0, "t_step": 700.0} for s in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    view.curves(run)
+    assert drawn
+    numbers = [x for a, _ in drawn for part in a[1:] if hasattr(part, "__len__") and not isinstance(part, str) for x in np.ravel(part)]
+    assert max(numbers) < 100
