@@ -12,7 +12,7 @@ Deleted from the usual recipe, and why:
 - no random state: the uniform number of a token is a hash of (seed, visit, problem, index, position), so slots, batches,
   ranks, preemption and restarts never change the noise.
 
-    python rollout.py --model runs/base/ckpt/step_1000 --prompt "C3 7 12=43:"
+    python rollout.py --model runs/base --prompt "C3 7 12=43:"
     python rollout.py --model DIR --prompt "..." --n 8 --temperature 0.7 --top-p 0.95
     python rollout.py --model DIR --chat
 """
@@ -930,7 +930,7 @@ class Sampler:
 
 @dataclass
 class Config:
-    model: str                           # a run folder's checkpoint, or any Hugging Face folder
+    model: str                           # a run, or any Hugging Face folder
     prompt: str = ""                     # the text to go on from
     chat: bool = False                   # talk to it: an empty line or Ctrl-D ends
     n: int = 1                           # samples
@@ -944,13 +944,15 @@ class Config:
 
 def main(argv=None):
     import data
+    from common import hf
     from train_gpt import GPT
     config = flags(Config, argv, __doc__)
     if bool(config.prompt) == config.chat:
         die("give --prompt TEXT or --chat, one of them")
     env = start(config.device)
     try:
-        model, tok = GPT.from_hf(config.model, env.dtype, env.device), data.tokenizer(config.model)
+        folder = hf.find(config.model)
+        model, tok = GPT.from_hf(folder, env.dtype, env.device), data.tokenizer(folder)
         sampler = Sampler(model, tok.stop, tok, slots=max(1, config.n))
     except (ValueError, FileNotFoundError) as e:
         die(str(e))

@@ -2,6 +2,7 @@
 import gc
 import math
 import random
+import shutil
 import threading
 
 import pytest
@@ -482,6 +483,12 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert lines.count("1+2=") >= 2
     answers = iter(["hello", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    step = tmp_path / "run/ckpt/step_3"                          # a run, too: its last complete checkpoint
+    shutil.copytree(tmp_path, step, ignore=shutil.ignore_patterns("run"))
+    (step / "meta.json").write_text('{"step": 3, "world": 1}')
+    (step / "state_0_of_1.pt").write_bytes(b"")
+    rollout.main(["--model", str(tmp_path / "run"), "--prompt", "1+2=", "--n", "2", "--max-new", "5", "--device", "cpu"])
+    assert capsys.readouterr().out == lines
     rollout.main(["--model", str(tmp_path), "--chat", "--max-new", "5", "--device", "cpu"])
     assert "model:" in capsys.readouterr().out
     for argv in (["--model", str(tmp_path)], ["--model", "nowhere", "--prompt", "x"]):
