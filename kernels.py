@@ -242,6 +242,39 @@ def _packed_by(run, cu_seqlens, parent=None):
     return attend
 
 
+def _trains(q):
+    """What this q goes to: both fast calls take half precision and heads of a multiple of 8, at most 256 wide."""
+    name = picked("train", q.device.type)
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and (not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16))
+    return name if fits else "torch"
+
+
+def continued_attention(cu_q, cu_k):
+    """-> attend(q, k, v) without gradient, for prompts that go on from a cache: segment i's queries are the last of its keys."""
+    plan = []
+
+    def attend(q, k, v):
+        expect("q", q, (cu_q[-1], q.shape[1], q.shape[2]))
+        expect("k", k, (cu_k[-1], k.shape[1], q.shape[2]), (q.dtype,))
+        expect("v", v, k.shape, (q.dtype,))
+        run = RUNS["train"][_trains(q)]
+        if run is None:                                          # a mask each, and scores that are written out
+            outs = []
+            for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+                mask = torch.ones(b - a, d - c, dtype=torch.bool, device=q.device).tril(d - c - (b - a))
+                o = F.scaled_dot_product_attention(*(x.transpose(0, 1).unsqueeze(0) for x in (q[a:b], k[c:d], v[c:d])), attn_mask=mask,
+                                                   enable_gqa=q.shape[1] != k.shape[1])
+                outs.append(o.squeeze(0).transpose(0, 1))
+            return torch.cat(outs)
+        if not plan:
+            for cu in (cu_q, cu_k):
+                plan.append((to_device(cu, torch.int32, q.device), max(b - a for a, b in zip(cu, cu[1:]))))
+        (at_q, max_q), (at_k, max_k) = plan
+        return run(q, k, v, at_q, at_k, max_q, max_k)
+
+    return attend
+
+
 def packed_attention(cu_seqlens, max_len, parent=None):
     """-> attend(layer, q, k, v) for model(tokens_T, positions_T, attend). Lists of ints; the plan is made once and used by all layers."""
     assert max_len >= max((b - a for a, b in zip(cu_seqlens, cu_seqlens[1:])), default=0), "max_len is below the longest segment"
@@ -253,8 +286,7 @@ def packed_attention(cu_seqlens, max_len, parent=None):
         expect("k", k, (T, k.shape[1], hd), (q.dtype,))
         expect("v", v, (T, k.shape[1], hd), (q.dtype,))
         assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads"
-        name = picked("train", q.device.type)
-        name = "torch" if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16) else name
+        name = _trains(q)
         if name not in made:
             run = RUNS["train"][name]
             made[name] = _packed_by(run, cu_seqlens, parent) if run else packed_attention_torch(cu_seqlens, max_len, parent)
@@ -482,11 +514,13 @@ class _LogprobAt(torch.autograd.Function):
 
 # On a GPU the product stays with cuBLAS and the kernels do the rest, tile by tile of the vocabulary. Why not one kernel
 # for both? The product is 2 D FLOP a logit, nearly all of the time, and cuBLAS runs it near the ceiling of every GPU, which
-# one Triton product for all of them does not. What one kernel would save is the round trip of the logits: a tile of
-# 32 MB is written to and read from the L2 cache, about an eighth of the product's time at D = 4096. (Small D pays more:
-# a quarter to a third at D = 1024. The figures are arithmetic for an H100, not timings.) The backward takes large tiles,
-# for there each tile also adds to dH (N, D), and wants few of those additions.
-FORWARD_TILE = 1 << 23                                           # logits: 32 MB of fp32. 8 MB starves the product, 128 MB leaves the L2
+# one Triton product for all of them does not. What one kernel would save is the second half of the logits' round trip: they
+# are written while the product computes, and read again at 4 bytes each, a tenth of the product's time at D = 4096. (Small
+# D pays more: a third at D = 1024. The figures are arithmetic for an H200, not timings.) The backward takes large tiles, for
+# there each tile also adds to dH (N, D), and wants few of those additions.
+# Considered for the forward, at N = 8192: 32 MB, which would stay in the L2 cache, but its products are 1,024 wide and last 22 us
+# at D = 1024, less than Python takes to launch them; 128 MB, as fast as 64 by arithmetic, for twice the memory.
+FORWARD_TILE = 1 << 24                                           # logits: 64 MB of fp32
 BACKWARD_TILE = TILE                                             # and half of it again for their gradient in bf16
 
 
@@ -572,11 +606,12 @@ class _LogprobFused(torch.autograd.Function):
         (N, K), V = ids_NK.shape, weight_VD.shape[0]
         grad_h = torch.zeros_like(hidden_ND, dtype=torch.float32)
         grad_w = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
+        grad_NK, grad_entropy_N = grad_NK.contiguous(), grad_entropy_N.contiguous()
         for low, high in _tiles(N, V, BACKWARD_TILE):
             z = _product(hidden_ND, weight_VD[low:high].t())     # (N, tile), again: cheaper than keeping it
             dz = torch.empty_like(z, dtype=hidden_ND.dtype)
-            _dlogits_kernel[(N,)](z, dz, ids_NK, m_N, log_s_N, entropy_N, grad_NK.contiguous(), grad_entropy_N.contiguous(), low,
-                                  high - low, K, 1 / ctx.temperature, BLOCK_V=2048, BLOCK_K=max(16, triton.next_power_of_2(K)), num_warps=4)
+            _dlogits_kernel[(N,)](z, dz, ids_NK, m_N, log_s_N, entropy_N, grad_NK, grad_entropy_N, low, high - low, K,
+                                  1 / ctx.temperature, BLOCK_V=2048, BLOCK_K=max(16, triton.next_power_of_2(K)), num_warps=4)
             grad_h += _product(dz, weight_VD[low:high])
             if grad_w is not None:
                 torch.mm(dz.t(), hidden_ND, out=grad_w[low:high])        # all rows in one product: rounded once
@@ -592,7 +627,7 @@ def _logprob(hidden_ND, weight_VD, ids_NK, temperature):
     expect("ids", ids_NK, (N, K), (torch.int64,))
     expect_ids("ids", ids_NK, V)
     assert temperature > 0, f"temperature {temperature}: a softmax needs one above 0"
-    if fused(hidden_ND) and K <= 64:                             # beyond, a row's (K, K) comparison no longer fits its program
+    if fused(hidden_ND) and N and K <= 64:                       # beyond, a row's (K, K) comparison no longer fits its program
         return _LogprobFused.apply(hidden_ND, weight_VD, ids_NK, temperature)
     return _LogprobAt.apply(hidden_ND, weight_VD, ids_NK, temperature)
 
@@ -947,6 +982,11 @@ def draw_torch(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
     return token_N, whole.gather(1, token_N.unsqueeze(1)).squeeze(1).log(), kept_N
 
 
+# considered: one program for a whole row (64 rows of 151,936 leave half of an H200 idle, and the rest waits for 37 loads one after
+# another, twice); slices of 32,768, whose numbers no longer stay in registers; of 2,048, which make more partial sums than work
+DRAW_SLICE = 8192                                                # logits of one program: 32 a thread
+
+
 @jit
 def _order(x):
     """fp32 bits as an int32 that sorts like the number: a search over numbers becomes a search over 32 bits."""
@@ -956,15 +996,15 @@ def _order(x):
 
 @jit
 def _above(z, V, beta, m, cut, BLOCK: tl.constexpr):
-    """How many tokens lie strictly above the cut, and their mass in units of e^m."""
-    count, mass = tl.full((), 0, tl.int32), tl.full((), 0.0, tl.float32)
+    """How many tokens lie strictly above the cut, and their mass in units of e^m. Summed lane by lane, and over lanes once at the end."""
+    count, mass = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
     for a in range(0, V, BLOCK):
         c = a + tl.arange(0, BLOCK)
         x = tl.load(z + c, mask=c < V, other=-float("inf")).to(tl.float32) * beta
         above = (_order(x) > cut) & (c < V)
-        count += tl.sum(above.to(tl.int32), 0)
-        mass += tl.sum(tl.where(above, tl.exp(x - m), 0.0), 0)
-    return count, mass
+        count += above.to(tl.int32)
+        mass += tl.where(above, tl.exp(x - m), 0.0)
+    return tl.sum(count, 0), tl.sum(mass, 0)
 
 
 @jit
@@ -987,35 +1027,48 @@ def _cut(z, V, beta, m, limit, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
-def _draw_kernel(logits, uniform, temperature, top_k, top_p, token_out, logp_out, kept_out, stride, V,
-                 HAS_K: tl.constexpr, HAS_P: tl.constexpr, BLOCK: tl.constexpr):
-    """One row a program: (1) maximum and sum, (2) where to cut, for a row that truncates, (3) the token at which the
-    running sum of what was kept passes u. What is kept is all above the cut and the first `ties` tokens equal to it."""
+def _slice_kernel(logits, temperature, m_out, s_out, best_out, stride, V, SLICES, SLICE: tl.constexpr):
+    """One slice of one row a program: its maximum m, sum e^(z - m), and where the maximum is (the first on a tie). A batch of 64 rows
+    has fewer rows than a GPU has multiprocessors; its slices are a thousand."""
+    n, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    beta = tl.load(temperature + n).to(tl.float32)
+    beta = 1 / tl.where(beta == 0, 1.0, beta)
+    c = i * SLICE + tl.arange(0, SLICE)
+    x = tl.load(logits + n * stride + c, mask=c < V, other=-float("inf")).to(tl.float32) * beta
+    top = tl.max(x, 0)
+    m = tl.maximum(top, -1e30)                                   # a slice of excluded tokens has sum 0, not nan
+    tl.store(m_out + n * SLICES + i, m)
+    tl.store(s_out + n * SLICES + i, tl.sum(tl.exp(x - m), 0))
+    tl.store(best_out + n * SLICES + i, tl.min(tl.where(x == top, c, V - 1), 0))
+
+
+@jit
+def _draw_kernel(logits, uniform, temperature, top_k, top_p, m_in, s_in, best_in, token_out, logp_out, kept_out, stride, V, SLICES,
+                 HAS_K: tl.constexpr, HAS_P: tl.constexpr, SLICE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    """One row a program: (1) its slices' maxima and sums become the row's, (2) where to cut, for a row that truncates, (3) the token
+    at which the running sum of what was kept passes u. What is kept is all above the cut and the first `ties` tokens equal to it.
+    A row that keeps everything reads only the slice in which u falls."""
     n = tl.program_id(0).to(tl.int64)
     z = logits + n * stride
     beta = tl.load(temperature + n).to(tl.float32)
     greedy = beta == 0
     beta = 1 / tl.where(greedy, 1.0, beta)
 
-    m, s = tl.full((), -1e30, tl.float32), tl.full((), 0.0, tl.float32)
-    best = tl.full((), 0, tl.int32)
-    for a in range(0, V, BLOCK):
-        c = a + tl.arange(0, BLOCK)
-        x = tl.load(z + c, mask=c < V, other=-float("inf")).to(tl.float32) * beta
-        top = tl.max(x, 0)
-        best = tl.where(top > m, tl.min(tl.where(x == top, c, V), 0), best)      # the first on a tie
-        m_new = tl.maximum(m, top)
-        s = s * tl.exp(m - m_new) + tl.sum(tl.exp(x - m_new), 0)
-        m = m_new
+    j = tl.arange(0, BLOCK_S)
+    m_S = tl.load(m_in + n * SLICES + j, mask=j < SLICES, other=-1e30)
+    m = tl.max(m_S, 0)
+    s_S = tl.load(s_in + n * SLICES + j, mask=j < SLICES, other=0.0) * tl.exp(m_S - m)
+    s = tl.sum(s_S, 0)
+    best = tl.min(tl.where(m_S == m, tl.load(best_in + n * SLICES + j, mask=j < SLICES, other=V - 1), V - 1), 0)
 
     cut, ties = tl.full((), -2147483648, tl.int32), V
-    mass, whole = s, True
+    mass, whole = s, tl.full((), 1, tl.int32)
     if HAS_K:
         k = tl.load(top_k + n).to(tl.int32)
         if (k > 0) & (k < V):
             cut, count, above, e = _cut(z, V, beta, m, k, True, BLOCK)
             ties = k - count
-            mass, whole = above + ties * e, False
+            mass, whole = above + ties * e, whole * 0
     if HAS_P:                                                    # of the mass that top-k left
         p = tl.load(top_p + n).to(tl.float32)
         if p < 1:
@@ -1023,17 +1076,22 @@ def _draw_kernel(logits, uniform, temperature, top_k, top_p, token_out, logp_out
             wanted = tl.maximum(tl.ceil((p * mass - above) / e), 1.0)            # as many ties as begin below the limit
             wanted = tl.minimum(wanted, V * 1.0).to(tl.int32)
             ties = tl.where(cut_p == cut, tl.minimum(ties, wanted), wanted)
-            cut, mass, whole = cut_p, above + ties * e, False
+            cut, mass, whole = cut_p, above + ties * e, whole * 0
 
     target = tl.load(uniform + n) * mass
-    run, seen = tl.full((), 0.0, tl.float32), tl.full((), 0, tl.int32)
-    token, last = tl.full((), 0, tl.int32) + V, tl.full((), 0, tl.int32)
-    for a in range(0, V, BLOCK):
+    here = tl.min(tl.where((tl.cumsum(s_S, 0) > target) & (s_S > 0), j, BLOCK_S), 0)
+    here = tl.where(here < BLOCK_S, here, tl.max(tl.where(s_S > 0, j, 0), 0))
+    start = tl.where(whole > 0, here * SLICE, 0)
+    end = tl.where(whole > 0, tl.minimum(start + SLICE, V), V)
+    run = tl.where(whole > 0, tl.sum(tl.where(j < here, s_S, 0.0), 0), 0.0)
+    seen = tl.full((), 0, tl.int32)
+    token, last = tl.full((), 0, tl.int32) + V, start
+    for a in range(start, end, BLOCK):
         c = a + tl.arange(0, BLOCK)
-        x = tl.load(z + c, mask=c < V, other=-float("inf")).to(tl.float32) * beta
+        x = tl.load(z + c, mask=c < end, other=-float("inf")).to(tl.float32) * beta
         e = tl.exp(x - m)
         if HAS_K or HAS_P:
-            tie = ((_order(x) == cut) & (c < V)).to(tl.int32)
+            tie = ((_order(x) == cut) & (c < end)).to(tl.int32)
             nth = seen + tl.cumsum(tie, 0) - tie
             e = tl.where((_order(x) > cut) | ((tie > 0) & (nth < ties)), e, 0.0)
             seen += tl.sum(tie, 0)
@@ -1046,7 +1104,7 @@ def _draw_kernel(logits, uniform, temperature, top_k, top_p, token_out, logp_out
     x = tl.load(z + token).to(tl.float32) * beta
     tl.store(token_out + n, token.to(tl.int64))
     tl.store(logp_out + n, x - m - tl.log(s))
-    tl.store(kept_out + n, tl.where(greedy | whole, 0.0, tl.log(run / s)))
+    tl.store(kept_out + n, tl.where(greedy | (whole > 0), 0.0, tl.log(run / s)))
 
 
 def draw(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
@@ -1062,12 +1120,15 @@ def draw(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
             expect(name, x, (N,))
     if not fused(logits_NV):
         return draw_torch(logits_NV, uniform_N, temperature_N, top_k_N, top_p_N)
-    token_N = torch.empty(N, dtype=torch.int64, device=logits_NV.device)
-    logp_N = torch.empty(N, dtype=torch.float32, device=logits_NV.device)
-    kept_N = torch.empty_like(logp_N)
+    make = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=logits_NV.device)
+    token_N, logp_N, kept_N = make(N, dtype=torch.int64), make(N), make(N)
+    slices = -(-V // DRAW_SLICE)
+    m_NS, s_NS, best_NS = make(N, slices), make(N, slices), make(N, slices, dtype=torch.int32)
+    _slice_kernel[(N, slices)](logits_NV, temperature_N, m_NS, s_NS, best_NS, logits_NV.stride(0), V, slices, SLICE=DRAW_SLICE, num_warps=8)
     has_k, has_p = top_k_N is not None, top_p_N is not None
-    _draw_kernel[(N,)](logits_NV, uniform_N, temperature_N, top_k_N if has_k else uniform_N, top_p_N if has_p else uniform_N, token_N,
-                       logp_N, kept_N, logits_NV.stride(0), V, HAS_K=has_k, HAS_P=has_p, BLOCK=4096, num_warps=16)    # 8 warps spill
+    _draw_kernel[(N,)](logits_NV, uniform_N, temperature_N, top_k_N if has_k else uniform_N, top_p_N if has_p else uniform_N, m_NS, s_NS,
+                       best_NS, token_N, logp_N, kept_N, logits_NV.stride(0), V, slices, HAS_K=has_k, HAS_P=has_p, SLICE=DRAW_SLICE,
+                       BLOCK_S=max(16, triton.next_power_of_2(slices)), BLOCK=min(4096, DRAW_SLICE), num_warps=8)     # 16 warps spill under Triton 3.6
     return token_N, logp_N, kept_N
 
 

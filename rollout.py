@@ -24,12 +24,13 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from common.run import FEW, die, flags, progress, start
-from kernels import address, decode_attention, draw, linear_logits, packed_attention, uniform_at
+from kernels import address, continued_attention, decode_attention, draw, linear_logits, packed_attention, picked, uniform_at
 
 NAN = math.nan
 calls = count()                          # of stream() in this process; ranks make the same calls, so it names a shared counter
@@ -307,20 +308,27 @@ class Slabs:
 class Pool:
     horizon = 8                          # steps between two looks at what has ended: a look makes the GPU wait; the overrun is cut
 
-    def __init__(self, c, dtype, device, slots, max_len, pages=None, page=32):
-        self.c, self.page, self.device = c, page, device
+    def __init__(self, c, dtype, device, slots, max_len, pages=None, page=None):
+        # 32: a row wastes half a page, and a share is rarely copied. flash-attn reads pages of 256 and no others
+        self.page = page = page or (256 if picked("decode", device.type) == "flash" else 32)
+        self.c, self.device = c, device
         longest = -(-(max_len + self.horizon) // page)
         if pages is None:
             pages = slots * longest + 1
             if device.type == "cuda":    # what an update left free, and some room for prefill
                 a_page = 2 * c.n_layer * page * c.n_kv_head * c.head_dim * torch.empty((), dtype=dtype).element_size()
-                pages = min(pages, int(0.8 * torch.cuda.mem_get_info(device)[0]) // a_page)
+                free = torch.cuda.mem_get_info(device)[0]
+                pages = min(pages, int(0.8 * free) // a_page)
+                if pages < longest + 4:
+                    raise ValueError(f"the GPU has {free / 2**30:.2f} GiB left for keys and values, and one sequence of {max_len} tokens "
+                                     f"takes {(longest + 4) * a_page / 2**30:.2f}: lower --row-tokens or --max-new, or give --checkpoint")
         self.pages, self.owned = Pages(pages), {}                # slot -> its pages
         self.pages.take()                                        # page 0: where rows that are not alive write
         shape = c.n_layer, pages, page, c.n_kv_head, c.head_dim
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
         self.table = torch.zeros(slots, longest, dtype=torch.int32, device=device)   # rows in the order of the batch
         self.lengths = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.written = np.zeros((slots, longest), dtype=np.int32), [0] * slots       # of each slot: its pages, and how many are in there
         self.most = (pages - 3) * page - self.horizon            # tokens of the longest sequence that fits alone
 
     def _fork(self, cache, length):
@@ -353,22 +361,22 @@ class Pool:
             cu.append(cu[-1] + b - a)
             where += [prefix.cache[t // self.page] * self.page + t % self.page for t in range(a, b)]
         where = torch.tensor(where, device=self.device)          # the place of each token of the row in the pool
-        fresh = not any(a for _, a, _ in pieces)
-        together = packed_attention(cu, max(b - a for _, a, b in pieces)) if fresh else None
+        if any(a for _, a, _ in pieces):                         # some go on: what they see lies in the pool, their own tokens included
+            places, cu_k = [], [0]
+            for prefix, _, b in pieces:
+                places.append((torch.tensor(prefix.cache).unsqueeze(1) * self.page + torch.arange(self.page)).view(-1)[:b])
+                cu_k.append(cu_k[-1] + b)
+            places, whole = torch.cat(places).to(self.device), continued_attention(cu, cu_k)
+        else:
+            places, whole = None, packed_attention(cu, max(b - a for _, a, b in pieces))
 
         def attend(layer, q, k, v):
-            self.k[layer].view(-1, *k.shape[1:]).index_copy_(0, where, k)
-            self.v[layer].view(-1, *v.shape[1:]).index_copy_(0, where, v)
-            if together:
-                return together(layer, q, k, v)
-            o = torch.zeros_like(q)
-            for (prefix, a, b), s, e in zip(pieces, cu, cu[1:]):
-                pages = torch.tensor(prefix.cache, device=self.device)
-                k_b, v_b = (x[layer, pages].flatten(0, 1)[:b].transpose(0, 1).unsqueeze(0) for x in (self.k, self.v))
-                o[s:e] = F.scaled_dot_product_attention(
-                    q[s:e].transpose(0, 1).unsqueeze(0), k_b, v_b, attn_mask=causal(b - a, b, q.device),
-                    enable_gqa=q.shape[1] != k.shape[1]).squeeze(0).transpose(0, 1)
-            return o
+            keys, values = self.k[layer].view(-1, *k.shape[1:]), self.v[layer].view(-1, *v.shape[1:])
+            keys.index_copy_(0, where, k[: len(where)])
+            values.index_copy_(0, where, v[: len(where)])
+            if places is None:
+                return whole(layer, q, k, v)
+            return whole(q, keys.index_select(0, places), values.index_select(0, places))
         return attend
 
     def enter(self, prefix, slot, live):
@@ -376,6 +384,7 @@ class Pool:
         if self.pages.left < 2 + live:
             return False
         self.owned[slot] = self._fork(prefix.cache, len(prefix.tokens))
+        self.written[0][slot], self.written[1][slot] = 0, 0
         return True
 
     def leave(self, slot):
@@ -393,9 +402,14 @@ class Pool:
 
     def decode(self, rows, pad):
         order = [row.slot for row in sorted(rows, key=lambda row: row.born)]
-        width = max(len(self.owned[slot]) for slot in order)
-        table = [self.owned[slot] + [0] * (width - len(self.owned[slot])) for slot in order] + [[0] * width] * (pad - len(order))
-        self.table[:pad, :width].copy_(torch.tensor(table, dtype=torch.int32), non_blocking=True)
+        pages, known = self.written
+        for slot in order:                                       # only what is new: for long rows, all of it takes longer than a step
+            mine = self.owned[slot]
+            pages[slot, known[slot] : len(mine)], known[slot] = mine[known[slot] :], len(mine)
+        width = max(known[slot] for slot in order)
+        table = np.zeros((pad, width), np.int32)
+        table[: len(order)] = pages[order, :width]
+        self.table[:pad, :width].copy_(torch.from_numpy(table))
         # the whole width in a graph, whose addresses are fixed: kernels read what a row's length says, not the table's width
         return order, *self.steps(pad), self.horizon
 
@@ -444,8 +458,10 @@ class Sampler:
         self.n_pages, self.chunk = pages, 4096 if cuda else 512  # chunk: prompt tokens between two decode steps
         # products of so many rows are all of one kind (see common.run.times) and sum each row in the same order, however many there are
         self.multiple = max(FEW, 4 * torch.get_num_threads()) if self.exact else 1
+        self.replayed = cuda                                     # decode steps are CUDA graphs
         if cuda:
-            self.sizes = [s for s in (1, 2, 4, 8) if s < self.slots] + list(range(16, self.slots + 16, 16))
+            sizes = [1, 2, 4, 8, *range(16, self.slots + 16, 16)]
+            self.sizes = sizes[: next(i for i, s in enumerate(sizes) if s >= self.slots) + 1]
         else:
             self.sizes = list(range(self.multiple, self.slots + self.multiple, self.multiple))
         self.steps_done, self.entries = 0, count()
@@ -457,12 +473,10 @@ class Sampler:
         make = lambda *shape, dtype=torch.int64: torch.zeros(*shape, dtype=dtype, device=self.device)  # noqa: E731
         self.waiting, self.rows, self.ended, self.batch = deque(), {}, [], None      # rows: slot -> Row; ended: not yet handed back
         self.free = Pages(self.slots)
-        self.is_stop = make(self.c.vocab_size, dtype=torch.bool)
-        self.is_stop[list(self.stop)] = True
         dtype = self.model.head_weight.dtype
         if not self.paged:
             self.storage = Slabs(self.c, self.model.head_weight, self.exact)     # like: the weights' dtype and device
-        elif isinstance(getattr(self, "storage", None), Pool):   # the pool stays where it is: graphs know its address
+        elif isinstance(getattr(self, "storage", None), Pool):   # the pool and all below stay where they are: graphs know their address
             self.storage.pages = Pages(len(self.storage.pages.owners))
             self.storage.pages.take()
             self.storage.owned.clear()
@@ -478,6 +492,8 @@ class Sampler:
         self.now, self.real = self.ints.clone(), self.reals.clone()                  # in the order of the batch
         tokens = (self.slots + 1) * self.width
         self.tokens, self.logprobs, self.kept = make(tokens), *(make(tokens, dtype=torch.float32) for _ in "lk")
+        self.is_stop = make(self.c.vocab_size, dtype=torch.bool)
+        self.is_stop[list(self.stop)] = True
         self.graphs = {}
 
     @property
@@ -557,7 +573,7 @@ class Sampler:
         return ended
 
     def _advance(self, b):
-        if self.device.type == "cuda":
+        if self.replayed:
             self.graphs[b.size, b.truncated].replay()
         else:
             self._eager(b)
@@ -577,7 +593,7 @@ class Sampler:
         if truncated:
             self.kept.index_copy_(0, at_B, kept_B)
         now[TOKEN].copy_(token_B)
-        now[POSITION : COUNT + 1] += now[ALIVE]
+        now[POSITION : COUNT + 1].add_(now[ALIVE])
         over_B = self.is_stop[token_B].logical_or_(logp_B.isnan())
         torch.minimum(now[END], torch.where(over_B, now[COUNT], FAR), out=now[END])
 
@@ -591,7 +607,7 @@ class Sampler:
             self.batch = None
             return
         truncated = any(r.group.top_k or r.group.top_p < 1 for r in self.rows.values())
-        if self.device.type == "cuda" and (self.sizes[0], truncated) not in self.graphs:
+        if self.replayed and (self.sizes[0], truncated) not in self.graphs:
             self._capture(truncated)
         B = len(self.rows)
         size = next(size for size in self.sizes if size >= B)
@@ -825,21 +841,20 @@ class Sampler:
 
     def _capture(self, truncated):
         """A graph per batch size, the largest first, so that the smaller ones live in its memory."""
-        pool = torch.cuda.graph_pool_handle()
+        pool, aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()            # one: libraries keep a workspace for each stream
         self.now.copy_(self.ints[:, self.slots :][:, :1].expand_as(self.now))        # nobody: they write into page 0
         self.real.copy_(self.reals[:, self.slots :][:, :1].expand_as(self.real))
         self.storage.table.zero_()
         for size in reversed(self.sizes):
             b = SimpleNamespace(now=self.now[:, :size], real=self.real[:, :size], truncated=truncated)
             b.begin, b.attend = self.storage.steps(size)
-            aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):                       # compiles kernels, and lets libraries take their workspace
                 for _ in range(2):
                     self._eager(b)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):      # the process group's thread goes on asking
                 self._eager(b)
             self.graphs[size, truncated] = graph
 

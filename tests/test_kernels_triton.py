@@ -30,6 +30,7 @@ triton = pytest.importorskip("triton")
 POINTERS = {"b": "*bf16", "f": "*fp32", "l": "*i64", "i": "*i32", "I": "i32", "F": "fp32"}
 ROPE = dict(H=16, KV=8, HALF=64, NORM=True, BLOCK_R=32, BLOCK_D=64)
 DECODE = dict(PAGE=256, KV=8, GROUP=4, HD=128, BLOCK_G=16, BLOCK_D=128, BLOCK_N=64)
+DRAW = dict(SLICE=8192, BLOCK_S=32, BLOCK=4096)
 KERNELS = [
     ("_decode_kernel", "bbbbbiiffFIIII", dict(SPLITS=4, **DECODE), 4, 3),
     ("_decode_kernel", "bbbbbiibfFIIII", dict(SPLITS=1, **DECODE), 4, 3),
@@ -42,8 +43,9 @@ KERNELS = [
     ("_swiglu_kernel", "bbI", dict(BLOCK=1024), 4, 3),
     ("_swiglu_back_kernel", "bbbI", dict(BLOCK=1024), 4, 3),
     ("_uniform_kernel", "fllI", dict(BLOCK=256), 4, 3),
-    ("_draw_kernel", "fffiflffII", dict(HAS_K=True, HAS_P=True, BLOCK=4096), 16, 3),
-    ("_draw_kernel", "ffffflffII", dict(HAS_K=False, HAS_P=False, BLOCK=4096), 16, 3),
+    ("_slice_kernel", "ffffiIII", dict(SLICE=8192), 8, 3),
+    ("_draw_kernel", "fffifffilffIII", dict(HAS_K=True, HAS_P=True, **DRAW), 8, 3),
+    ("_draw_kernel", "fffffffilffIII", dict(HAS_K=False, HAS_P=False, **DRAW), 8, 3),
 ]
 
 
