@@ -215,7 +215,7 @@ def address(s):
 def stored(known, batch):
     """What is known of each sample by its address, one number a prediction, for the predictions of a batch."""
     parts = [known[address(s)] for s in batch.samples]
-    return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts])).to(batch.targets_N.device)
+    return kernels.to_device(np.concatenate([np.zeros(0, np.float32), *parts]), torch.float32, batch.targets_N.device)
 
 
 def covariant(groups, config):
@@ -248,7 +248,9 @@ def make_loss(config, at=0.0, old=None, marked=None, reference=None):
         logp_N, entropy_N = linear_logprob(hidden_ND, head_VD, batch.targets_N, c.temperature)
         # one update a rollout: the policy that sampled is this one
         old_N = logp_N.detach() if old is None else stored(old, batch)
-        lengths_S = torch.bincount(batch.sample_N, minlength=len(batch.samples)).clamp(min=1)
+        # no bincount: on a GPU it waits for the largest number
+        lengths_S = batch.weight_N.new_zeros(len(batch.samples)).index_add_(0, batch.sample_N, torch.ones_like(batch.weight_N))
+        lengths_S = lengths_S.clamp(min=1)
         x_N = logp_N - old_N
         logratio_N = RATIOS[c.ratio](x_N, batch.sample_N, lengths_S, p)
         objective_N = TRUSTS[c.trust](logratio_N, batch.advantage_N, c.clip_low, c.clip_high)
@@ -296,7 +298,8 @@ def setup(config, problems=None):
     try:
         folder = hf.find(source)
         tok = data.tokenizer(folder)
-        model = GPT.from_hf(folder, dtype=env.dtype, device=env.device)
+        place = torch.device("cpu") if config.dry_run else env.device                    # a dry run takes nothing of the GPU
+        model = GPT.from_hf(folder, dtype=env.dtype, device=place)
         task = data.load(config.data or config.task)
         if config.data and not config.reward:
             raise ValueError("--data needs --reward my.py:score: what is a good answer to your prompts?")
@@ -309,17 +312,40 @@ def setup(config, problems=None):
             raise ValueError(f"--row-tokens {config.row_tokens} is below one sample: a prompt and --max-new take {need}")
         if need > model.config.max_len:
             raise ValueError(f"a prompt and --max-new {config.max_new} take {need} tokens, the model serves {model.config.max_len}")
+        model.checkpoint = config.checkpoint
+        # on the host between updates, on the device while one lasts
+        reference = GPT.from_hf(folder, dtype=env.dtype).requires_grad_(False) if config.kl_coef else None
+        optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr or None, weight_decay=config.weight_decay, clip=config.clip)
+        if place.type == "cuda":
+            rehearse(model, optimizer, reference, config, need)
         sampler = Sampler(model, tok.stop, tok, slots=config.slots or None, max_len=need, deterministic=env.deterministic)
     except (ValueError, FileNotFoundError) as e:
         die(e)
-    model.checkpoint = config.checkpoint
-    # on the host between updates, on the device while one lasts
-    reference = GPT.from_hf(folder, dtype=env.dtype).requires_grad_(False) if config.kl_coef else None
-    optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr or None, weight_decay=config.weight_decay, clip=config.clip)
+    except torch.cuda.OutOfMemoryError:
+        die(f"an update of --row-tokens {config.row_tokens} does not fit on the GPU: lower it, or give --checkpoint (--dry-run lists what "
+            "a run needs)")
     return SimpleNamespace(config=config, env=env, model=model, tok=tok, task=task, problems=problems, valid=held[0], test=held[1],
                            sampler=sampler, optimizer=optimizer, workers=Rewards(reward, workers=config.workers),
                            reference=reference, normaliser=0.0, updates=0.0, spent=0, best=-math.inf, stalled=0, visits={},
                            clock=dict.fromkeys(CLOCKS, 0.0))
+
+
+def rehearse(model, optimizer, reference, config, need):
+    """One full row forward and backward, times zero, and its gradients summed over ranks and forgotten. After it the allocator holds
+    what an update needs, and what the card has left can go to the sampler's keys for good."""
+    device, n = model.head_weight.device, max(1, config.row_tokens // need)
+    samples = [rollout.Sample([0], [0] * (need - 1), [0.0] * (need - 1), "length", i, 0, 0, advantage=0.0) for i in range(n)]
+    (batch,) = pack.batches(samples, n * need, model.config, share=False)
+    batch = batch.to(device)
+    if reference:
+        with torch.no_grad():
+            linear_logprob(predicting(reference.to(device), batch), reference.head_weight, batch.targets_N)
+    logp_N, entropy_N = linear_logprob(predicting(model, batch), model.head_weight, batch.targets_N)
+    (0 * (logp_N.sum() + entropy_N.sum())).backward()
+    optimizer.reduce_grads()
+    optimizer.zero_grad()
+    if reference:
+        reference.to("cpu")
 
 
 COUNTERS = ("visits", "updates", "spent", "best", "stalled")     # of rl, kept in checkpoints
@@ -450,8 +476,11 @@ def backward(rl, groups, loss):
         batch = batch.to(rl.env.device)
         value, stats = loss(batch, predicting(rl.model, batch), rl.model.head_weight)
         value.backward()
-        parts.append({k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in stats.items()})
+        parts.append(stats)
         clock["train"] += time.perf_counter() - begin
+    begin = time.perf_counter()                                  # read only now: until the last row is under way nothing waits for a GPU
+    parts = [{k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in stats.items()} for stats in parts]
+    clock["train"] += time.perf_counter() - begin
     return together(gather(together(parts)))
 
 
@@ -600,20 +629,28 @@ def budget(shape, config, width, world, slots, longest, reference=False):
     # output, gate and up, their product
     kept = 4 * shape.d_model + 2 * (heads + 2 * kv_heads) + heads + 3 * shape.d_ff
     layers = shape.n_layer * shape.d_model + kept if config.checkpoint else shape.n_layer * kept
+    largest = shape.vocab_size * shape.d_model
+    pages = slots * -(-(longest + rollout.Pool.horizon) // rollout.PAGE) + 1
     parts = {"weights": params * width,
-             "gradients": params * (4 + width if half else 4),                   # a half-precision gradient and its fp32 sum
+             # fp32 sums, and one half-precision gradient that is about to be added to its own
+             "gradients": params * 4 + (largest * width if half else 0),
              "optimizer shard": params * (12 if half else 8) // world,           # fp32 master (where the weight is not it), two moments
-             "KV cache": slots * longest * 2 * shape.n_layer * kv_heads * width,
+             "KV cache": (pages * rollout.PAGE if half else slots * longest) * 2 * shape.n_layer * kv_heads * width,
              "activations": config.row_tokens * layers * width,
-             "head": 3 * 4 * (kernels.TILE if half else kernels.CHUNK)}          # a tile of logits, its exponentials, its gradient
+             # a tile of logits and its gradient, and two sums of the hidden states' gradient; or logits, exponentials, gradient
+             "head": kernels.BACKWARD_TILE * 6 + 8 * config.row_tokens * shape.d_model if half else 3 * 4 * kernels.CHUNK}
     if reference:
         parts["reference"] = params * width
     return parts
 
 
+def memory(rl):
+    return budget(rl.model.config, rl.config, rl.model.head_weight.element_size(), rl.env.world, rl.sampler.slots, rl.sampler.max_len,
+                  bool(rl.reference))
+
+
 def print_budget(rl):
-    parts = budget(rl.model.config, rl.config, rl.model.head_weight.element_size(), rl.env.world, rl.sampler.slots, rl.sampler.max_len,
-                   bool(rl.reference))
+    parts = memory(rl)
     print(f"memory of one rank of {rl.env.world}, {rl.env.dtype}:")
     for name, size in parts.items():
         print(f"  {name:<16} {size / 2**30:8.3f} GiB")
@@ -708,6 +745,9 @@ def main(argv=None):
         numbers["reward_failed"] = all_sum(sum(rl.workers.failed.values()))
         bar.update()
         run.log(status(now, config, numbers))
+        if now == begin + 1 and env.device.type == "cuda":
+            predicted = sum(memory(rl).values())
+            run.log(f"  memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at the peak, {predicted / 2**30:.2f} by --dry-run")
         for warning in warnings(history, config):
             run.log(f"  warning: {warning}")
         last = over()

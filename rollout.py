@@ -305,12 +305,14 @@ class Slabs:
 #                                                       row 1   [3][7][15]            12 and 15: the prompt's last 8 keys, copied
 
 
+PAGE = 32                                # a row wastes half a page, and a shared one is rarely copied
+
+
 class Pool:
     horizon = 8                          # steps between two looks at what has ended: a look makes the GPU wait; the overrun is cut
 
     def __init__(self, c, dtype, device, slots, max_len, pages=None, page=None):
-        # 32: a row wastes half a page, and a share is rarely copied. flash-attn reads pages of 256 and no others
-        self.page = page = page or (256 if picked("decode", device.type) == "flash" else 32)
+        self.page = page = page or (256 if picked("decode", device.type) == "flash" else PAGE)       # flash-attn reads no others
         self.c, self.device = c, device
         longest = -(-(max_len + self.horizon) // page)
         if pages is None:
@@ -434,6 +436,12 @@ FAR = 1 << 40
 M32 = 0xFFFFFFFF
 
 
+def graph_sizes(slots):
+    """Rows of a CUDA graph: up to the first size that takes them all."""
+    sizes = [1, 2, 4, 8, *range(16, slots + 16, 16)]
+    return [size for size in sizes if size < slots] + [next(size for size in sizes if size >= slots)]
+
+
 class Sampler:
     def __init__(self, model, stop, tok=None, slots=None, max_len=None, exact=None, *, paged=None, pages=None, deterministic=None,
                  store=None):
@@ -460,8 +468,7 @@ class Sampler:
         self.multiple = max(FEW, 4 * torch.get_num_threads()) if self.exact else 1
         self.replayed = cuda                                     # decode steps are CUDA graphs
         if cuda:
-            sizes = [1, 2, 4, 8, *range(16, self.slots + 16, 16)]
-            self.sizes = sizes[: next(i for i, s in enumerate(sizes) if s >= self.slots) + 1]
+            self.sizes = graph_sizes(self.slots)
         else:
             self.sizes = list(range(self.multiple, self.slots + self.multiple, self.multiple))
         self.steps_done, self.entries = 0, count()

@@ -125,6 +125,7 @@ class GPT(nn.Module):
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.checkpoint = False                                  # recompute each block in the backward: memory for time
+        self.compiled = False                                    # its blocks are
         self._rope = None
 
     @property
@@ -136,6 +137,8 @@ class GPT(nn.Module):
             inv_freq, scale = rope_frequencies(self.config)
             self._rope = inv_freq.to(tokens_T.device), scale
         cos_T, sin_T = rope_tables(positions_T, *self._rope)     # (T, head_dim/2)
+        if self.compiled:                                        # a row's attend holds its lengths: compiled in, each row would recompile
+            attend = torch.compiler.disable(attend)
         x_TD = self.embed(tokens_T)
         for layer, block in enumerate(self.blocks):
             if self.checkpoint and torch.is_grad_enabled():
@@ -428,6 +431,7 @@ def setup(config, env):
         die(e)
     model.checkpoint = config.checkpoint
     if config.compile:
+        model.compiled = True
         for block in model.blocks:
             block.compile(dynamic=True)
     return model, tok, document, count

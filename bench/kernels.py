@@ -6,7 +6,6 @@ with the spread; what both compute is compared first. On a CPU: log-prob + entro
 seconds of one thread and the peak of resident memory, each side in a fresh process.
 """
 import importlib.util
-import json
 import multiprocessing
 import resource
 import statistics
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 import kernels
+from bench import finish
 from common.run import flags
 
 
@@ -257,14 +257,12 @@ def small(config, copy):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     if not torch.cuda.is_available():
-        print(json.dumps({"bench": "kernels", "device": "cpu", "torch": torch.__version__, **cpu(config)}))
-        return
+        return finish("kernels", device="cpu", torch=torch.__version__, **cpu(config))
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", kernels.triton and kernels.triton.__version__)
     print(kernels.backend("cuda"))
     product, copy = ceilings(config)
     parts = {"logprob": logprob(config, product), "decode": decode(config, copy), "small": small(config, copy)}
-    print(json.dumps({"bench": "kernels", "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                      "product_tflops": product, "copy_gbs": copy, **parts}))
+    return finish("kernels", device=torch.cuda.get_device_name(), torch=torch.__version__, product_tflops=product, copy_gbs=copy, **parts)
 
 
 if __name__ == "__main__":

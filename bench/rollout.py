@@ -7,6 +7,8 @@ python -m bench rollout: the sampler against transformers on the same weights, o
 (c) one sequence      a 15M model, beside llama2.c's published shape: tokens a second as a share of the memory's bandwidth
 (d) one prompt        n = 16 samples of 512 tokens: what the prompt costs, against one sample
 (e) two ranks         256 skewed requests from a shared counter: steps in which one rank has no row
+(f) on a GPU          a decode step of Qwen3's shapes, random weights: what it must read over the measured copy rate, as a share of its
+                      time, the host's part included; beside it the same step without CUDA graphs
 
 Greedy, so that tokens can be compared before anything is timed. Times are CPU seconds of this process, sides alternate. The bars
 are of the medians.
@@ -22,13 +24,14 @@ import torch
 
 from bench import alternate, finish, peer, ratio, show
 from common.run import flags
+from kernels import backend
 from rollout import Sampler
 from train_gpt import GPT, GPTConfig
 
 
 @dataclass
 class Config:
-    parts: str = "abcde"             # which of the five to run
+    parts: str = ""                  # which of the six to run; none given: f on a GPU, the others without one
     sizes: str = "4M,28M"            # models of (a) and (b)
     repeats: int = 3                 # timed runs of each side
     requests: int = 256              # of (a); 28M runs a quarter of them
@@ -268,8 +271,79 @@ def ranks(config, rounds=20):
     return result
 
 
+# -----------------------------------------------------------------------------
+# (f) on a GPU
+
+
+QWEN = dict(vocab_size=151936, n_kv_head=8, head_dim=128, max_len=4096, rope_theta=1e6)
+LARGE = {                            # and the least share of the roofline at each batch size
+    "0.6B": (GPTConfig(n_layer=28, n_head=16, d_model=1024, d_ff=3072, tie_embeddings=True, **QWEN), {1: None, 64: 0.45, 256: 0.7}),
+    "8B": (GPTConfig(n_layer=36, n_head=32, d_model=4096, d_ff=12288, **QWEN), {1: None, 64: 0.7, 256: 0.7}),
+}
+
+
+def copy_rate():
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    source = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda")
+    target, seconds = torch.empty_like(source), []
+    for _ in range(10):
+        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        a.record()
+        target.copy_(source)
+        b.record()
+        torch.cuda.synchronize()
+        seconds.append(a.elapsed_time(b) / 1e3)
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def roofline(config, context=1024, steps=64):
+    if not torch.cuda.is_available():
+        print("(f) needs a GPU: left out")
+        return {}
+    rate, result = copy_rate(), {}
+    print(f"(f) {torch.cuda.get_device_name()}, {rate / 1e9:,.0f} GB/s copied; {backend('cuda')}")
+    for name, (shape, bars) in LARGE.items():
+        with torch.device("meta"):
+            model = GPT(shape).to(torch.bfloat16)
+        model = model.to_empty(device="cuda").requires_grad_(False)
+        for p in model.parameters():
+            p.normal_(std=0.02) if p.ndim == 2 else p.fill_(1.0)
+        read = sum(p.nbytes for n, p in model.named_parameters() if shape.tie_embeddings or not n.startswith("embed"))
+        a_key = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * 2
+        for B, bar in bars.items():
+            new = (2 * config.repeats + 2) * steps
+            sampler = Sampler(model, stop=(), slots=B, max_len=context + new + 8)
+            for i, prompt in enumerate(prompts_of(random.Random(i), 1, 1000, context)[0] for i in range(B)):
+                sampler.submit(i, prompt, 1, new)
+            while len(sampler.rows) < B:
+                sampler.step()
+            seconds, share = {"graphs": [], "no graphs": []}, []
+            for turn in range(2 * config.repeats + 1):
+                how = ("graphs", "no graphs")[turn % 2]
+                sampler.replayed = how == "graphs"
+                torch.cuda.synchronize()
+                keys, start = sum(row.keys for row in sampler.rows.values()), time.perf_counter()
+                for _ in range(steps):
+                    sampler.step()
+                torch.cuda.synchronize()
+                if turn:                                         # the first captures
+                    seconds[how].append((time.perf_counter() - start) / steps)
+                    if sampler.replayed:
+                        share.append((read + (keys + B * steps / 2) * a_key) / rate / seconds[how][-1])
+            for how, s in seconds.items():
+                show(f"{name}, batch {B}, {context}+ keys a row, {how}", s, per=B, unit="tok/s")
+            result[f"{name}_{B}"] = statistics.median(share)
+            print(f"  {result[f'{name}_{B}']:.0%} of the roofline" + (f" (bar: {bar:.0%})" if bar else ""), flush=True)
+            del sampler
+            torch.cuda.empty_cache()
+        del model
+        torch.cuda.empty_cache()
+    return result
+
+
 def main(argv=None):
     config = flags(Config, argv, __doc__)
+    config.parts = config.parts or ("f" if torch.cuda.is_available() else "abcde")
     torch.set_num_threads(1)
     result = {}
     for name in config.sizes.split(",") if set("ab") & set(config.parts) else ():
@@ -281,7 +355,7 @@ def main(argv=None):
             result[f"uniform_{name}"] = uniform(config, name, model, hf)
         if "a" in config.parts:
             result[f"skewed_{name}"] = skew(config, name, model, hf)
-    for part, run in (("c", alone), ("d", shared), ("e", ranks)):
+    for part, run in (("c", alone), ("d", shared), ("e", ranks), ("f", roofline)):
         if part in config.parts:
             result[run.__name__] = run(config)
     return finish("rollout", **result)

@@ -157,7 +157,8 @@ class Optimizer:
             self.zero_grad()
             return dict(grad_norm=0.0, skipped=True)
         self.reduce_grads()
-        square = torch.stack([s.grad.double().square().sum() for s in self.shards]).sum()
+        # in fp64 on a CPU, where ranks must agree to the bit; a GPU would write the whole gradient out once more, and MPS has none
+        square = torch.stack([(s.grad.double() if s.grad.device.type == "cpu" else s.grad).square().sum() for s in self.shards]).sum()
         if self.world > 1:
             dist.all_reduce(square)
         norm = float(square.sqrt()) / divide                     # the one host sync of a step

@@ -221,13 +221,17 @@ def check_uniform_is_the_same_bits():
     assert square.shape == (3, 5) and square[2, 4] == kernels.uniform(1, 2, words[0][2], words[1][4], 0)
 
 
-@pytest.mark.parametrize("V", [1, 2, 65, 4097])
-def check_draw(V):
-    """Greedy, plain, top-k, top-p and both, each row its own; ties everywhere (logits on a coarse grid), an excluded token (-inf)."""
+@pytest.mark.parametrize("V, piece", [(1, 8192), (2, 8192), (65, 16), (65, 8192), (4097, 1024)])
+def check_draw(V, piece, monkeypatch):
+    """Greedy, plain, top-k, top-p and both, each row its own; ties everywhere (logits on a coarse grid), an excluded token (-inf). In
+    one slice and in several: the last one of a single token, one of excluded tokens alone."""
+    monkeypatch.setattr(kernels, "DRAW_SLICE", piece)
     N = 14
     logits = (rand(N, V) * 6).round() / 3
     if V > 2:
         logits[:, 1] = -float("inf")
+    if piece < V:
+        logits[:, piece : 2 * piece] = -float("inf")
     u = torch.rand(N, generator=torch.Generator().manual_seed(V))
     if V > 4096:
         logits[3, -1] = logits[3].max()                          # the greedy row's maximum again, in the second block
@@ -243,8 +247,10 @@ def check_draw(V):
         torch.testing.assert_close(got[2], want[2], atol=2e-6, rtol=1e-5)
 
 
-def check_a_row_that_is_not_finite_shows_as_nan_and_draws_a_token_that_exists():
+@pytest.mark.parametrize("piece", [16, 8192])
+def check_a_row_that_is_not_finite_shows_as_nan_and_draws_a_token_that_exists(piece, monkeypatch):
     """The sampler asks only whether a log-prob is nan; a token outside the vocabulary would be an illegal memory access one step later."""
+    monkeypatch.setattr(kernels, "DRAW_SLICE", piece)
     logits = rand(4, 70)
     logits[0, 3], logits[1, 69], logits[2] = float("nan"), float("inf"), -float("inf")
     rows = torch.tensor([0.5, 0.99, 0.0, 0.5]), torch.tensor([1.0, 1.0, 1.0, 0.0])
