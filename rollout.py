@@ -450,6 +450,8 @@ class Sampler:
         self.model, self.c, self.tok = model, model.config, tok
         weight = model.head_weight
         self.device, cuda = weight.device, weight.device.type == "cuda"
+        for what in ("train", "decode", "fused"):                # a backend proves itself before the first step: not inside a graph
+            picked(what, self.device.type)
         bad = [t for t in stop if not 0 <= t < self.c.vocab_size]
         if bad:
             raise ValueError(f"stop id {bad[0]} is outside the vocabulary of {self.c.vocab_size}")

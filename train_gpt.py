@@ -425,6 +425,7 @@ def setup(config, env):
             shape = GPTConfig(tok.vocab_size, config.n_layer, config.n_head, config.n_kv_head, config.head_dim, config.d_model, config.d_ff,
                               config.max_len, config.rope_theta, tie_embeddings=config.tie_embeddings)
             model = GPT(shape).init_weights(config.seed).to(env.device, env.dtype)
+        kernels.backend(env.device)
         document, count = documents(config, tok)
         document("train", 0)
     except (ValueError, FileNotFoundError) as e:

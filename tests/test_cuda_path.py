@@ -167,6 +167,19 @@ def test_pages_are_of_the_size_that_the_picked_decode_reads(monkeypatch):
         assert Pool(GPTConfig(**SHAPE), torch.float32, torch.device("cpu"), 2, 300).page == page
 
 
+def test_a_misspelt_backend_is_one_line(monkeypatch, capsys, tmp_path):
+    """It was a traceback out of the first forward, with a run folder already made."""
+    import train_gpt
+    monkeypatch.setenv("NANORL_ATTENTION", "falsh")
+    monkeypatch.setattr(kernels, "_picked", {})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="NANORL_ATTENTION=falsh is not known; known: flash, varlen, torch"):
+        Sampler(tiny(), {STOP})
+    with pytest.raises(SystemExit) as stopped:
+        train_gpt.main(["--preset", "small", "--device", "cpu"])
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: NANORL_ATTENTION=falsh") and not list(tmp_path.iterdir())
+
+
 # -----------------------------------------------------------------------------
 # attention of prompts that go on from a cache, and of heads that the fast calls refuse
 

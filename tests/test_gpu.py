@@ -1,6 +1,6 @@
 """
 What only a GPU can tell: every kernel against its twin in half precision at real sizes, the backends that were picked, no waiting on the
-hot path, CUDA graphs, torch.compile, memory. Needs this file and kernels.py, train_gpt.py, common/; two minutes on one card.
+hot path, CUDA graphs, torch.compile, memory. Needs this file and the scripts of the root; two minutes on one card.
 
     pytest -m gpu tests/test_gpu.py -s
 
@@ -76,6 +76,8 @@ def test_logprob_never_holds_the_logits():
     N, D, V = 8192, 1024, 151_936
     hidden, weight = rand(N, D).to(HALF).requires_grad_(), (rand(V, D) / 32).to(HALF).requires_grad_()
     targets = torch.zeros(N, dtype=torch.long, device=DEVICE)
+    kernels.linear_logprob(hidden[:64], weight, targets[:64])[0].sum().backward()                  # cuBLAS takes its workspace once
+    hidden.grad = weight.grad = None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     logp, entropy = kernels.linear_logprob(hidden, weight, targets)
@@ -233,6 +235,49 @@ def test_nothing_waits_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_decode_step_waits_for_nothing():
+    """The tokens feed the next step on the device, and the host looks at what has ended every few steps."""
+    from rollout import Sampler
+    from train_gpt import GPT, GPTConfig
+    model = GPT(GPTConfig(1000, 2, 4, 2, 64, 256, 512, 512, 1e4)).init_weights(0).to(DEVICE, HALF)
+    sampler = Sampler(model, (), slots=12)
+    for i in range(12):
+        sampler.submit(i, [1 + i, 2, 3], 1, 100, top_p=0.9 if i % 2 else 1.0)
+    while len(sampler.rows) < 12 or sampler.batch is None:
+        sampler.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            for _ in range(3):
+                sampler._advance(sampler.batch)
+                sampler._eager(sampler.batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_loss_waits_for_nothing():
+    import nanorl
+    import pack
+    from rollout import Sample
+    from train_gpt import GPT, GPTConfig
+    model = GPT(GPTConfig(1000, 2, 4, 2, 64, 256, 512, 512, 1e4)).init_weights(0).to(DEVICE, HALF)
+    samples = [Sample([1, 2, 3], [4] * (5 + i), [-7.0] * (5 + i), "length", 0, i, 0, advantage=i - 1.0) for i in range(4)]
+    for algo in nanorl.ALGORITHMS:
+        if nanorl.ALGORITHMS[algo].get("kl_coef"):
+            continue                                             # a reference moves between host and device, once an update
+        config = nanorl.with_algorithm(nanorl.Config(algo=algo))
+        for mode in ("default", "error"):
+            (batch,) = pack.batches([samples], 64, model.config)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                batch = batch.to(torch.device(DEVICE))
+                nanorl.make_loss(config)(batch, nanorl.predicting(model, batch), model.head_weight)[0].backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_captured_step_follows_the_lengths():
