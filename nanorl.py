@@ -319,6 +319,9 @@ def setup(config, problems=None):
         if place.type == "cuda":
             rehearse(model, optimizer, reference, config, need)
         sampler = Sampler(model, tok.stop, tok, slots=config.slots or None, max_len=need, deterministic=env.deterministic)
+        if sampler.paged and sampler.storage.most < need:
+            raise ValueError(f"what an update leaves of the GPU holds {sampler.storage.most} tokens of keys and values, one sample may "
+                             f"take {need}: lower --row-tokens, or give --checkpoint")
     except (ValueError, FileNotFoundError) as e:
         die(e)
     except torch.cuda.OutOfMemoryError:

@@ -68,7 +68,7 @@ class Tape(TorchDispatchMode):
         for func, args, kwargs, out in self.notes:
             again = func(*args, **kwargs)
             for old, new in zip(out if isinstance(out, (tuple, list)) else [out], again if isinstance(again, (tuple, list)) else [again]):
-                if old.data_ptr() != new.data_ptr():
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 
@@ -154,9 +154,9 @@ def test_sizes_of_graphs_end_with_the_slots(slots, sizes):
 
 
 def test_a_pool_too_small_is_refused_in_words(monkeypatch):
-    """What an update leaves of the card may be less than one sequence takes; that was an empty list deep in the accounting."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100_000, 10**9))
-    with pytest.raises(ValueError, match="GiB left for keys and values, and one sequence of 400 tokens takes"):
+    """A card that the weights fill was told as an empty list, popped deep in the accounting."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30_000, 10**9))
+    with pytest.raises(ValueError, match="GiB left: no room for keys and values"):
         Pool(GPTConfig(**SHAPE), torch.bfloat16, torch.device("cuda"), 4, 400)
 
 
@@ -223,12 +223,13 @@ def batch_of(model, n=3):
 
 
 @pytest.mark.parametrize("algo", ["dr_grpo", "gspo", "cispo", "holder", "vl_norm"])
-def test_no_loss_waits_for_the_device(algo):
+def test_no_loss_waits_for_the_device(algo, monkeypatch):
     """The lengths of the samples came from a bincount, which asks a GPU for its largest number first: forward and backward of every row
     stood apart. Ten statistics were read after every row, too; now after the last."""
     model = tiny()
     batch, config = batch_of(model), nanorl.with_algorithm(nanorl.Config(algo=algo))
     hidden_ND = nanorl.predicting(model, batch)
+    monkeypatch.setattr(kernels, "expect_ids", lambda *args: None)                               # it looks at ids on a CPU alone
     with Flowing():
         value, stats = nanorl.make_loss(config)(batch, hidden_ND, model.head_weight)
         value.backward()
