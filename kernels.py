@@ -1123,13 +1123,12 @@ def draw(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
     make = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=logits_NV.device)
     token_N, logp_N, kept_N = make(N, dtype=torch.int64), make(N), make(N)
     slices = -(-V // DRAW_SLICE)
-    block, block_s = min(4096, DRAW_SLICE), max(16, triton.next_power_of_2(slices))
     m_NS, s_NS, best_NS = make(N, slices), make(N, slices), make(N, slices, dtype=torch.int32)
     _slice_kernel[(N, slices)](logits_NV, temperature_N, m_NS, s_NS, best_NS, logits_NV.stride(0), V, slices, SLICE=DRAW_SLICE, num_warps=8)
     has_k, has_p = top_k_N is not None, top_p_N is not None
     _draw_kernel[(N,)](logits_NV, uniform_N, temperature_N, top_k_N if has_k else uniform_N, top_p_N if has_p else uniform_N, m_NS, s_NS,
                        best_NS, token_N, logp_N, kept_N, logits_NV.stride(0), V, slices, HAS_K=has_k, HAS_P=has_p, SLICE=DRAW_SLICE,
-                       BLOCK_S=block_s, BLOCK=block, num_warps=8)                      # 16 warps spill under Triton 3.6
+                       BLOCK_S=max(16, triton.next_power_of_2(slices)), BLOCK=4096, num_warps=8)       # 16 warps spill under Triton 3.6
     return token_N, logp_N, kept_N
 
 

@@ -115,14 +115,13 @@ def test_a_replayed_step_follows_everything_that_changes(taped):
     move. One engine in wide use kept a length as a number: half of its answers were wrong and nothing failed. Here rows grow over page
     edges, leave, enter and are preempted, weights are written in place, and every token is that of the step done anew."""
     model = tiny()
-    graphs, eager = taped(model, pages=12), Sampler(model, {STOP}, slots=4, paged=True, pages=12)
-    for top_p in (1.0, 0.9):
-        for again in range(2):
-            a, b = (s.generate(PROMPTS, 2, 50, top_p=top_p, seed=again) for s in (graphs, eager))
-            assert [[s.tokens for s in g] for g in a] == [[s.tokens for s in g] for g in b]
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.mul_(1.02)
+    graphs, eager = taped(model, pages=7), Sampler(model, {STOP}, slots=4, paged=True, pages=7)
+    for top_p in (1.0, 1.0, 0.9):
+        a, b = (s.generate(PROMPTS[:5], 1, 40, top_p=top_p) for s in (graphs, eager))
+        assert [[s.tokens for s in g] for g in a] == [[s.tokens for s in g] for g in b]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.02)
     assert len(graphs.graphs) == 2 * len(graphs.sizes)
 
 
@@ -233,7 +232,7 @@ def test_no_loss_waits_for_the_device(algo, monkeypatch):
     with Flowing():
         value, stats = nanorl.make_loss(config)(batch, hidden_ND, model.head_weight)
         value.backward()
-    assert float(value) == float(value) and stats["weight_all"].shape == (15,)
+    assert value.detach().isfinite() and stats["weight_all"].shape == (15,)
 
 
 def test_a_rehearsal_moves_nothing():
