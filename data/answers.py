@@ -58,16 +58,16 @@ def extract(text):
 
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BRACE = re.compile(r"\\[\s\S]|[{}]")
 
 
 def braced(text, at):
     """the text from `at` up to the brace that closes the one before it; None: it is never closed"""
-    depth, i = 1, at
-    for i in range(at, min(len(text), at + 4 * LONGEST)):
-        if text[i] in "{}" and text[i - 1] != "\\":
-            depth += 1 if text[i] == "{" else -1
-            if depth == 0:
-                return text[at:i]
+    depth = 1
+    for match in BRACE.finditer(text, at, at + 4 * LONGEST):         # \\{ is a line's end and a brace, \{ is none
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return text[at:match.start()]
     return None
 
 
@@ -92,7 +92,8 @@ UNIT = re.compile(r"(?<=[\d})°π])\s*(?:[a-zA-Z]{2,}\.?|[pa]\.?m\.?|[mghsL](?![
                   r"(?:\s*\^\s*\{?[23]\}?)?\s*\.?$")
 PLAIN = re.compile(r"[-+]?\s*\d+")
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-NAME = re.compile(r"[a-zA-Z]{1,3}|\\[a-z]+|[a-zA-Z]\s*\(\s*[a-zA-Z]\s*\)|[a-zA-Z]_\{?\w+\}?")
+NAME = re.compile(r"[a-zA-Z](?:\s*[a-zA-Z]){,2}|\\[a-z]+|[a-zA-Z]\s*\(\s*[a-zA-Z]\s*\)|[a-zA-Z]_\{?\w+\}?|\(\s*L(?:\s*,\s*L)+\s*\)"
+                  .replace("L", r"(?:[a-zA-Z]|\\[a-z]+)"))                 # x, AB, \theta, f(x), x_1, (r, \theta)
 WORD = re.compile(r"(?=.*[a-zA-Z]{2} +[a-zA-Z]{2}|[a-zA-Z'-]{3})[a-zA-Z][a-zA-Z .'-]*")
 
 
@@ -426,7 +427,8 @@ def form(text):
         return Form("word", word, word)
     parts = cut(text, "∪")
     if len(parts) > 1:
-        forms = sorted((form(part) for part in parts), key=lambda f: repr(f.key))
+        forms = [one for f in map(form, parts) for one in (f.parts if f.kind == "union" else [f])]       # (A ∪ B) ∪ C
+        forms.sort(key=lambda f: repr(f.key))
         return Form("union", tuple(forms), ("union", *(f.key for f in forms)))
     if matrix := re.fullmatch(r"\\begin\s*\{([pbvBV]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?(.*)\\end\s*\{\1\}", text, re.S):
         rows = tuple(tuple(form(cell) for cell in row.split("&")) for row in matrix[2].strip(" ¶").split("¶"))
@@ -434,7 +436,7 @@ def form(text):
     items = cut(text, ",;")
     if len(items) > 1:
         return listed([form(item) for item in items])
-    if "±" in text or "∓" in text:
+    if ("±" in text or "∓" in text) and text[0] != "⟨":
         return listed([form(text.replace("±", a).replace("∓", b)) for a, b in (("+", "-"), ("-", "+"))])
     if len(text) > 1 and text[0] in "([⟨{" and closes(text) == len(text) - 1:
         items = cut(text[1:-1], ",;")
@@ -562,7 +564,7 @@ def same(a, b):
 
 
 def equal(a, b):
-    if a.name and b.name and a.name != b.name and (len(a.name) == len(b.name) == 1 or a.name[:5] == b.name[:5] == "base "):
+    if a.name and b.name and a.name.lower() != b.name.lower() and (len(a.name) == len(b.name) == 1 or a.name[:5] == b.name[:5] == "base "):
         return False                                                 # x = 1 is not y = 1, nor 52_8 what 52_9 is
     if a.kind != b.kind:
         if {a.kind, b.kind} == {"list", "tuple"}:                    # 1, 2 for (1, 2): in that order, and not for an interval with its ends
