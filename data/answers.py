@@ -24,6 +24,7 @@ import re
 import threading
 from collections import namedtuple
 from fractions import Fraction
+from hashlib import blake2b
 
 LONGEST = 400            # characters of an answer that is parsed
 DEEPEST = 40             # brackets within brackets
@@ -306,11 +307,12 @@ def small(x):
 
 @functools.lru_cache(maxsize=4096)
 def at_point(name, point):
-    """what a variable stands for: integers, so that polynomials stay exact, and both signs, so that |x| is not x"""
-    seed = 17
-    for letter in name:
-        seed = (seed * 131 + ord(letter)) % 1_000_003
-    return (7 + seed % 9973, -(5 + seed * 7 % 9967), Fraction(3 + seed * 31 % 7919, 7927))[point]
+    """
+    what a variable stands for: integers, so that polynomials stay exact, and both signs, so that |x| is not x. From a hash: were x, y, z at
+    even distances, x - y + z would be y.
+    """
+    number = int.from_bytes(blake2b(f"{name} {point}".encode(), digest_size=4).digest(), "big")
+    return (7 + number % 9973, -(5 + number % 9967), Fraction(3 + number % 7919, 7927))[point]
 
 
 def value(tree, point, angle=False):
@@ -511,6 +513,8 @@ def related(text):
     """x = 5 is 5 that has a name; x > 5 and 2 ≤ x < 5 are intervals; the rest is lhs - rhs, which only its zeros or its sign matter of"""
     sides = [side.strip() for side in re.split("[=<>≤≥≠∈]", text)]
     signs = re.findall("[=<>≤≥≠∈]", text)
+    if set(signs) == {"="} and len(sides) == 2 and not NAME.fullmatch(sides[0]) and NAME.fullmatch(sides[1]):
+        sides.reverse()                                              # 3/2 = x
     name = NAME.fullmatch(sides[0])
     if (signs == ["∈"] or set(signs) == {"="}) and name:
         right = form(sides[-1])
@@ -572,7 +576,7 @@ def equal(a, b):
             return b.parts[0] == "()" and alike(a.parts, b.parts[1])
         if {a.kind, b.kind} == {"equation", "value"}:                # y = 2x + 3 and 2x - y + 3 = 0
             a, b = (a, b) if a.kind == "equation" else (b, a)
-            if not b.name or b.tree is None:
+            if not b.name or b.tree is None or len(b.parts) == 1:    # 4x = 16 asks for x = 4, and is no answer
                 return False
             reader = Reader("")
             reader.variables = True

@@ -84,7 +84,8 @@ def habit(gold, rng):
         re.sub(r"(?<!\\left)([(\[])(.*?)(?<!\\right)([)\]])", r"\\left\1\2\\right\3", gold),
         gold if glued else bare(gold), re.sub(r"(?<=[\w})])\s*([+-])\s*(?=[\w\\({])", r" \1 ", gold), gold.replace(",", ", "),
         re.sub(r"\\[dt]frac", r"\\frac", gold), re.sub(r"\\[dt]?frac", r"\\dfrac", gold), re.sub(r"\\[dt]?frac", r"\\tfrac", gold),
-        re.sub(r"\\text(?=\s*\{)", r"\\mathrm", gold), re.sub(r"\\text(?=\s*\{)", r"\\textbf", gold), f"\\displaystyle {gold}",
+        re.sub(r"\\text(?=\s*\{(?! ?(?:and|or)\b))", r"\\mathrm", gold),
+        re.sub(r"^\\text(?=\{[^{}]*\}$)", r"\\textbf", gold), f"\\displaystyle {gold}",
         re.sub(r"(\d)\s*\\pi", r"\1 \\cdot \\pi", gold), re.sub(r"(\d)\s*\\sqrt", r"\1 \\cdot \\sqrt", gold),
         re.sub(r"(\d)\s*\\sqrt", r"\1 \\times \\sqrt", gold), re.sub(r"\\sqrt\{(\w)\}", r"\\sqrt\1", gold),
         re.sub(r"(?<!\])\\sqrt\{([^{}]*)\}", r"(\1)^{1/2}", gold), re.sub(r"(?<!\^)\^(\d)(?!\d)", r"^{\1}", gold),
@@ -157,14 +158,15 @@ def rearranged(gold, tree, rng):
         sides = rng.choice([(tree.lhs, tree.rhs), (tree.rhs, tree.lhs), (zero, 0), (-zero, 0), (tree.lhs, sympy.factor(tree.rhs)),
                             (sympy.expand(k * tree.lhs), sympy.expand(k * tree.rhs))])
         tree = sympy.Eq(*sides, evaluate=False)
-    elif isinstance(tree, sympy.Expr):
-        change = rng.choice([lambda t: t, sympy.expand, sympy.factor, sympy.together, sympy.radsimp, sympy.simplify, sympy.cancel])
-        try:
-            tree = change(tree)
-        except (TypeError, ValueError, AttributeError, NotImplementedError, sympy.PolynomialError):
-            return None
+    changes = [lambda t: t]
+    if isinstance(tree, sympy.Expr):
+        changes += [sympy.expand, sympy.factor, sympy.together, sympy.radsimp, sympy.simplify, sympy.cancel]
         printers.append(lambda t: str(t).replace("**", "^"))
-    return re.sub(r"(?<=\d) (?=[a-zA-Z])", "", rng.choice(printers)(tree))
+    try:
+        printed = rng.choice(printers)(rng.choice(changes)(tree))
+    except (TypeError, ValueError, AttributeError, NotImplementedError, sympy.PolynomialError):      # it cannot do everything
+        return None
+    return re.sub(r"(?<=\d) (?=[a-zA-Z])", "", printed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

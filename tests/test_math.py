@@ -3,7 +3,9 @@ mathematics: what a text answers, when two answers are the same, and real questi
 
     NANORL_DATA=/data python tests/test_math.py            # how long the votes of 512 x 64 answers take (equality: test_equality.py)
 """
+import itertools
 import json
+import math
 import os
 import random
 import subprocess
@@ -82,7 +84,7 @@ EQUAL = [
     (r"\mathbf{2340}", "2340"), (r"\displaystyle \text{May}", "may"), (r"\sqrt{x^2}", "|x|"), (r"2^{2005}", r"2\cdot 2^{2004}"),
     (r"\$\dfrac23 \approx \$0.67", "2/3"), (r"4\sqrt{2}\text{ feet}", r"\sqrt{32}"), ("−3", "-3"),
     (r"\left( 2, \frac{1}{3} \right)", "(x, y) = (2, 1/3)"), (r"(3,\pi)", r"(r, \theta) = (3, \pi)"), ("AB=12", "A B = 12"),
-    ("K=8", "k = 8"),
+    ("K=8", "k = 8"), ("x=1.5", r"\frac{3}{2} = x"),
     (r"(-\infty,1)\cup(1,3)\cup(3,\infty)", r"\left(\left(-\infty, 1\right) \cup \left(1, 3\right)\right) \cup \left(3, \infty\right)"),
     (r"\{1\pm\sqrt{5},-2\}", r"\left\{-2, 1 - \sqrt{5}, \sqrt{5} + 1\right\}"), ("1, 2", r"x = 2 \text{ or } x = 1"),
 ]
@@ -94,7 +96,8 @@ DIFFERENT = [
     (r"(-1,1)\cup[3,\infty)", r"(\infty,1)\cup[3,-1)"), ("x<1", "x>1"), (r"x<1", r"x \le 1"), ("2x=3", "3x=2"), ("3+2i", "3-2i"),
     (r"10^{-12}", r"2\cdot10^{-12}"), (r"2^{2005}", r"2^{2006}"), ("", "0"), ("", "5"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
-    ("1,800", "1,800,0"), ("100", "1,0,0"), ("(1,2)", "(x,y) = (2,1)"), (r"\frac{1}{0}", "0"), (r"\frac{1}{0}", r"\frac{2}{0}"),
+    ("1,800", "1,800,0"), ("100", "1,0,0"), ("(1,2)", "(x,y) = (2,1)"), ("x = 4", "4x = 16"), ("4", "4x = 16"), ("x=4", "x-4=0"),
+    (r"\frac{1}{0}", "0"), (r"\frac{1}{0}", r"\frac{2}{0}"),
 ]
 
 
@@ -106,6 +109,22 @@ def test_equal(a, b):
 @pytest.mark.parametrize("a, b", DIFFERENT)
 def test_different(a, b):
     assert not same(a, b) and not same(b, a) and canon(a) != canon(b)
+
+
+def test_points_at_which_letters_are_compared_are_in_no_relation():
+    """
+    letters once stood for numbers at even distances (x, y, z: a, a + d, a + 2d), so that x + z was 2y and one plane was another. Of all
+    small combinations of four letters that are neighbours in the alphabet, none may be zero, nor two be proportional.
+    """
+    for letters in ("xyz", "abcd", "pqr", "xyzw"):
+        sums = {}
+        for k in itertools.product(range(-3, 4), repeat=len(letters)):
+            if next((c for c in k if c), 0) <= 0 or math.gcd(*k) != 1:
+                continue
+            text = "+".join(f"({c}){letter}" for c, letter in zip(k, letters)) + "=0"
+            assert canon(text) not in sums, (text, sums.get(canon(text)))
+            sums[canon(text)] = text
+    assert not same("x + y + z = 0", "x - y + z = 0") and not same("a+c", "2b") and same("x+y+z=0", "-x-y-z=0")
 
 
 def test_what_was_dropped_still_tells_apart():
