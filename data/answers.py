@@ -29,6 +29,7 @@ from hashlib import blake2b
 LONGEST = 400            # characters of an answer that is parsed
 DEEPEST = 40             # brackets within brackets
 BITS = 30_000            # of an exact number
+PATIENCE = 2             # seconds for each step of math-verify
 POINTS = 3               # at which expressions with variables are compared
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -642,12 +643,12 @@ def have_math_verify():
 
 @functools.lru_cache(maxsize=1 << 14)
 def by_math_verify(a, b):
-    """the library's verdict in at most two seconds a step; it keeps time by a signal, which only a main thread gets"""
+    """the library's verdict in at most PATIENCE seconds a step; it keeps time by a signal, which only a main thread gets"""
     if not have_math_verify() or max(len(a), len(b)) > LONGEST or threading.current_thread() is not threading.main_thread():
         return False
     import math_verify
     try:
-        forms = [math_verify.parse(f"${text}$", parsing_timeout=2) for text in (a, b)]
-        return bool(math_verify.verify(*forms, timeout_seconds=2))
+        forms = [math_verify.parse(f"${text}$", parsing_timeout=PATIENCE) for text in (a, b)]
+        return bool(math_verify.verify(*forms, timeout_seconds=PATIENCE))
     except Exception:                                                # a parser of others on a model's text: whatever it throws means no
         return False

@@ -177,13 +177,11 @@ def test_math_verify_is_asked_only_about_what_is_not_understood(monkeypatch):
     assert same(r"\int_0^1 x", "1/2") and asked == [(r"\int_0^1 x", "1/2")]
 
 
-def test_math_verify_answers_where_it_is_installed():
+def test_math_verify_answers_where_it_is_installed(monkeypatch):
     pytest.importorskip("math_verify")
-    answers.have_math_verify, ours = (lambda: True), answers.have_math_verify
-    try:
-        assert same(r"\int_0^1 x dx", "1/2") and not same(r"\int_0^1 x dx", "1/3")
-    finally:
-        answers.have_math_verify = ours
+    monkeypatch.setattr(answers, "have_math_verify", lambda: True)
+    monkeypatch.setattr(answers, "PATIENCE", 60)                     # its first import on a busy machine takes more than two seconds
+    assert same(r"\int_0^1 x dx", "1/2") and not same(r"\int_0^1 x dx", "1/3")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
