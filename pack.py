@@ -389,7 +389,7 @@ class Rounds:
         self.launched = math.ceil(more_samples * n) if mode == "race" else n
         self.queue = []                                          # Launches, first in, first out
         self.window = deque(maxlen=20)                           # what recent rounds kept, and of what: see selected()
-        self.wasted, self.long, self.most = 0, False, math.inf   # of the last round
+        self.wasted, self.older, self.long, self.most = 0, 0, False, math.inf    # of the last round; older: tokens of earlier policies
         self.bias = math.nan if mode == "race" else 0.0          # at the last long round
 
     def plan(self, fresh, want=None):
@@ -455,13 +455,14 @@ class Rounds:
 
     def _settle(self, round, opened, ended, cut, kept):
         """Who is queued, with what; and the evidence. Every rank comes to the same."""
-        records, deferred, wasted = [], {}, 0
+        records, deferred, wasted, older = [], {}, 0, 0
         for id, launch in opened.items():
             seen = [(len(s.tokens), 1) for s in ended[id]] + [(len(s.tokens), 0) for s in cut[id]]
             if id in kept:
                 lengths = [len(s.tokens) for s in kept[id]]
                 records.append((lengths, launch.first or seen, bool(launch.first)))
                 wasted += sum(n for n, _ in seen) - sum(lengths)
+                older += sum(len(s.tokens) for s in launch.have + launch.resume)
                 continue
             deferred[id] = launch
             if self.mode in ("continue", "april"):
@@ -470,10 +471,10 @@ class Rounds:
             wasted += sum(n for n, _ in seen)
             if self.mode == "race":                              # the next launch is another draw
                 launch.visit, launch.first = launch.visit + 1, launch.first or seen
-        parts = gather((records, deferred, wasted, set(kept)))
+        parts = gather((records, deferred, wasted, older, set(kept)))
         self.window.append([x for p in parts for x in p[0]])
         deferred = {id: launch for p in parts for id, launch in p[1].items()}
-        self.wasted, there = sum(p[2] for p in parts), set().union(*(p[3] for p in parts))
+        self.wasted, self.older, there = sum(p[2] for p in parts), sum(p[3] for p in parts), set().union(*(p[4] for p in parts))
         self.queue += [deferred.get(l.id, l) for l in round.launches if l.id not in there]
         if self.mode == "race" and (round.long or not self.queue):           # a whole period, with those that were deferred in it
             self.bias = selected([x for part in self.window for x in part], self.most)
@@ -485,10 +486,10 @@ class Rounds:
         between = float(np.var([x.mean() for x in logs], ddof=1)) - within / self.n if len(logs) > 1 else math.nan
         kept = sum(sum(lengths) for lengths, _, _ in self.window[-1])
         return dict(length_between=between, length_within=within, length_bias=self.bias, queue=len(self.queue), long=int(self.long),
-                    wasted=self.wasted / max(1, self.wasted + kept))
+                    wasted=self.wasted / max(1, self.wasted + kept), older=self.older / max(1, kept))
 
     def state_dict(self):
-        return {k: getattr(self, k) for k in ("queue", "window", "wasted", "long", "bias")}
+        return {k: getattr(self, k) for k in ("queue", "window", "wasted", "older", "long", "bias")}
 
     def load_state_dict(self, state):
         vars(self).update(state)
