@@ -686,8 +686,8 @@ def warnings(history, config):
         (lambda h: h[-1]["sampler_kl"] > 0.01 and not h[-1].get("older"),        # tokens of an older policy are meant to differ
          "sampler and trainer disagree (KL above 0.01): a sampler in lower precision, or a bug"),
         (lambda h: abs(h[-1].get("length_bias", 0.0)) > 0.05,
-         f"the kept responses are {abs(history[-1].get('length_bias', 0.0)):.0%} shorter than those drawn: a race selects where the responses "
-         "to a prompt differ in length. --tail-batching prompt or continue does not"),
+         f"the kept responses are {abs(history[-1].get('length_bias', 0.0)):.0%} shorter than those drawn: a race selects where the "
+         "responses to a prompt differ in length. --tail-batching prompt or continue does not"),
         (lambda h: h[-1]["repetition"] > 0.1,
          "more than a tenth of the responses end by repeating themselves (their tails shrink tenfold under zlib)"),
     ]

@@ -51,6 +51,7 @@ class Config:
     overhead: float = 1e-3           # seconds of a step that are neither
     slots: int = 1024                # rows of a GPU
     table: bool = True               # the sensitivity table too
+    endless: float = 0.002           # in that table: the share of responses that would never end
     seed: int = 0                    # of the lengths
     out: str = "simulate.png"        # the picture
 
@@ -72,8 +73,8 @@ def quantiles(lengths):
     return lambda z: np.interp(np.interp(z, grid, [normal.cdf(x) for x in grid]), (np.arange(len(lengths)) + 0.5) / len(lengths), lengths)
 
 
-def make_law(config):
-    """-> law(problem, visit): the lengths of its samples, as many as anybody may ask for."""
+def make_law(config, endless=0.0):
+    """-> law(problem, visit): the lengths of its samples, as many as anybody may ask for. endless: a share of them goes on to the cap."""
     most = 4 * config.n
     lengths = read(config.trace) if config.trace else None
     if lengths and isinstance(lengths[0], list):                 # by prompt: a prompt of the trace, its own lengths drawn again
@@ -87,9 +88,10 @@ def make_law(config):
 
     def law(problem, visit):
         prompt = np.random.default_rng([config.seed, problem]).standard_normal()
-        own = np.random.default_rng([config.seed, problem, visit, 1]).standard_normal(most)
+        rng = np.random.default_rng([config.seed, problem, visit, 1])
+        own, never = rng.standard_normal(most), rng.random(most) < endless
         z = math.sqrt(config.between) * prompt + math.sqrt(1 - config.between) * own
-        return np.clip(np.round(quantile(z)), 1, config.cap).astype(int)
+        return np.where(never, config.cap, np.clip(np.round(quantile(z)), 1, config.cap)).astype(int)
     return law
 
 
@@ -260,7 +262,7 @@ def sensitivity(config, cost):
         for p, s in FACTORS:
             c = Config(**{**vars(config), "cap": cap, "more_prompts": p, "more_samples": s})
             period = 1 if p == 1 else round(1 / (p - 1)) + 1
-            found.setdefault(cap, {})[p, s] = simulate(c, "race", make_law(c), cost, 3 * period if p > 1 else 8)[0]["seconds"]
+            found.setdefault(cap, {})[p, s] = simulate(c, "race", make_law(c, config.endless), cost, 3 * period if p > 1 else 8)[0]["seconds"]
         found[cap] = {k: v / found[cap][1, 1] for k, v in found[cap].items()}
     return found
 
@@ -313,7 +315,7 @@ def main(argv=None):
     numbers["continue over race"] = found["continue"][0]["seconds"] / found["race"][0]["seconds"]
     table = sensitivity(config, cost) if config.table and not config.trace else {}
     if table:
-        print("\nrollout time over plain, mode race, by how many times the prompts and the samples are launched\n\n| cap | "
+    print("\nrollout time over plain how many times the prompts and the samples are launched\n\n| cap | "
               + " | ".join(f"{p:g}, {s:g}" for p, s in FACTORS) + " |\n" + "|---" * (len(FACTORS) + 1) + "|")
         for cap, row in table.items():
             print(f"| {cap} | " + " | ".join(f"{row[f]:.2f}" for f in FACTORS) + " |")
