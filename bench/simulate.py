@@ -261,8 +261,9 @@ def sensitivity(config, cost):
     for cap in CAPS:
         for p, s in FACTORS:
             c = Config(**{**vars(config), "cap": cap, "more_prompts": p, "more_samples": s})
-            period = 1 if p == 1 else round(1 / (p - 1)) + 1
-            found.setdefault(cap, {})[p, s] = simulate(c, "race", make_law(c, config.endless), cost, 3 * period if p > 1 else 8)[0]["seconds"]
+            period = round(1 / (p - 1)) + 1 if p > 1 else 1
+            rounds = 3 * period if p > 1 else 8
+            found.setdefault(cap, {})[p, s] = simulate(c, "race", make_law(c, config.endless), cost, rounds)[0]["seconds"]
         found[cap] = {k: v / found[cap][1, 1] for k, v in found[cap].items()}
     return found
 
@@ -315,7 +316,8 @@ def main(argv=None):
     numbers["continue over race"] = found["continue"][0]["seconds"] / found["race"][0]["seconds"]
     table = sensitivity(config, cost) if config.table and not config.trace else {}
     if table:
-    print("\nrollout time over plain how many times the prompts and the samples are launched\n\n| cap | "
+        print("\nrollout time over plain, mode race, by how many times the prompts and the samples are launched; "
+              f"{config.endless:.1%} of the responses never end\n\n| cap | "
               + " | ".join(f"{p:g}, {s:g}" for p, s in FACTORS) + " |\n" + "|---" * (len(FACTORS) + 1) + "|")
         for cap, row in table.items():
             print(f"| {cap} | " + " | ".join(f"{row[f]:.2f}" for f in FACTORS) + " |")

@@ -253,8 +253,10 @@ def _watch(rank, world):
             if lost.is_set():
                 name(0, "died, and the store with it")
         else:
+            leaving.set()
+            thread.join(3.0)
             store.set(f"alive/{rank}", f"raised {kind.__name__}: {e}".splitlines()[0])
-            time.sleep(2.0)                            # the store may be ours, and the others have to read this
+            time.sleep(2.5)                            # the store may be ours, and the others have to read this
         leaving.set()
         hook(kind, e, trace)
 
