@@ -472,7 +472,7 @@ class Rounds:
             if self.mode == "race":                              # the next launch is another draw
                 launch.visit, launch.first = launch.visit + 1, launch.first or seen
         parts = gather((records, deferred, wasted, older, set(kept)))
-        self.window.append([x for p in parts for x in p[0]])
+        self.window.append(sorted(x for p in parts for x in p[0]))
         deferred = {id: launch for p in parts for id, launch in p[1].items()}
         self.wasted, self.older, there = sum(p[2] for p in parts), sum(p[3] for p in parts), set().union(*(p[4] for p in parts))
         self.queue += [deferred.get(l.id, l) for l in round.launches if l.id not in there]

@@ -1,14 +1,27 @@
 """tail batching: rounds on a fake engine with a known law of lengths; two ranks; what fails; the loop that uses them"""
 import itertools
+import json
 import math
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+import data
+import nanorl
+import ttrl
+from bench import simulate
+from common.reward import Rewards
 from pack import Rounds, as_they_come, longer
+from train_gpt import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # -----------------------------------------------------------------------------
 # an engine without a model: the four names, and a response whose length is a function of its address
@@ -284,3 +297,286 @@ def test_a_shared_counter_lets_in_as_many_as_are_wanted():
     assert one([(1, 0), (1, 1)]) == ([(1, 0), (1, 1)], 2)
     assert two([(1, 2), (1, 3)]) == ([(1, 2)], 4)
     assert one([]) == ([], 4)
+
+
+# -----------------------------------------------------------------------------
+# ranks: each has an engine of its own and half of the prompts
+
+TWO = """
+import sys, itertools
+sys.path[:0] = [{root!r}, {tests!r}]
+import common.run as run, test_tail as t
+env = run.start("cpu", threads=1)
+state, engine, stream = t.Rounds("race", 8, 4), t.Engine(t.law(0.5, 0.5)), itertools.count()
+for _ in range(7):
+    round = state.plan(lambda k: [(next(stream), 0) for _ in range(k)])
+    mine = range(env.rank, len(round.launches), env.world)
+    got = [g for g in state.run(engine, round, {{l.id: [1] for l in round.launches}}, t.CAP, mine=mine, every=16) if g]
+    kept = sorted((g[0].problem, g[0].visit, [s.index for s in g]) for part in run.gather(got) for g in part)
+    print(kept, [(l.id, l.visit) for l in state.queue], round.long, state.evidence())
+"""
+
+
+def test_two_ranks_race_as_one(ranks, one_process):
+    """events are exchanged every 16 steps, and what counts is the step at which a prompt was done: the same prompts win on two ranks as on
+    one, the same are queued in the same order, and the evidence is the same"""
+    code = TWO.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    one, two = one_process(code), ranks(2, code)
+    assert two[0] == two[1] and len(two[0].splitlines()) == 7
+    assert two[0] == one
+
+
+DEATH = """
+import os, signal, sys
+import common.run as run, nanorl, rollout
+run.GONE = 5.0
+step, count = rollout.Sampler.step, [0]
+def stops(self):
+    count[0] += 1
+    if os.environ["RANK"] == "1" and count[0] == 150:
+        if sys.argv[1] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("out of memory, say")
+    return step(self)
+rollout.Sampler.step = stops
+nanorl.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("how, words", [
+    ("killed", "rank 1 died: no sign of life"),
+    ("raises", "rank 1 raised ValueError: out of memory, say"),
+])
+def test_a_rank_that_dies_is_named_and_the_run_goes_on(own, ranks, how, words):
+    """in the middle of a rollout, while the others wait in a collective: within a minute they stop, with its name; --resume goes on"""
+    argv = [*own, "--tail-batching", "race", "--steps", "20", "--save-every", "1", "--eval-every", "0"]
+    begin = time.monotonic()
+    with pytest.raises(AssertionError, match=words):
+        ranks(2, DEATH, how, *argv)
+    assert time.monotonic() - begin < 60
+    last = nanorl.newest("runs/rl")[1]
+    assert 1 <= last < 20
+    ranks(2, "import sys, nanorl; nanorl.main(sys.argv[1:])", *argv, "--resume")
+    assert metrics()[-1]["step"] == 20
+
+
+# -----------------------------------------------------------------------------
+# the RL loop
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """a random tiny model, prompts and a reward of one's own"""
+    tok = data.tokenizer("chars")
+    g = torch.Generator().manual_seed(0)
+    model = GPT(GPTConfig(tok.vocab_size, 2, 2, 1, 16, 32, 48, 256, 10000.0)).init_weights(0)
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
+    model.save_hf(tmp_path / "base", tok)
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(dict(prompt=f"question {i}:")) + "\n" for i in range(23)))
+    (tmp_path / "my.py").write_text("def score(problem, text):\n    return sum(c in '0123456789' for c in text) / 8\n")
+    monkeypatch.chdir(tmp_path)
+    return ("--init base --data my.jsonl --reward my.py:score --device cpu --threads 1 --prompts 4 --n 4 --max-new 120 --steps 6 "
+            "--row-tokens 512 --eval-n 4 --final-n 4 --eval-every 0 --save-every 9 --lr 1e-3 --warmup 1 --workers 1").split()
+
+
+def metrics(name="rl"):
+    return [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return GPT.from_hf(folder).state_dict()
+
+
+@pytest.mark.parametrize("mode", ["race", "prompt", "continue"])
+def test_resumed_equals_never_stopped(own, monkeypatch, mode):
+    """stopped with a queue: the long round that comes next runs the same prompts, with the tokens they had"""
+    own += ["--tail-batching", mode]
+    nanorl.main([*own, "--name", "whole"])
+    with monkeypatch.context() as patch:
+        calls = []
+        patch.setattr(nanorl.Run, "stopping", lambda self: calls.append(1) or len(calls) == 3)
+        with pytest.raises(SystemExit):
+            nanorl.main([*own, "--name", "parts"])
+    assert metrics("parts")[-1]["queue"] == 3
+    nanorl.main([*own, "--name", "parts", "--resume"])
+    one, two = weights("runs/whole/ckpt/step_6"), weights("runs/parts/ckpt/step_6")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    m = metrics("whole")
+    assert [row["long"] for row in m[1:]] == [0, 0, 0, 0, 1, 0] and all(row["groups"] == 4 for row in m[1:])
+    assert m[5]["older"] > 0 if mode == "continue" else m[1]["wasted"] > 0
+    assert max(row["sampler_max"] for row in m[1:5]) < 1e-5, "in a short round every token is of the policy that is trained"
+
+
+def test_two_ranks_equal_one(own, ranks, one_process):
+    """rung 9 with a race: the same rounds and, after a whole period, the same weights"""
+    own += ["--tail-batching", "prompt", "--steps", "5"]
+    code = "import sys, nanorl; nanorl.main(sys.argv[1:])"
+    one_process(code, *own, "--name", "one")
+    ranks(2, code, *own, "--name", "two")
+    one, two = weights("runs/one/ckpt/step_5"), weights("runs/two/ckpt/step_5")
+    assert all(torch.allclose(one[k], two[k], atol=5e-5) for k in one)
+    assert [m.get("queue") for m in metrics("one")] == [m.get("queue") for m in metrics("two")]
+
+
+def test_a_problem_that_comes_up_while_it_waits_is_put_off():
+    """3 epochs of 11 problems: each is launched once an epoch, though some wait in the queue when the next epoch comes to them"""
+    rl = SimpleNamespace(config=nanorl.Config(), problems=[data.Problem("", id=i) for i in range(11)], visits={}, late=[],
+                         rounds=Rounds("prompt", 4, 2))
+    at, launched, engine = 0, Counter(), Engine(law(0.5, 0.5))
+    while at < 33 or rl.late:
+        round, by_id, at = nanorl.next_round(rl, at, None)
+        assert len(by_id) == len(round.launches), "different ones"
+        launched.update((l.id, l.visit) for l in round.launches if not round.long)
+        for g in rl.rounds.run(engine, round, {i: [1] for i in by_id}, CAP):
+            rl.visits[g[0].problem] = g[0].visit + 1
+    assert at >= 33 and max(launched.values()) == 1, "no noise twice"
+    assert all(at // 11 <= sum(p == i for p, _ in launched) <= -(-at // 11) for i in range(11))
+
+
+# -----------------------------------------------------------------------------
+# --stream
+
+
+def test_streaming_is_exact(own):
+    """the gradient of groups that are back-propagated one by one before the rollout is whole is that of the batch: sums, one division.
+    Here for three of five, in fp32, in parts of 1e-6 of its largest entry"""
+    config = nanorl.Config(init="base", data="my.jsonl", reward="my.py:score", device="cpu", threads=1, max_new=30, row_tokens=512, n=4,
+                           stream=True, deterministic=False, algo="grpo", aggregate="token", kl_coef=0.1, final_n=4, eval_n=4)
+    rl = nanorl.setup(config)
+    groups = list(nanorl.collect(rl, rl.problems[:5], 4))
+    for g in groups:
+        nanorl.advantage(g, rl.config)
+    grads, totals = [], []
+    for early in ([], groups[:3]):
+        rl.normaliser = 0.0
+        ahead = {nanorl.address(g[0]): nanorl.stream(rl, g) for g in early}
+        stats = nanorl.backward(rl, groups, nanorl.make_loss(rl.config, reference=rl.reference), ahead)
+        grads.append([p.grad.clone() for p in rl.model.parameters()])
+        totals.append((rl.normaliser, stats["tokens"], round(stats["entropy"], 2)))
+        rl.model.zero_grad()
+    rl.workers.close()
+    assert totals[0] == totals[1]
+    for a, b in zip(*grads):
+        assert (a - b).abs().max() <= 1e-6 * max(1.0, a.abs().max()) and a.abs().max() > 0
+
+
+@pytest.mark.parametrize("more", [[], ["--tail-batching", "prompt"]])
+def test_a_rank_with_nothing_left_streams(own, ranks, one_process, more):
+    """two ranks, one of which samples slowly: the other learns from its groups meanwhile, and the weights are those of a step without"""
+    slow = ("import os, sys, time, rollout, nanorl\nstep = rollout.Sampler.step\n"
+            "def late(self):\n    time.sleep(0.004 * int(os.environ.get('RANK', '0')))\n    return step(self)\n"
+            "rollout.Sampler.step = late\nnanorl.main(sys.argv[1:])")
+    own += ["--steps", "1", "--prompts", "6", *more, "--more-prompts", "1"]
+    one_process(slow, *own, "--name", "one")
+    ranks(2, slow, *own, "--name", "two", "--stream", "--no-deterministic")
+    assert metrics("two")[-1]["streamed"] > 0
+    one, two, base = weights("runs/one/ckpt/step_1"), weights("runs/two/ckpt/step_1"), weights("base")
+    assert all(torch.allclose(one[k], two[k], atol=5e-5) for k in one) and any(not torch.equal(one[k], base[k]) for k in one)
+
+
+# -----------------------------------------------------------------------------
+# bad input, a warning, rewards that nobody wants
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--tail-batching", "rase"], "did you mean race"),
+    (["--tail-batching", "race", "--more-prompts", "0.5"], "at least what is wanted"),
+    (["--tail-batching", "continue", "--tis", "0"], "--tis 0"),
+    (["--stream"], "--no-deterministic"),
+    (["--stream", "--no-deterministic", "--cov", "clip"], "--cov"),
+    (["--stream", "--no-deterministic", "--minibatch", "2"], "--minibatch"),
+    (["--stream", "--no-deterministic", "--epochs", "2"], "--epochs"),
+])
+def test_bad_input_is_one_line(own, capsys, argv, words):
+    with pytest.raises(SystemExit) as stopped:
+        nanorl.main([*own, *argv])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(error) == 1 and words in error[0], error
+    assert not Path("runs").exists()
+
+
+def test_votes_are_not_raced(own, capsys):
+    """test-time RL: the first votes that are in are the short ones, so a race would let them elect the label"""
+    with pytest.raises(SystemExit) as stopped:
+        ttrl.main(["--init", "base", "--tail-batching", "race"])
+    assert stopped.value.code == 2 and "race" in capsys.readouterr().err
+
+
+def test_a_biased_race_is_worth_a_word():
+    calm = dict(zero_var=0.3, truncated=0.0, entropy=1.0, sampler_kl=1e-9, repetition=0.0, length_bias=math.nan)
+    assert nanorl.warnings([calm, calm], nanorl.Config()) == []
+    (words,) = nanorl.warnings([calm, {**calm, "length_bias": -0.21}], nanorl.Config())
+    assert "21% shorter" in words and "--tail-batching prompt" in words
+    older = {**calm, "sampler_kl": 0.1, "older": 0.4}
+    assert nanorl.warnings([calm, older], nanorl.Config()) == [], "tokens of an older policy are meant to differ"
+
+
+def test_forgotten_rewards_do_not_come_back(own):
+    Path("my.py").write_text("import time\ndef score(problem, text):\n    time.sleep(0.2)\n    return float(text)\n")
+    rewards = Rewards("my.py:score", workers=1)
+    problem = data.Problem("", id=0)
+    for i in range(4):
+        rewards.put((0, i), problem, str(i))
+    while not rewards.workers or not rewards.workers[0].jobs:
+        rewards._pump(wait=True)
+    rewards.forget()
+    rewards.put((1, 0), problem, "7")
+    assert [(key, value) for key, value, _ in rewards.get(block=True)] == [((1, 0), 7.0)] and rewards.get(block=True) == []
+    rewards.close()
+
+
+# -----------------------------------------------------------------------------
+# the simulator
+
+
+def test_a_simulated_gpu_is_an_engine():
+    """one GPU whose step takes a second, whatever its rows: rounds take as many seconds as the token-by-token engine takes steps, and keep
+    the same samples"""
+    length = law(0.5, 0.5)
+    lengths = lambda problem, visit: [min(CAP, length(problem, visit, i)) for i in range(9)]  # noqa: E731
+
+    class Counting(Engine):
+        now = 0
+
+        def step(self):
+            self.now += 1
+            return super().step()
+
+    for mode in ("off", "race", "prompt", "continue", "april"):
+        seen = []
+        for engine in (simulate.Cluster(1, lengths, (lambda n: 1.0, 0.0), 999), Counting(length)):
+            clock, stream, rounds = [], ((i, 0) for i in itertools.count()), Rounds(mode, PROMPTS, N)
+            for _ in range(11):
+                _, _, (kept,), _ = play(mode, None, 1, engine=engine, rounds=rounds, fresh=stream)
+                clock.append((round(engine.now, 6), sorted((s.problem, s.visit, s.index, len(s.tokens)) for g in kept for s in g)))
+            seen.append(clock)
+        assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("trace", ["", "lengths.csv", "lengths.json"])
+def test_simulate_prints_a_table_and_a_picture(tmp_path, monkeypatch, capsys, trace):
+    monkeypatch.chdir(tmp_path)
+    Path("lengths.csv").write_text("TIMESTAMP,GeneratedTokens\n" + "".join(f"0,{n}\n" for n in range(1, 200)))
+    Path("lengths.json").write_text(json.dumps([[n, n + 5, 3 * n] for n in range(1, 60)]))
+    argv = "--gpus 4 --prompts 8 --n 4 --rounds 5 --cap 512 --median 20 --no-table".split()
+    numbers = simulate.main([*argv, *(["--trace", trace] if trace else [])])
+    assert 0 < numbers["race over plain"] < 1 and numbers["prompt bias"] == numbers["continue bias"] == 0
+    assert "| continue |" in capsys.readouterr().out and Path("simulate.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--trace", "nowhere.csv"], "nowhere.csv"),
+    (["--trace", "other.csv"], "GeneratedTokens"),
+    (["--cost", "nowhere.json"], "nowhere.json"),
+    (["--between", "2"], "--between"),
+    (["--gpus", "0"], "--gpus"),
+])
+def test_simulate_refuses(tmp_path, monkeypatch, capsys, argv, words):
+    monkeypatch.chdir(tmp_path)
+    Path("other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit) as stopped:
+        simulate.main(argv)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(error) == 1 and words in error[0]
