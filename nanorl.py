@@ -422,7 +422,8 @@ def next_round(rl, at, want):
         late, rl.late, out = rl.late, [], []
         while len(out) < min(count, len(rl.problems) - len(busy)):
             if not late:
-                problems, at = next_problems(rl, at, count - len(out))
+                left = len(rl.problems) - at % len(rl.problems)  # of this epoch, so that none of them is passed over at its turn
+                problems, at = next_problems(rl, at, min(count - len(out), left))
                 late = [p.id for p in problems]
             id = late.pop(0)
             (rl.late if id in busy or id in out else out).append(id)
@@ -472,7 +473,7 @@ def collect_round(rl, round, by_id):
         return [s for s in ended if not math.isnan(s.reward)] + rewarded(block=idle and world == 1)
 
     running = rl.rounds.run(sampler, round, {id: prompt_ids(p, rl.tok) for id, p in by_id.items()}, c.max_new, claim=claim, score=score,
-                            mine=sampler.deal([c.max_new] * len(ids), ids), every=16 if world > 1 else 1, room=sampler.slots + c.n,
+                            mine=range(rl.env.rank, len(ids), world), every=16 if world > 1 else 1, room=sampler.slots + c.n,
                             seed=c.seed, temperature=c.temperature, top_p=c.top_p)
     while True:
         begin, other = time.perf_counter(), clock["idle"] + clock["reward"]

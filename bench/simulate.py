@@ -247,7 +247,8 @@ def simulate(config, mode, law, cost, rounds=None):
     short, long = [[t for t, l in times if l == kind] for kind in (False, True)]
     return dict(seconds=total / len(times), short=float(np.mean(short)), long=float(np.mean(long)) if long else math.nan,
                 idle=1 - sum(g.busy for g in cluster.gpus) / (len(cluster.gpus) * total), wasted=wasted / max(1, cluster.sampled),
-                bias=float(np.mean(kept)) / float(np.mean(plain)) - 1, measured=state.bias, per_token=total / sum(kept), cpu=own), cluster
+                bias=float(np.mean(kept)) / float(np.mean(plain)) - 1, measured=state.bias, per_token=total / sum(kept),
+                fifth=sum(t for t, _ in times[:5]), cpu=own / len(times)), cluster
 
 
 MODES = ("off", "race", "prompt", "continue", "april")
@@ -271,18 +272,18 @@ def sensitivity(config, cost):
 def picture(path, clusters, table):
     figure, axes = view.plt.subplots(1, len(clusters) + bool(table), figsize=(4.2 * (len(clusters) + bool(table)), 4), layout="constrained",
                                      squeeze=False)
-    end = max(g.spans[-1][1] for g in clusters["off"].gpus if g.spans) if clusters else 1
-    most = max(n for c in clusters.values() for g in c.gpus for *_, n in g.spans)
-    for ax, (mode, cluster) in zip(axes[0], clusters.items()):
+    end = clusters["off"][1]                                      # the first five rounds of each, on the same clock
+    most = max(n for c, _, _ in clusters.values() for g in c.gpus for *_, n in g.spans)
+    for ax, (mode, (cluster, fifth, idle)) in zip(axes[0], clusters.items()):
         grid = np.zeros((len(cluster.gpus), 600))
         for y, gpu in enumerate(cluster.gpus):
             for a, b, n in gpu.spans:
-                if a < end:
+                if b <= fifth:
                     grid[y, int(a / end * 600) : max(int(a / end * 600) + 1, int(b / end * 600))] = n
-        ax.imshow(np.where(grid, grid, np.nan), aspect="auto", extent=(0, end, len(cluster.gpus), 0), cmap="viridis", vmin=0, vmax=most,
+        ax.imshow(np.where(grid, grid, np.nan), aspect="auto", extent=(0, end, len(cluster.gpus), 0), cmap="viridis_r", vmin=0, vmax=most,
                   interpolation="nearest")
-        idle = 1 - np.count_nonzero(grid) / grid.size
-        ax.set(title=f"{'plain' if mode == 'off' else mode}: GPUs idle {idle:.0%} of the time", xlabel="seconds", ylabel="GPU")
+        ax.axvline(fifth, color="black", linewidth=1)
+        ax.set(title=f"{'plain' if mode == 'off' else mode}: 5 rounds, idle {idle:.0%}", xlabel="seconds", ylabel="GPU")
     if table:
         ax = axes[0][-1]
         for i, (cap, row) in enumerate(table.items()):
@@ -307,13 +308,14 @@ def main(argv=None):
     print(f"{config.prompts} x {config.n} samples a round, at most {config.cap} tokens, {config.gpus} GPUs, {config.rounds} rounds\n\n"
           f"| mode | seconds a round | over plain | short | long | GPUs idle | tokens wasted | bias | as measured |\n{'|---' * 9}|")
     for mode in MODES:
-        found[mode] = r, clusters[mode] = simulate(config, mode, law, cost)
-        ratio = r["seconds"] / found["off"][0]["seconds"]
+        r, clusters[mode] = simulate(config, mode, law, cost)
+        found[mode] = r
+        ratio = r["seconds"] / found["off"]["seconds"]
         print(f"| {'plain' if mode == 'off' else mode} | {r['seconds']:.4g} | {ratio:.3f} | {r['short']:.4g} | {r['long']:.4g} "
               f"| {r['idle']:.1%} | {r['wasted']:.1%} | {r['bias']:+.1%} | {r['measured']:+.1%} |", flush=True)
-    numbers = {f"{mode} over plain": found[mode][0]["seconds"] / found["off"][0]["seconds"] for mode in MODES[1:]}
-    numbers |= {f"{mode} bias": found[mode][0]["bias"] for mode in MODES[1:]}
-    numbers["continue over race"] = found["continue"][0]["seconds"] / found["race"][0]["seconds"]
+    numbers = {f"{mode} over plain": found[mode]["seconds"] / found["off"]["seconds"] for mode in MODES[1:]}
+    numbers |= {f"{mode} bias": found[mode]["bias"] for mode in MODES[1:]}
+    numbers["continue over race"] = found["continue"]["seconds"] / found["race"]["seconds"]
     table = sensitivity(config, cost) if config.table and not config.trace else {}
     if table:
         print("\nrollout time over plain, mode race, by how many times the prompts and the samples are launched; "
@@ -322,7 +324,7 @@ def main(argv=None):
         for cap, row in table.items():
             print(f"| {cap} | " + " | ".join(f"{row[f]:.2f}" for f in FACTORS) + " |")
             numbers[f"both 1.25, cap {cap}"] = row[1.25, 1.25]
-    picture(config.out, {mode: clusters[mode] for mode in ("off", "race", "continue")}, table)
+    picture(config.out, {mode: (clusters[mode], found[mode]["fifth"], found[mode]["idle"]) for mode in ("off", "race", "continue")}, table)
     print(f"wrote {config.out}")
     return finish("simulate", **numbers)
 
