@@ -34,6 +34,7 @@ from pack import Rounds
 class Config:
     trace: str = ""                  # lengths of real responses: .csv with GeneratedTokens, or a JSON list (of lists: one a prompt)
     gpus: int = 128                  # GPUs
+    together: bool = False           # they meet every few steps, as ranks do with --deterministic
     prompts: int = 128               # prompts of a round
     n: int = 8                       # samples of a prompt
     cap: int = 16384                 # the longest response
@@ -146,11 +147,12 @@ class GPU:
 
 
 class Cluster:
-    def __init__(self, gpus, law, cost, slots, prompt=128):
+    def __init__(self, gpus, law, cost, slots, prompt=128, together=False):
+        """together: ranks that meet every few steps, so that a step takes as long as on the slowest."""
         self.gpus, self.law, self.slots, self.prompt = [GPU() for _ in range(gpus)], law, slots, prompt
         self.step_cost, self.token_cost = cost
         self.now, self.live, self.sampled, self.events, self.next = 0.0, 0, 0, [], itertools.count()
-        self.home = {}               # problem -> its GPU
+        self.home, self.together = {}, together      # problem -> its GPU
 
     def submit(self, problem, prompt, n, max_new, *, visit=0, resume=()):
         gpu = self.home[problem] = self.gpus[next(self.next) % len(self.gpus)]
@@ -163,12 +165,27 @@ class Cluster:
 
     def step(self):
         """To the next moment at which samples end."""
+        if self.together:
+            return self._all()
         while True:
             when, _, gpu, version = heapq.heappop(self.events)
             if version == gpu.version:
                 break
         self.now = when
         self._advance(gpu, min(s.length - len(s.tokens) for s in gpu.rows))
+        return self._ended(gpu)
+
+    def _all(self):
+        busy = [gpu for gpu in self.gpus if gpu.rows]
+        k = min(s.length - len(s.tokens) for gpu in busy for s in gpu.rows)
+        alone = [self.seconds(gpu, k) for gpu in busy]
+        self.now += max(alone)
+        for gpu, seconds in zip(busy, alone):
+            gpu.busy -= max(alone) - seconds         # it waits for the slowest
+            self._advance(gpu, k)
+        return [s for gpu in busy for s in self._ended(gpu)]
+
+    def _ended(self, gpu):
         ended = [s for s in gpu.rows if len(s.tokens) == s.length]
         gpu.rows = [s for s in gpu.rows if len(s.tokens) < s.length]
         for s in ended:
@@ -225,8 +242,8 @@ class Cluster:
 
 def simulate(config, mode, law, cost, rounds=None):
     """-> numbers of a mode, and its cluster with the spans in which each GPU had work."""
-    cluster, state = Cluster(config.gpus, law, cost, config.slots), Rounds(mode, config.prompts, config.n, config.more_prompts,
-                                                                           config.more_samples)
+    cluster = Cluster(config.gpus, law, cost, config.slots, together=config.together)
+    state = Rounds(mode, config.prompts, config.n, config.more_prompts, config.more_samples)
     stream, plain, kept, wasted, times, own = itertools.count(), [], [], 0, [], 0.0
 
     def fresh(k):
