@@ -111,19 +111,20 @@ def read(path):
 
 
 # -----------------------------------------------------------------------------
-# what a step costs: (fixed part by live rows, part of each token in the cache)
+# what a step costs: (fixed part by live rows, part of each token in the cache, part of each sample that enters)
 
 
 def make_cost(config):
     if config.cost:
         try:
             measured = json.loads(Path(config.cost).read_text())
-            rows, seconds, token = measured["rows"], measured["seconds"], measured.get("token", 0.0)
+            rows, seconds, token, enter = measured["rows"], measured["seconds"], measured.get("token", 0.0), measured.get("enter", 0.0)
         except (OSError, ValueError, KeyError) as e:
             die(f'--cost {config.cost}: {e}: it must hold {{"rows": [...], "seconds": [...]}}')
-        return (lambda n: float(np.interp(n, rows, seconds))), token
+        return (lambda n: float(np.interp(n, rows, seconds))), token, enter
     params = config.weights / 2
-    return (lambda n: config.overhead + max(config.weights / config.bandwidth, 2 * params * n / config.flops)), config.kv / config.bandwidth
+    step = lambda n: config.overhead + max(config.weights / config.bandwidth, 2 * params * n / config.flops)  # noqa: E731
+    return step, config.kv / config.bandwidth, 0.0
 
 
 # -----------------------------------------------------------------------------
@@ -150,7 +151,7 @@ class Cluster:
     def __init__(self, gpus, law, cost, slots, prompt=128, together=False):
         """together: ranks that meet every few steps, so that a step takes as long as on the slowest."""
         self.gpus, self.law, self.slots, self.prompt = [GPU() for _ in range(gpus)], law, slots, prompt
-        self.step_cost, self.token_cost = cost
+        self.step_cost, self.token_cost, self.enter_cost = cost
         self.now, self.live, self.sampled, self.events, self.next = 0.0, 0, 0, [], itertools.count()
         self.home, self.together = {}, together      # problem -> its GPU
 
@@ -178,7 +179,7 @@ class Cluster:
     def _all(self):
         busy = [gpu for gpu in self.gpus if gpu.rows]
         k = min(s.length - len(s.tokens) for gpu in busy for s in gpu.rows)
-        alone = [self.seconds(gpu, k) for gpu in busy]
+        alone = [gpu.since - self.now + self.seconds(gpu, k) for gpu in busy]
         self.now += max(alone)
         for gpu, seconds in zip(busy, alone):
             gpu.busy -= max(alone) - seconds         # it waits for the slowest
@@ -214,26 +215,28 @@ class Cluster:
         if n:
             if k is None:            # c n k^2 / 2 + (step + c context - c n / 2) k = time, for k
                 a, b = self.token_cost * n / 2, self.step_cost(n) + self.token_cost * (gpu.context - n / 2)
-                t = self.now - gpu.since
+                t = max(0.0, self.now - gpu.since)
                 k = int((math.sqrt(b * b + 4 * a * t) - b) / (2 * a) + 1e-6) if a else int(t / b + 1e-6)
                 k = min(k, min(s.length - len(s.tokens) for s in gpu.rows) - 1)      # what ends, ends in step()
             for s in gpu.rows:
                 s.tokens = range(len(s.tokens) + k)
             self.sampled += n * k
             gpu.context += n * k
-            gpu.busy += self.now - gpu.since
+            gpu.busy += max(0.0, self.now - gpu.since)
             if self.now > gpu.since:
                 gpu.spans.append((gpu.since, self.now, n))
-        gpu.since = self.now
+        gpu.since = max(gpu.since, self.now)
 
     def _fill(self, gpu):
         while gpu.waiting and len(gpu.rows) < self.slots:
             gpu.rows.append(gpu.waiting.popleft())
+            gpu.since += self.enter_cost
+            gpu.busy += self.enter_cost
         gpu.version += 1
         if gpu.rows:
             gpu.context = sum(self.prompt + len(s.tokens) for s in gpu.rows)
             k = min(s.length - len(s.tokens) for s in gpu.rows)
-            heapq.heappush(self.events, (self.now + self.seconds(gpu, k), next(self.next), gpu, gpu.version))
+            heapq.heappush(self.events, (gpu.since + self.seconds(gpu, k), next(self.next), gpu, gpu.version))
 
 
 # -----------------------------------------------------------------------------

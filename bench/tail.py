@@ -12,6 +12,7 @@ does: what the modes save here is little, and whether it is what the simulator s
 Runs of one rank are measured in CPU seconds, two at a time; runs of two ranks by the clock, one at a time, so let the machine be idle.
 """
 import json
+import math
 import statistics
 import sys
 import time
@@ -19,16 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-import data
 import nanorl
 from bench import finish, simulate
 from bench.algorithms import metrics, run_all
 from common import hf, view
 from common.run import die, flags
 from rollout import Sampler
-from train_gpt import GPT
 
 
 @dataclass
@@ -54,6 +52,16 @@ class Config:
 def one(argv):
     """python -m bench.tail FLAGS OF nanorl.py: writes rank_R.jsonl into the run's folder, too."""
     start, everyone, began = nanorl.groups_of, nanorl.everyone, []
+    step, times, entered = Sampler.step, {}, [0, 0.0]            # times: live rows -> [steps, seconds] of those in which nobody entered
+
+    def timed(self):
+        rows, waiting, begin = len(self.rows), len(self.waiting), time.process_time()
+        out = step(self)
+        if began:
+            box = times.setdefault(rows, [0, 0.0]) if waiting == len(self.waiting) else entered
+            box[0] += 1 if box is not entered else waiting - len(self.waiting)
+            box[1] += time.process_time() - begin
+        return out
 
     def begins(rl, at, want):
         began[:] = began or [time.process_time(), time.perf_counter()]
@@ -64,11 +72,12 @@ def one(argv):
         out = everyone(rl, groups)
         wall, idle = time.perf_counter() - began[1], rl.clock["idle"]
         with open(f"runs/{rl.config.name}/rank_{rl.env.rank}.jsonl", "a") as f:
-            f.write(json.dumps(dict(step=round(rl.updates) + 1, cpu=cpu, wall=wall, idle=idle,
+            f.write(json.dumps(dict(step=round(rl.updates) + 1, cpu=cpu, wall=wall, idle=idle, times=times, entered=entered,
                                     lengths=[[len(s.tokens) for s in g] for g in out])) + "\n")
-        began.clear()
+        began.clear(), times.clear()
+        entered[:] = 0, 0.0
         return out
-    nanorl.groups_of, nanorl.everyone = begins, noted
+    nanorl.groups_of, nanorl.everyone, Sampler.step = begins, noted, timed
     nanorl.main(argv)
 
 
@@ -96,23 +105,16 @@ def done(folder, config):
 # what the simulator needs to know of this machine
 
 
-def step_times(folder, most):
-    """Seconds of a decode step by live rows, and of each token in the cache: a model that never stops, looked at early and late."""
-    torch.set_num_threads(1)
-    tok, model = data.tokenizer(folder), GPT.from_hf(folder)
-    counts, found = sorted({1, 8, 16, 24, 32, 48, 64, 80, 96, 128, 256} & set(range(most + 1)) | {-(-most // 8) * 8}), {}
-    for n in counts:
-        sampler = Sampler(model, set(), tok, slots=n, max_len=400)
-        sampler.submit(0, tok.encode("S3 7 12=43:"), n, 380)
-        marks = []
-        while sampler.live and len(marks) <= 300:
-            marks.append(time.process_time())
-            sampler.step()
-        took = np.diff(marks)
-        found[n] = float(np.median(took[20:60])), float(np.median(took[240:300]))
-    # keys grow from 50 to 280 a row on average
-    token = statistics.median(max(0.0, late - early) / (230 * n) for n, (early, late) in found.items() if n >= 16 or n == counts[-1])
-    return dict(rows=list(found), seconds=[max(1e-5, early - 50 * n * token) for n, (early, _) in found.items()], token=token)
+def step_times(noted):
+    """Seconds of a decode step by live rows, keys of the usual age included, and of a sample that enters: as the runs had them."""
+    bins, entered = {}, np.zeros(2)
+    for row in noted:
+        entered += row["entered"]
+        for n, (count, seconds) in row["times"].items():
+            bins.setdefault(int(math.log2(int(n)) * 4), []).append((int(n) * count, count, seconds))
+    sums = [np.sum(part, 0) for _, part in sorted(bins.items())]
+    return dict(rows=[n / count for n, count, _ in sums], seconds=[seconds / count for _, count, seconds in sums],
+                enter=entered[1] / max(1, entered[0]))
 
 
 def predicted(config, path, lengths, ranks):
@@ -156,7 +158,7 @@ def main(argv=None):
     if not all(r.isdigit() and int(r) for r in config.ranks.split(",")):
         die(f"--ranks {config.ranks}: numbers of processes, with commas")
     try:
-        folder = hf.find(config.init)
+        hf.find(config.init)
     except (ValueError, FileNotFoundError) as e:
         die(f"--init: {e}; `python train_gpt.py` makes runs/base in minutes")
 
@@ -172,9 +174,7 @@ def main(argv=None):
 
     # ---- look at what there is
     there = {key: job[0] for key, job in every.items() if done(job[0], config)}
-    path, found, numbers = Path("runs", config.name, "steps.json"), {}, {}
-    if not path.exists():
-        path.write_text(json.dumps(step_times(folder, int(1.6 * config.prompts * config.n))))
+    found, numbers = {}, {}
     for mode, ranks in dict.fromkeys((m, r) for m, r, _ in there):
         runs = [f for (m, r, _), f in there.items() if (m, r) == (mode, ranks)]
         noted = [list(rows(f, 0).values()) for f in runs]
@@ -184,13 +184,16 @@ def main(argv=None):
         clocks = [[list(rows(f, r).values()) for f in runs] for r in range(ranks)]
         found[mode, ranks] = dict(
             per=sum(row[unit] for run in noted for row in run) / sum(kept), kept=statistics.fmean(kept),
-            lengths=[g for run in noted for row in run for g in row["lengths"]], runs=len(runs),
+            noted=[row for f in runs for r in range(ranks) for row in rows(f, r).values()], runs=len(runs),
+            lengths=[g for run in noted for row in run for g in row["lengths"]],
             idle=[sum(row["idle"] for run in c for row in run) / sum(row["wall"] for run in c for row in run) for c in clocks],
             avg=[m[-1]["eval/avg"] for m in lasts], wasted=statistics.fmean(row.get("wasted", 0) for m in lasts for row in m[1:]),
             bias=lasts[0][-1].get("length_bias", 0.0) or 0.0)
     for ranks in sorted({r for _, r in found}):
         if ("off", ranks) not in found:
             continue
+        path = Path("runs", config.name, f"steps_{ranks}.json")
+        path.write_text(json.dumps(step_times([row for (_, r), f in found.items() if r == ranks for row in f["noted"]])))
         plain, expect = found["off", ranks], predicted(config, path, found["off", ranks]["lengths"], ranks)
         head = "mode,ms a kept token,over plain,simulated,apart,accuracy,tokens kept,wasted,bias,idle by rank,runs".split(",")
         print(f"\n{ranks} rank{'s' * (ranks > 1)}: {config.prompts} x {config.n} samples, {config.max_new} tokens, {config.steps} steps"

@@ -552,7 +552,7 @@ def test_a_simulated_gpu_is_an_engine():
 
     for mode in ("off", "race", "prompt", "continue", "april"):
         seen = []
-        for engine in (Cluster(1, lengths, (lambda n: 1.0, 0.0), 999), Counting(length)):
+        for engine in (Cluster(1, lengths, (lambda n: 1.0, 0.0, 0.0), 999), Counting(length)):
             clock, stream, rounds = [], ((i, 0) for i in itertools.count()), Rounds(mode, PROMPTS, N)
             for _ in range(11):
                 _, _, (kept,), _ = play(mode, None, 1, engine=engine, rounds=rounds, fresh=stream)
