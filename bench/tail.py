@@ -50,14 +50,14 @@ class Config:
 
 
 def one(argv):
-    """python -m bench.tail FLAGS OF nanorl.py: writes rank_R.jsonl into the run's folder, too."""
+    """python -m bench.tail '["--flag", "value", of nanorl.py]': writes rank_R.jsonl into the run's folder, too."""
     start, everyone, began = nanorl.groups_of, nanorl.everyone, []
     step, times, entered = Sampler.step, {}, [0, 0.0]            # times: live rows -> [steps, seconds] of those in which nobody entered
 
     def timed(self):
         rows, waiting, begin = len(self.rows), len(self.waiting), time.process_time()
         out = step(self)
-        if began:
+        if began and rows:
             box = times.setdefault(rows, [0, 0.0]) if waiting == len(self.waiting) else entered
             box[0] += 1 if box is not entered else waiting - len(self.waiting)
             box[1] += time.process_time() - begin
@@ -93,8 +93,9 @@ def command(config, mode, ranks, seed):
              "prompts": config.prompts, "n": config.n, "max-new": config.max_new, "eval-every": 0, "eval-n": 1, "final-n": config.final_n,
              "save-every": 10, "threads": 1, "workers": 1, "device": "cpu"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    argv = [sys.executable, *torchrun, "-m", "bench.tail", *(w for k, v in words.items() for w in (f"--{k}", str(v)))]
-    return Path("runs", name), argv + ["--resume"] * Path("runs", name, "config.json").exists()
+    argv = [w for k, v in words.items() for w in (f"--{k}", str(v))] + ["--resume"] * Path("runs", name, "config.json").exists()
+    # as one word: torchrun takes every --n of its script for an abbreviation of its own flags
+    return Path("runs", name), [sys.executable, *torchrun, "-m", "bench.tail", json.dumps(argv)]
 
 
 def done(folder, config):
@@ -218,4 +219,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    one(sys.argv[1:])
+    one(json.loads(sys.argv[1]))
