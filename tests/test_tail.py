@@ -18,6 +18,7 @@ import nanorl
 import ttrl
 from bench import simulate
 from common.reward import Rewards
+from common.run import gather
 from pack import Rounds, as_they_come, longer
 from train_gpt import GPT, GPTConfig
 
@@ -302,28 +303,25 @@ def test_a_shared_counter_lets_in_as_many_as_are_wanted():
 # -----------------------------------------------------------------------------
 # ranks: each has an engine of its own and half of the prompts
 
-TWO = """
-import sys, itertools
-sys.path[:0] = [{root!r}, {tests!r}]
-import common.run as run, test_tail as t
-env = run.start("cpu", threads=1)
-state, engine, stream = t.Rounds("race", 8, 4), t.Engine(t.law(0.5, 0.5)), itertools.count()
-for _ in range(7):
-    round = state.plan(lambda k: [(next(stream), 0) for _ in range(k)])
-    mine = range(env.rank, len(round.launches), env.world)
-    got = [g for g in state.run(engine, round, {{l.id: [1] for l in round.launches}}, t.CAP, mine=mine, every=16) if g]
-    kept = sorted((g[0].problem, g[0].visit, [s.index for s in g]) for part in run.gather(got) for g in part)
-    print(kept, [(l.id, l.visit) for l in state.queue], round.long, state.evidence())
-"""
+def seven_rounds(rank, world):
+    """-> a line a round: which samples were kept, what is queued, and the evidence."""
+    state, engine, stream, lines = Rounds("race", PROMPTS, N), Engine(law(0.5, 0.5)), itertools.count(), []
+    for _ in range(7):
+        round = state.plan(lambda k: [(next(stream), 0) for _ in range(k)])
+        mine = range(rank, len(round.launches), world)
+        got = [g for g in state.run(engine, round, {l.id: [1] for l in round.launches}, CAP, mine=mine, every=16) if g]
+        kept = sorted((g[0].problem, g[0].visit, [s.index for s in g]) for part in gather(got) for g in part)
+        lines.append(f"{kept} {[(l.id, l.visit) for l in state.queue]} {round.long} {state.evidence()}")
+    return lines
 
 
-def test_two_ranks_race_as_one(ranks, one_process):
+def test_two_ranks_race_as_one(ranks):
     """events are exchanged every 16 steps, and what counts is the step at which a prompt was done: the same prompts win on two ranks as on
     one, the same are queued in the same order, and the evidence is the same"""
-    code = TWO.format(root=str(ROOT), tests=str(ROOT / "tests"))
-    one, two = one_process(code), ranks(2, code)
-    assert two[0] == two[1] and len(two[0].splitlines()) == 7
-    assert two[0] == one
+    code = (f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import test_tail as t, common.run as run\n"
+            "env = run.start('cpu', threads=1); print(*t.seven_rounds(env.rank, env.world), sep='\\n')")
+    one, two = seven_rounds(0, 1), ranks(2, code)
+    assert two[0].splitlines() == two[1].splitlines() == one
 
 
 DEATH = """
@@ -331,33 +329,39 @@ import os, signal, sys
 import common.run as run, nanorl, rollout
 run.GONE = 5.0
 step, count = rollout.Sampler.step, [0]
-def stops(self):
+def dies(self):
     count[0] += 1
     if os.environ["RANK"] == "1" and count[0] == 700:
-        if sys.argv[1] == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise ValueError("out of memory, say")
+        os.kill(os.getpid(), signal.SIGKILL)
     return step(self)
-rollout.Sampler.step = stops
-nanorl.main(sys.argv[2:])
+rollout.Sampler.step = dies
+nanorl.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("how, words", [
-    ("killed", "rank 1 died: no sign of life"),
-    ("raises", "rank 1 raised ValueError: out of memory, say"),
-])
-def test_a_rank_that_dies_is_named_and_the_run_goes_on(own, ranks, how, words):
-    """in the middle of a rollout, while the others wait in a collective: within a minute they stop, with its name; --resume goes on"""
-    argv = [*own, "--tail-batching", "race", "--steps", "20", "--save-every", "1", "--eval-every", "0"]
+def test_a_rank_that_dies_is_named_and_the_run_goes_on(own, ranks):
+    """killed in the middle of a rollout, while the others wait in a collective, whose own error is about a socket: within a minute they
+    stop with the rank's name, and --resume goes on, here with one rank"""
+    argv = [*own, "--tail-batching", "race", "--steps", "20", "--save-every", "1"]
     begin = time.monotonic()
-    with pytest.raises(AssertionError, match=words):
-        ranks(2, DEATH, how, *argv)
+    with pytest.raises(AssertionError, match="rank 1 died: no sign of life"):
+        ranks(2, DEATH, *argv)
     assert time.monotonic() - begin < 60
     last = nanorl.newest("runs/rl")[1]
     assert 1 <= last < 20
-    ranks(2, "import sys, nanorl; nanorl.main(sys.argv[1:])", *argv, "--resume")
-    assert metrics()[-1]["step"] == 20
+    nanorl.main([*argv, "--resume"])
+    assert [m["step"] for m in metrics()] == list(range(21))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_raises_is_named(ranks, tmp_path, rank):
+    """rank 0 holds the store through which ranks speak, and stays until its last word was read"""
+    code = ("import sys, common.run as run\nenv = run.start('cpu', threads=1)\nsys.stderr = open(f'said_{env.rank}', 'w', buffering=1)\n"
+            "for i in range(9):\n    run.gather(i)\n    if i == 5 and env.rank == int(sys.argv[1]):\n"
+            "        raise ValueError('out of memory, say')")
+    with pytest.raises(AssertionError, match="ended with 1"):
+        ranks(2, code, rank)
+    assert f"error: rank {rank} raised ValueError: out of memory, say" in (tmp_path / f"said_{1 - rank}").read_text()
 
 
 # -----------------------------------------------------------------------------
@@ -409,12 +413,11 @@ def test_resumed_equals_never_stopped(own, monkeypatch, mode):
     assert max(row["sampler_max"] for row in m[1:5]) < 1e-5, "in a short round every token is of the policy that is trained"
 
 
-def test_two_ranks_equal_one(own, ranks, one_process):
+def test_two_ranks_equal_one(own, ranks):
     """rung 9 with a race: the same rounds and, after a whole period, the same weights"""
     own += ["--tail-batching", "prompt", "--steps", "5"]
-    code = "import sys, nanorl; nanorl.main(sys.argv[1:])"
-    one_process(code, *own, "--name", "one")
-    ranks(2, code, *own, "--name", "two")
+    nanorl.main([*own, "--name", "one"])
+    ranks(2, "import sys, nanorl; nanorl.main(sys.argv[1:])", *own, "--name", "two")
     one, two = weights("runs/one/ckpt/step_5"), weights("runs/two/ckpt/step_5")
     assert all(torch.allclose(one[k], two[k], atol=5e-5) for k in one)
     assert [m.get("queue") for m in metrics("one")] == [m.get("queue") for m in metrics("two")]
@@ -463,7 +466,7 @@ def test_streaming_is_exact(own):
 
 
 @pytest.mark.parametrize("more", [[], ["--tail-batching", "prompt"]])
-def test_a_rank_with_nothing_left_streams(own, ranks, one_process, more):
+def test_a_rank_with_nothing_left_streams(own, ranks, more):
     """two ranks, one of which samples slowly: the other learns from its groups meanwhile, and the weights are those of a step without"""
     slow = ("import os, sys, time, rollout, nanorl\nstep = rollout.Sampler.step\n"
             "def late(self):\n    time.sleep(0.01 * int(os.environ.get('RANK', '0')))\n    return step(self)\n"
@@ -472,7 +475,7 @@ def test_a_rank_with_nothing_left_streams(own, ranks, one_process, more):
             "rollout.Sampler.deal = lambda self, limits, ids: iter(range(rank, len(ids), world))\n"
             "nanorl.main(sys.argv[1:])")
     own += ["--steps", "1", "--prompts", "6", *more, "--more-prompts", "1"]
-    one_process(slow, *own, "--name", "one")
+    nanorl.main([*own, "--name", "one"])
     ranks(2, slow, *own, "--name", "two", "--stream", "--no-deterministic")
     assert metrics("two")[-1]["streamed"] > 0
     one, two, base = weights("runs/one/ckpt/step_1"), weights("runs/two/ckpt/step_1"), weights("base")
