@@ -40,7 +40,7 @@ import train_gpt
 from common import hf, view
 from common.optim import Optimizer
 from common.reward import Rewards, check
-from common.run import Run, all_sum, die, flags, gather, newest, progress, start
+from common.run import Run, all_sum, barrier, die, flags, gather, newest, progress, start
 from evaluate import completion, evaluate, prompt_ids, words
 from kernels import linear_logprob, packed_attention
 from rollout import Sampler
@@ -505,6 +505,10 @@ def groups_of(rl, at, want):
             add(1)
             while add(0) < rl.env.world:
                 yield None
+        else:
+            begin = time.perf_counter()
+            barrier()
+            rl.clock["idle"] += time.perf_counter() - begin
     return until_all(), at
 
 

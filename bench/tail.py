@@ -40,6 +40,7 @@ class Config:
     prompts: int = 8                 # of a step
     n: int = 8                       # samples of a prompt
     max_new: int = 600               # tokens of a sample, at most
+    lr: float = 5e-4                 # small: lengths stay comparable, so that what differs is the scheduling
     final_n: int = 150               # held-out problems before and after
     minutes: float = 5.0             # of a run, before it is stopped with a checkpoint
     parallel: int = 2                # runs of one rank at a time
@@ -90,7 +91,7 @@ def rows(folder, rank):
 def command(config, mode, ranks, seed):
     name = f"{config.name}/{mode}-{ranks}-{seed}"
     words = {"name": name, "init": config.init, "task": "countdown:search", "tail-batching": mode, "seed": seed, "steps": config.steps,
-             "prompts": config.prompts, "n": config.n, "max-new": config.max_new, "eval-every": 0, "eval-n": 1, "final-n": config.final_n,
+             "prompts": config.prompts, "n": config.n, "max-new": config.max_new, "eval-every": 0, "eval-n": 1, "final-n": config.final_n, "lr": config.lr,
              "save-every": 10, "threads": 1, "workers": 1, "device": "cpu"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     argv = [w for k, v in words.items() for w in (f"--{k}", str(v))] + ["--resume"] * Path("runs", name, "config.json").exists()
@@ -125,10 +126,12 @@ def predicted(config, path, lengths, ranks):
     between = max(0.0, float(logs.mean(1).var(ddof=1) - within / config.n))
     flat = Path(path).with_name("lengths.json")
     flat.write_text(json.dumps([n for g in lengths for n in g]))
-    sim = simulate.Config(trace=str(flat), gpus=ranks, prompts=config.prompts, n=config.n, cap=config.max_new,
-                          between=between / (between + within), rounds=200, cost=str(path), slots=256, together=ranks > 1)
-    law, cost = simulate.make_law(sim), simulate.make_cost(sim)
-    per = {mode: simulate.simulate(sim, mode, law, cost)[0]["per_token"] for mode in ("off", "race", "prompt", "continue")}
+    sim = dict(trace=str(flat), gpus=ranks, prompts=config.prompts, n=config.n, cap=config.max_new,
+               between=between / (between + within), rounds=200, cost=str(path), slots=256)
+    per = {}
+    for mode in ("off", "race", "prompt", "continue"):           # ranks meet during a round of tail batching, and after a plain one
+        c = simulate.Config(**sim, together=ranks > 1 and mode != "off")
+        per[mode] = simulate.simulate(c, mode, simulate.make_law(c), simulate.make_cost(c))[0]["per_token"]
     return {mode: seconds / per["off"] for mode, seconds in per.items()}
 
 
