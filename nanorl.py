@@ -16,6 +16,7 @@ Deleted from the usual recipe, and why:
     torchrun --nproc_per_node=8 nanorl.py                  a node: a base of 100M, then Countdown with 4 numbers
     python nanorl.py --algo gspo --minibatch 8             a row of the table, four updates a rollout
     python nanorl.py --init DIR --task gsm8k --max-new 1024
+    torchrun --nproc_per_node=8 -- nanorl.py --tail-batching prompt        no rank waits for the longest response (pack.py, rounds)
     python nanorl.py --data my.jsonl --reward my.py:score --init DIR
 """
 

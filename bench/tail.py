@@ -91,8 +91,8 @@ def rows(folder, rank):
 def command(config, mode, ranks, seed):
     name = f"{config.name}/{mode}-{ranks}-{seed}"
     words = {"name": name, "init": config.init, "task": "countdown:search", "tail-batching": mode, "seed": seed, "steps": config.steps,
-             "prompts": config.prompts, "n": config.n, "max-new": config.max_new, "eval-every": 0, "eval-n": 1, "final-n": config.final_n, "lr": config.lr,
-             "save-every": 10, "threads": 1, "workers": 1, "device": "cpu"}
+             "prompts": config.prompts, "n": config.n, "max-new": config.max_new, "eval-every": 0, "eval-n": 1,
+             "final-n": config.final_n, "lr": config.lr, "save-every": 10, "threads": 1, "workers": 1, "device": "cpu"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     argv = [w for k, v in words.items() for w in (f"--{k}", str(v))] + ["--resume"] * Path("runs", name, "config.json").exists()
     # as one word: torchrun takes every --n of its script for an abbreviation of its own flags
