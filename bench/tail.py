@@ -58,7 +58,7 @@ def one(argv):
     def timed(self):
         rows, waiting, begin = len(self.rows), len(self.waiting), time.process_time()
         out = step(self)
-        if began and rows:
+        if began and (rows or waiting > len(self.waiting)):
             box = times.setdefault(rows, [0, 0.0]) if waiting == len(self.waiting) else entered
             box[0] += 1 if box is not entered else waiting - len(self.waiting)
             box[1] += time.process_time() - begin
