@@ -552,7 +552,7 @@ def main(argv=None):
     teacher, stop = None, sorted(rl.tok.stop)
     if config.control != "fixed_negative" and config.teacher != "self":
         teacher, its = load_teacher(config.teacher or config.init, rl.tok, env, width)
-        for line in opd_check.audit(rl.tok, its):
+        for line in opd_check.audit(rl.tok, its) if env.master else ():
             print(f"audit: {line}")
         if config.eos_class:
             stop = stop_class(rl.tok, its)
@@ -652,6 +652,8 @@ def main(argv=None):
         # ---- log
         numbers = summary(rl, groups, 0, stats, time.perf_counter() - clock) | diagnosis(stats, rl.model.config.d_model)
         numbers |= dict(grad_norm=stats["grad_norm"], skipped=rl.optimizer.skipped, spent=rl.spent, max_new=rl.config.max_new)
+        if rl.config.max_new < config.max_new:                   # what the horizon cuts was not meant to end
+            numbers |= dict(beyond=numbers["truncated"], truncated=0.0)
         history.append(numbers)
         bar.update()
         run.log(status(now, config, numbers))
