@@ -641,6 +641,7 @@ def main(argv=None):
             rl.optimizer.zero_grad()
             rl.normaliser = 0.0
             save(now - 1)                                        # the state before this step
+            bar.close()
             rl.workers.close()
             die(f"step {now}: the teacher's log-probs are nan at every token. The last good state is {run.latest()[0]}")
         stats |= step(rl)

@@ -320,8 +320,8 @@ def test_a_teacher_that_sees_more_scores_the_same_tokens():
 @pytest.mark.parametrize("name", opd.LOSSES)
 def test_nan_of_the_teacher_is_counted_and_teaches_nothing(name):
     teacher, group = tiny(2), samples()
-    unseen = sorted({t for s in group for t in s.tokens[:-1]} - {t for s in group[1:] for t in s.prompt + s.tokens})[0]
-    teacher.embed.weight.data[unseen] = math.nan                 # seen by one sample, from its place on
+    group[4].tokens[3] = 1                                       # a token that no other sample has
+    teacher.embed.weight.data[1] = math.nan
     stats, batch, _, grad = setting(group, teacher, loss=name)
     assert 0 < int(stats["teacher_nan"]) < len(batch.targets_N)
     assert grad.isfinite().all() and int((grad.abs().amax(1) == 0).sum()) == int(stats["teacher_nan"])
@@ -351,8 +351,8 @@ def test_top_p_is_corrected_by_the_mass_it_kept():
     plain = {name: setting(group, loss=name)[3] for name in ("sampled", "tail")}
     for s in group:
         s.kept = [math.log(0.9)] * len(s.tokens)
-    assert torch.allclose(setting(group, loss="sampled")[3], 0.9 * plain["sampled"], atol=1e-7)
-    assert torch.allclose(setting(group, loss="tail")[3], plain["tail"], atol=1e-7)
+    assert torch.allclose(setting(group, loss="sampled")[3], 0.9 * plain["sampled"], atol=1e-5)
+    assert torch.allclose(setting(group, loss="tail")[3], plain["tail"], atol=1e-5)
 
 
 def test_coherence():
@@ -434,9 +434,9 @@ def unequal(one, two):
     return [k for k in one if not torch.equal(one[k], two[k])]
 
 
-@pytest.mark.parametrize("loss", ["sampled", "tail --k 40", "full --divergence jsd"])
+@pytest.mark.parametrize("loss", ["sampled --baseline-k 100 --lr 1e-2", "tail --k 40", "full --divergence jsd"])
 def test_the_student_comes_nearer(own, loss):
-    opd.main([*own, "--loss", *loss.split(), "--steps", "12", "--prompts", "24", "--eval-every", "0"])
+    opd.main([*own, *f"--loss {loss} --steps 12 --prompts 24 --eval-every 0".split()])
     m = metrics()
     assert m[-1]["kl"] < 0.7 * m[1]["kl"]
     for key in ("overlap p_mass q_mass gap covered agreed p_stop q_stop advantage advantage_repeated advantage_others repeated truncated "
