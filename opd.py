@@ -195,6 +195,7 @@ class Config:
     horizon_steps: int = 0               # and the horizon grows to --max-new in this many steps; 0: it stays
     teacher_at: Literal["device", "sharded", "host"] = "device"  # where the teacher is between two updates
     look_k: int = 16                     # the k of the diagnostics
+    repeat_n: int = 4                    # a token repeats if the last this many were in its text before; short texts want 2
     guard: int = 12                      # stop when truncation or repetition has risen for this many steps; 0: never
     guard_rise: float = 0.1              # by at least this share of the texts
     tis: float = 2.0                     # truncate the importance weight between sampler and trainer here; 0: no weight
@@ -238,7 +239,8 @@ SHARED = ("name init task data reward kl_coef tis steps tokens prompts n max_new
 def configure(argv):
     """-> (config, the nanorl.Config that its stages read). What does not go together is refused, with the reason."""
     c = flags(Config, argv, __doc__)
-    for flag in ("k", "look_k", "prompts", "n", "steps", "max_new", "row_tokens", "eval_n", "eval_k", "final_n", "save_every", "workers"):
+    for flag in ("k", "look_k", "prompts", "n", "steps", "max_new", "row_tokens", "eval_n", "eval_k", "final_n", "save_every", "workers",
+                 "repeat_n"):
         if getattr(c, flag) < 1:
             die(f"--{flag.replace('_', '-')} is {getattr(c, flag)}: give at least 1")
     for wrong, why in [
@@ -248,6 +250,8 @@ def configure(argv):
         (c.control and (c.gold or c.reward_coef), f"--control {c.control} is a run of one signal: leave --gold and --reward-coef out"),
         (c.control == "sft" and c.context, "--control sft samples from the teacher, which reads no --context there: leave it out"),
         (c.gold == "teacher" and c.teacher in ("", "self"), "--gold teacher needs a --teacher that is another model"),
+        (c.teacher_at != "device" and "teacher" in (c.gold, c.control.replace("sft", "teacher")),
+         f"--teacher-at {c.teacher_at}: a teacher that samples has CUDA graphs, which need weights that stay where they are; leave it out"),
         (c.teacher == "self" and not c.context, "--teacher self without --context is its own equal: every signal is 0"),
         (c.divergence != "reverse" and c.loss != "full", f"--divergence {c.divergence} needs the whole vocabulary: --loss full"),
         (c.baseline_k and c.loss != "sampled", f"--baseline-k belongs to --loss sampled, and --loss is {c.loss}"),
@@ -372,7 +376,7 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
                          weight_all=(apart_N + batch.kept_N).exp(), drawn=drawn_N.sum(), gold=gold_N.sum(), value=value_N.sum())
             if taught:
                 r_N = torch.where(live_N, s.logp_N - s.logq_N, 0.0)
-                again_N = repeated(batch.targets_N, batch.sample_N) & live_N
+                again_N = repeated(batch.targets_N, batch.sample_N, c.repeat_n) & live_N
                 stats |= dict(live=live_N.sum(), teacher_nan=(bad_N & drawn_N).sum(), advantage=-r_N.sum(), advantage_abs=r_N.abs().sum(),
                               negative=(r_N > 0).sum(), cut=(r_N.abs() > c.bound).sum(), again=again_N.sum(),
                               again_advantage=-(r_N * again_N).sum(),

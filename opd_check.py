@@ -62,7 +62,7 @@ class Config:
 
 # what the verdict is made of. The first two are from pilot runs on models of 1M parameters and no law
 COVERED = 0.8            # SFT first: the student has less than this of its mass on the teacher's top k
-APART = 1.0              # or their KL at a token is above this, in nats
+APART = 3.0              # or their KL at a token is above this, in nats
 ALIKE = 0.01             # do not: the teacher's accuracy is not this much above the student's, or not by two standard errors
 WORN = 0.2               # shorten: teacher-continued accuracy gains less than this share of what it gains from the start
 
@@ -190,7 +190,7 @@ def looked(sums):
     return out
 
 
-def repeated(tokens_N, sample_N, n=4):
+def repeated(tokens_N, sample_N, n):
     """Which tokens end an n-gram that their response has had before?"""
     at = places(sample_N)
     key, mixed = tokens_N.clone(), sample_N

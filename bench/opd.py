@@ -60,7 +60,7 @@ class Config:
     chars_teacher: str = ""          # and its RL run
     parts: str = ",".join(PARTS)     # which of them
     seeds: int = 3                   # of the three best losses
-    steps: int = 60                  # of a distillation
+    steps: int = 40                  # of a distillation
     prompts: int = 64                # of a step
     n: int = 2                       # samples of a prompt
     lr: float = 2e-3                 # of every distillation
@@ -148,7 +148,8 @@ def models(config, parts):
 
 def distil(config, name, student, teacher, words, seed=0):
     flags = (f"--init {student} --task countdown --steps {config.steps} --prompts {config.prompts} --n {config.n} --lr {config.lr} "
-             f"--eval-n {config.eval_n} --final-n {config.final_n} --seed {seed} --workers 1 --eval-every 10 --save-every 10 {words}")
+             f"--eval-n {config.eval_n} --final-n {config.final_n} --seed {seed} --workers 1 --eval-every 10 --save-every 10 "
+             f"--repeat-n 2 {words}")
     return job("opd.py", config, f"{slug(name)}-{seed}", None, flags + (f" --teacher {teacher}" if teacher else ""))
 
 
@@ -166,7 +167,9 @@ def curve(rows):
 
 
 def reached(rows, target):
-    """Tokens at which a curve first is at `target`, by straight lines between evaluations; inf: never."""
+    """Tokens at which a curve first is at `target`, by straight lines between evaluations; inf: never, nan: no curve."""
+    if not rows:
+        return math.nan
     tokens, accuracy = curve(rows)
     above = np.flatnonzero(accuracy >= target)
     if not len(above):
@@ -237,12 +240,12 @@ def losses(config, found, cache):
         target = low + 0.8 * (high - low)
         rl = metrics(Path(teacher))
         budget = rl[-1].get("spent", 0) if rl else 0
-        rl_needs = reached(rl, target) if rl else math.nan
+        rl_needs = reached(rl, target)
         direction, vocabulary = cosines(student, teacher, rows), data.tokenizer(hf.find(student)).vocab_size
         lines += ["", f"Losses, `{kind}` tokenizer ({vocabulary:,} tokens): student {before[0]:.1%} +-{before[1]:.1%}, teacher "
                   f"{best[0]:.1%} +-{best[1]:.1%}; RL reached 80% of the gap after {rl_needs:,.0f} of {budget:,} sampled tokens", "",
-                  "| loss | accuracy | gap closed | tokens | to 80% of the gap | RL / OPD tokens | cosine | bytes a token | seeds |",
-                  "|---" * 9 + "|"]
+                  "| loss | accuracy | gap closed | tokens | RL needs | to 80% of the gap | RL needs | cosine | bytes a token | seeds |",
+                  "|---" * 10 + "|"]
         for row, words in rows.items():
             runs = [ends(folder) for (name, _), (folder, _, _) in jobs.items() if name == row and folder.name not in failed]
             if not runs:
@@ -253,11 +256,15 @@ def losses(config, found, cache):
             need = statistics.fmean(needs)
             c, _ = opd.configure(["--teacher", "x", *words.split()])
             closed = (after - before[0]) / (best[0] - before[0])
-            fewer = (rl_needs if math.isfinite(rl_needs) else budget) / need if need else math.nan
-            lines.append(f"| {row} | {after:.1%} +-{se:.1%} | {closed:.0%} | {statistics.fmean(r.tokens for r in runs):,.0f} | "
-                         f"{f'{need:,.0f}' if math.isfinite(need) else 'never'} | {fewer:.1f} | {direction[row]:.3f} | "
+            # RL that never gets there counts as its whole budget
+            spent = statistics.fmean(r.tokens for r in runs)
+            same = min(reached(rl, statistics.fmean(r.rows[-1]["valid/avg"] for r in runs)), budget) / spent
+            fewer = min(rl_needs, budget) / need
+            lines.append(f"| {row} | {after:.1%} +-{se:.1%} | {closed:.0%} | {spent:,.0f} | {same:.1f} x | "
+                         f"{f'{need:,.0f}' if math.isfinite(need) else 'never'} | {fewer:.1f} x | {direction[row]:.3f} | "
                          f"{opd.bytes_a_token(c, vocabulary):,} | {len(runs)} |")
-            numbers |= {f"{kind} {row} accuracy": after, f"{kind} {row} gap": closed, f"{kind} {row} fewer": fewer}
+            numbers |= {f"{kind} {row} accuracy": after, f"{kind} {row} gap": closed, f"{kind} {row} RL / OPD tokens": same,
+                        f"{kind} {row} RL / OPD tokens to 80%": fewer}
     return lines, numbers
 
 
@@ -289,7 +296,7 @@ def controls(config, found, cache):
 
 def habits(config, found, cache):
     """From what the runs of the losses logged: the first and the last quarter of their steps."""
-    lines = ["", "Habits of the runs: mass of both on the shared top 16, and the advantage of tokens that repeat a 4-gram; first and last "
+    lines = ["", "Habits of the runs: mass of both on the shared top 16, and the advantage of tokens that repeat a pair; first and last "
              "quarter of the steps", "",
              "| run | overlap | student's mass | teacher's mass | KL | repeated | advantage, repeated | others | ratio | coherence |",
              "|---" * 10 + "|"]

@@ -259,7 +259,7 @@ def test_repeated_against_a_loop():
     texts = [rng.integers(0, 2, size).tolist() for size in (40, 3, 1, 25)]
     expected = [i >= 3 and any(t[j - 3:j + 1] == t[i - 3:i + 1] for j in range(3, i)) for t in texts for i in range(len(t))]
     tokens, owner = torch.tensor(sum(texts, [])), torch.tensor([i for i, t in enumerate(texts) for _ in t])
-    assert opd_check.repeated(tokens, owner).tolist() == expected and sum(expected) > 20
+    assert opd_check.repeated(tokens, owner, 4).tolist() == expected and sum(expected) > 20
 
 
 # -----------------------------------------------------------------------------
@@ -452,9 +452,10 @@ def test_a_student_taught_by_itself_stays(own):
 
 
 @pytest.mark.parametrize("more", [
-    "--gold teacher --kl-coef 0.1 --teacher-at host --eval-every 0",
+    "--gold task --kl-coef 0.1 --teacher-at host --eval-every 0",
     "--loss student_topk --k 4 --reward-coef 0.5 --horizon 4 --horizon-steps 3 --top-p 0.9 --teacher-at sharded",
     "--control sft",
+    "--gold teacher",
 ])
 def test_resumed_equals_never_stopped_bit_for_bit(own, monkeypatch, more):
     own += more.split()
@@ -476,7 +477,7 @@ SCRIPT = "import sys, opd; opd.main(sys.argv[1:])"
 
 
 def test_two_ranks_equal_one_and_a_sharded_teacher_is_whole(own, ranks, one_process):
-    argv = [*own, "--steps", "1", "--eval-every", "0", "--gold", "teacher"]
+    argv = [*own, "--steps", "1", "--eval-every", "0", "--gold", "task"]
     one_process(SCRIPT, *argv, "--name", "one")
     ranks(2, SCRIPT, *argv, "--name", "two", "--teacher-at", "sharded")
     one, two = weights("runs/one/ckpt/step_1"), weights("runs/two/ckpt/step_1")
@@ -556,6 +557,7 @@ def test_nan_at_every_token_ends_the_run_with_the_last_good_state(own, monkeypat
     ("--control fixed_negative", "without a teacher"),
     ("--control sft --gold task", "one signal"),
     ("--guard 3", "6 steps or more"),
+    ("--gold teacher --teacher-at host", "stay where they are"),
     ("--context gold --context-text x", "{prompt}"),
     ("--reward-coef 1 --n 1", "--n 2"),
     ("--horizon 9", "above --max-new"),
@@ -601,7 +603,7 @@ def measured(**changed):
     ({"gain": 0.02}, "do not"),
     ({"identity": 0.5}, "do not"),
     ({"covered": 0.4}, "SFT first"),
-    ({"kl": 4.0}, "SFT first"),
+    ({"kl": 5.0}, "SFT first"),
     ({"continuation": [(600, 0.15, 0.02, 100), (1200, 0.01, 0.02, 60)]}, "shorten"),
     ({"continuation": [(4, 0.1, 0.02, 100), (8, 0.0, 0.02, 60)]}, "go"),
 ])
