@@ -327,10 +327,12 @@ def wake(teacher, config, env):
 # the loss of a batch
 
 
-def make_loss(config, model, teacher, stop=(), special=(), contexts=None, reference=None):
+def make_loss(config, model, teacher, stop=(), special=(), contexts=None, reference=None, told=None):
     """-> loss(batch, hidden_ND, head_VD) -> (sum to be minimised, stats as sums). Samples with index below 0 are gold: learned as they are.
-    batch.advantage_N: what the task's reward or a control adds; the teacher's part is made here."""
+    batch.advantage_N: what the task's reward or a control adds; the teacher's part is made here. told: a dict that takes what it said
+    of every token, log q - log p, by address."""
     c, D = config, model.config.d_model
+    told = {} if told is None else told
 
     def loss(batch, hidden_ND, head_VD):
         N, device = len(batch.targets_N), hidden_ND.device
@@ -382,6 +384,8 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
                               again_advantage=-(r_N * again_N).sum(),
                               look_all=look(p.hidden_ND, p.head_VD, q.hidden_ND, q.head_VD, batch.sample_N, c.look_k, list(stop),
                                             c.temperature).flatten())
+                lengths = torch.bincount(batch.sample_N, minlength=len(batch.samples)).tolist()
+                told.update({address(x): part.tolist() for x, part in zip(batch.samples, (-r_N).cpu().split(lengths))})
         if hidden_ND.requires_grad:                              # filled in by the backward: do the tokens pull in one direction?
             stats |= dict(pull_all=torch.zeros(D, device=device), pulls=torch.zeros((), device=device))
 
@@ -580,7 +584,8 @@ def main(argv=None):
     if config.control == "sft" or config.gold == "teacher":      # the teacher as a sampler, with noise of its own
         by = Sampler(teacher, set(stop), rl.tok, slots=config.slots or None, max_len=rl.sampler.max_len, deterministic=env.deterministic)
         writer = SimpleNamespace(**{**vars(rl), "sampler": by, "visits": {}, "config": replace(rl.config, seed=config.seed + 1)})
-    loss = make_loss(config, rl.model, teacher, stop, special, contexts, rl.reference)
+    told = {}
+    loss = make_loss(config, rl.model, teacher, stop, special, contexts, rl.reference, told)
     rest(teacher, config, env)
 
     run = Run(f"runs/{config.name}", config, env, resume=config.resume, free=("eval_every", "save_every", "threads", "workers", "wandb"),
@@ -648,6 +653,10 @@ def main(argv=None):
             bar.close()
             rl.workers.close()
             die(f"step {now}: the teacher's log-probs are nan at every token. The last good state is {run.latest()[0]}")
+        for part in gather(told):                                # for samples.jsonl: what each token was told
+            for s in (s for g in groups for s in g if address(s) in part):
+                s.advantage = [round(x, 4) for x in part[address(s)]]
+        told.clear()
         stats |= step(rl)
         rl.spent += all_sum(sum(len(s.tokens) for g in groups for s in g))
         for side in (rl, writer) if writer else (rl,):

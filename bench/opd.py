@@ -8,7 +8,7 @@ python -m bench opd: on-policy distillation in numbers, on Countdown, from a bas
                 reverse distillation: the RL-trained student taught by its own base
     habits      what repeated tokens are told against others, and the overlap in good runs, as the runs above logged them
     verdicts    opd_check.py on seven pairs, two of them bad on purpose, and what came out when they were run all the same
-    scoring     a teacher's log-probs on packed rows against padded batches in transformers
+    scoring     a teacher's log-probs on packed rows against padded batches of 64 in transformers, texts as they come and sorted by length
 
 Runs are made with one thread, at most two minutes at a time, --parallel of them; one that needs longer is stopped with a checkpoint and
 gone on with. The same command again repeats nothing that is done. Models that are not there are trained first: two bases, two teachers, and
@@ -380,26 +380,27 @@ def scoring(config, found, cache):
         else:
             theirs_model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-            def theirs(flat=flat, theirs_model=theirs_model, size=64):
+            def theirs(flat, theirs_model=theirs_model, size=64):
                 out = {}
                 with torch.no_grad():
                     for a in range(0, len(flat), size):
-                        part = flat[a:a + size]
-                        longest = max(len(s.prompt) + len(s.tokens) for s in part)
-                        ids = torch.tensor([s.prompt + s.tokens + [0] * (longest - len(s.prompt) - len(s.tokens)) for s in part])
-                        mask = torch.tensor([[1] * (len(s.prompt) + len(s.tokens)) + [0] * (longest - len(s.prompt) - len(s.tokens))
-                                             for s in part])
+                        rows = [s.prompt + s.tokens for s in flat[a:a + size]]
+                        longest = max(map(len, rows))
+                        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+                        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
                         logp = theirs_model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
                         logp = logp.gather(2, ids[:, 1:, None]).squeeze(2)
-                        for s, row in zip(part, logp):
+                        for s, row in zip(flat[a:a + size], logp):
                             out[address(s)] = row[len(s.prompt) - 1:len(s.prompt) - 1 + len(s.tokens)]
                 return out
 
-            one, two = ours(), theirs()
+            by_length = sorted(flat, key=lambda s: len(s.prompt) + len(s.tokens))
+            one, two = ours(), theirs(flat)
             worst = max(float((one[k] - two[k]).abs().max()) for k in one)
             if worst > 1e-3 or one.keys() != two.keys():
                 die(f"the two sides disagree by {worst:.1e}: nothing to time")
-            sides = {"transformers, padded": theirs, "ours, packed": ours}
+            sides = {"transformers, as they come": lambda f=theirs, x=flat: f(x), "ours, packed": ours,
+                     "transformers, by length": lambda f=theirs, x=by_length: f(x)}
         tokens = sum(len(s.prompt) + len(s.tokens) for s in flat)
         padded = sum(max(len(s.prompt) + len(s.tokens) for s in flat[a:a + 64]) * len(flat[a:a + 64]) for a in range(0, len(flat), 64))
         print(f"scoring {len(flat)} texts of countdown:{style}, {tokens:,} tokens, {padded:,} with padding in batches of 64")
@@ -408,9 +409,9 @@ def scoring(config, found, cache):
             show(name, values)
             lines.append(f"- {style}, {tokens:,} tokens ({padded:,} padded), {name}: {statistics.median(values):.3f} s "
                          f"({min(values):.3f} .. {max(values):.3f})")
-        if len(seconds) == 2:
-            faster = numbers[f"{style}, times as fast"] = ratio(seconds["transformers, padded"], seconds["ours, packed"])
-            lines.append(f"- {style}: {faster:.2f} times as fast, largest difference of a log-prob {worst:.1e}")
+        for name in sorted(seconds.keys() - {"ours, packed", "ours"}):
+            faster = numbers[f"{style}, against {name}"] = ratio(seconds[name], seconds["ours, packed"])
+            lines.append(f"- {style}: {faster:.2f} times as fast as {name}; largest difference of a log-prob {worst:.1e}")
     return lines, numbers
 
 

@@ -442,6 +442,8 @@ def test_the_student_comes_nearer(own, loss):
     for key in ("overlap p_mass q_mass gap covered agreed p_stop q_stop advantage advantage_repeated advantage_others repeated truncated "
                 "repetition coherence overlap/0 overlap/4 eval/avg spent").split():
         assert key in m[-1], key
+    rows = [json.loads(line) for line in Path("runs/opd/samples.jsonl").read_text().splitlines()]
+    assert all(len(row["advantage"]) == len(row["pieces"]) for row in rows) and any(x < 0 for row in rows for x in row["advantage"])
 
 
 def test_a_student_taught_by_itself_stays(own):
