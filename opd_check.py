@@ -44,7 +44,7 @@ class Config:
     student: str                         # a Hugging Face folder or a run
     teacher: str                         # the same, with the same tokenizer
     task: str = "countdown"              # a task of data/; the word after a colon is its variant
-    n: int = 64                          # problems of its valid split
+    n: int = 128                         # problems of its valid split
     samples: int = 4                     # rollouts of each
     max_new: int = 48                    # tokens of a rollout, at most
     k: int = 16                          # likely tokens that are compared

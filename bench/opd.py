@@ -67,7 +67,7 @@ class Config:
     rl_steps: int = 150              # of RL: the teachers'
     eval_n: int = 200                # held-out problems of the curves
     final_n: int = 500               # and of the numbers in the tables
-    check_n: int = 64                # problems of a check
+    check_n: int = 128               # problems of a check
     minutes: float = 2.0             # of a run, before it is stopped with a checkpoint and gone on with
     parallel: int = 2                # runs at a time
     repeats: int = 5                 # timed scorings of each side
