@@ -35,7 +35,7 @@ import kernels
 from common import hf, view
 from common.optim import Optimizer
 from common.run import Run, all_sum, barrier, die, flags, progress, start
-from kernels import linear, linear_logprob, packed_attention, qk_norm_rope, rope_tables, swiglu, uniform
+from kernels import linear, linear_logprob, packed_attention, qk_norm_rope, rms_norm, rope_tables, swiglu, uniform
 from pack import pack
 
 # -----------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Block(nn.Module):
