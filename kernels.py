@@ -649,14 +649,14 @@ def weight_gradient(grad_TN, x_TD):
 
 def linear(x, weight, bias=None):
     """x W^T + b, in fp32 on a CPU by `times`."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and x.ndim == 2 and len(x) >= FEW:
+    if len(x) >= FEW and x.is_cpu and x.dtype == torch.float32 and x.ndim == 2:
         return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() or bias is not None else times(x, weight)
     return F.linear(x, weight, bias)
 
 
 def rope_tables(positions_T, inv_freq, scale=1.0):
     """cos and sin (T, head_dim/2) of these positions: computed, so there is no table to run off the end of."""
-    angle = positions_T.to(torch.float32).unsqueeze(1) * inv_freq
+    angle = positions_T.unsqueeze(1) * inv_freq
     cos, sin = angle.cos(), angle.sin()
     if scale != 1.0:
         cos, sin = cos * scale, sin * scale
@@ -790,18 +790,18 @@ class _NormRope(torch.autograd.Function):
 def small(x):
     """Sampling on a CPU: a step has so few numbers that what it costs is the number of operations. Not a question of how many rows
     there are, or a row would be rounded differently in other company."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_inference_mode_enabled()
+    return torch.is_inference_mode_enabled() and x.is_cpu and x.dtype == torch.float32
+
+
+@functools.cache
+def _of_width(width, eps):
+    return torch.tensor((eps * width)**0.5), width**-0.5
 
 
 def root_mean_square(x, eps):
     """sqrt(mean x^2 + eps) of each row, in three operations: hypot is the square root of a sum of squares."""
-    width = x.shape[-1]
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(_number((eps * width)**0.5)).mul_(width**-0.5)
-
-
-@functools.cache
-def _number(x):
-    return torch.tensor(x)
+    epsilon, scale = _of_width(x.shape[-1], eps)
+    return torch.linalg.vector_norm(x, 2, -1, True).hypot_(epsilon).mul_(scale)
 
 
 def rms_norm(x, weight, eps):
@@ -812,14 +812,15 @@ def rms_norm(x, weight, eps):
 
 def qk_norm_rope_small(q, k, q_weight, k_weight, cos_T, sin_T, eps):
     """Query and key heads together; the tables are full width and signed already."""
-    H, half = q.shape[1], q.shape[2] // 2
     x = torch.cat((q, k), 1)                                     # (T, n_head + n_kv_head, hd)
+    q, k = x.split((q.shape[1], k.shape[1]), 1)
     if q_weight is not None:
         x.div_(root_mean_square(x, eps))
-        x[:, :H].mul_(q_weight), x[:, H:].mul_(k_weight)
-    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
-    x = x.mul_(cos_T).addcmul_(swapped, sin_T)
-    return x[:, :H], x[:, H:]
+        q.mul_(q_weight), k.mul_(k_weight)
+    a, b = x.chunk(2, -1)
+    swapped = torch.cat((b, a), -1)
+    x.mul_(cos_T).addcmul_(swapped, sin_T)
+    return q, k
 
 
 def qk_norm_rope(q, k, q_weight, k_weight, cos_T, sin_T, eps):

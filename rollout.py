@@ -259,8 +259,8 @@ class Slabs:
                 longest = max(rows[slot].keys for slot in slab.slots)
                 lasts = min(lasts, slab.capacity - longest)
                 first = torch.arange(n * c.n_kv_head, device=self.like.device).mul_(slab.capacity).view(n, c.n_kv_head)
-                parts.append(SimpleNamespace(slab=slab, n=n, s=slice(len(order), len(order) + n), longest=longest, first=first, L=0,
-                                             write=None))
+                parts.append(SimpleNamespace(slab=slab, n=n, kv=n * c.n_kv_head, s=slice(len(order), len(order) + n), longest=longest,
+                                             first=first, L=0, write=None))
                 order += slab.slots
         B, group, scale = len(order), c.n_head // c.n_kv_head, c.head_dim**-0.5
         rest = self.like.new_zeros(pad - B, c.n_head, c.head_dim) if pad > B else None
@@ -276,7 +276,7 @@ class Slabs:
                 # exact: a length that depends on the row alone, its slab's; at least two products, for a lone one is another routine
                 L = p.slab.capacity if self.exact else min(p.slab.capacity, -(-p.longest // 32) * 32)
                 if L != p.L:
-                    p.L, p.N = L, max(p.n * c.n_kv_head, 2 if self.exact else 1)
+                    p.L, p.N = L, max(p.kv, 2 if self.exact else 1)
                     flat = lambda x: x.flatten(0, 1)[: p.N, :, :L] if x.shape[2] == 1 else x.flatten(0, 1)[: p.N, :L]  # noqa: B023, E731
                     p.mask = flat(p.slab.mask)                                   # (N, 1, L)
                     p.keys = [flat(k).transpose(1, 2) for k in p.slab.k]         # (N, hd, L)
@@ -287,13 +287,15 @@ class Slabs:
         def attend(layer, q, k, v):
             outs = []
             for p in parts:
-                p.k[layer].index_copy_(0, p.write, k[p.s].reshape(-1, c.head_dim))
-                p.v[layer].index_copy_(0, p.write, v[p.s].reshape(-1, c.head_dim))
-                q_NGd = q[p.s].reshape(-1, group, c.head_dim)                     # a key head and the query heads that share it
-                if len(q_NGd) < p.N:
+                q_p, k_p, v_p = (q, k, v) if p.n == len(q) else (q[p.s], k[p.s], v[p.s])
+                p.k[layer].index_copy_(0, p.write, k_p.reshape(-1, c.head_dim))
+                p.v[layer].index_copy_(0, p.write, v_p.reshape(-1, c.head_dim))
+                q_NGd = q_p.reshape(-1, group, c.head_dim)                        # a key head and the query heads that share it
+                if p.kv < p.N:
                     q_NGd = torch.cat((q_NGd, q_NGd))
                 s_NGL = torch.baddbmm(p.mask, q_NGd, p.keys[layer], alpha=scale).softmax(-1)
-                outs.append(torch.bmm(s_NGL, p.values[layer])[: p.n * c.n_kv_head].view(p.n, c.n_head, c.head_dim))
+                o = torch.bmm(s_NGL, p.values[layer])                             # (N, group, hd)
+                outs.append((o[: p.kv] if p.kv < p.N else o).view(p.n, c.n_head, c.head_dim))
             if rest is not None:
                 outs.append(rest)
             return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -429,8 +431,8 @@ def columns(now, real, **more):
     """The batch's numbers under their names: views, made once and not in every step."""
     token, position, count, at, alive, end, address, top_k = now.unbind()
     temperature, top_p = real.unbind()
-    return SimpleNamespace(now=now, counters=now[POSITION : AT + 1], token=token, position=position, count=count, at=at, alive=alive, end=end,
-                           address=address, top_k=top_k, temperature=temperature, top_p=top_p, noise=None, **more)
+    return SimpleNamespace(now=now, counters=now[POSITION : AT + 1], token=token, position=position, count=count, at=at, alive=alive,
+                           end=end, address=address, top_k=top_k, temperature=temperature, top_p=top_p, noise=None, **more)
 
 
 class Sampler:

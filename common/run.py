@@ -208,7 +208,7 @@ def start(device="auto", dtype="auto", threads=0, deterministic=None):
 
 
 ONEDNN = torch.backends.mkldnn.is_available()
-FEW = 8                                                # rows of x: with fewer the BLAS reads w faster
+FEW = 4                                                # rows of x: with fewer the BLAS reads w faster
 
 
 def times(x, w):
