@@ -649,7 +649,7 @@ def weight_gradient(grad_TN, x_TD):
 
 def linear(x, weight, bias=None):
     """x W^T + b, in fp32 on a CPU by `times`."""
-    if len(x) >= FEW and x.is_cpu and x.dtype == torch.float32 and x.ndim == 2:
+    if x.shape[0] >= FEW and x.is_cpu and x.dtype == torch.float32 and x.ndim == 2:
         return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() or bias is not None else times(x, weight)
     return F.linear(x, weight, bias)
 
@@ -813,7 +813,7 @@ def rms_norm(x, weight, eps):
 def qk_norm_rope_small(q, k, q_weight, k_weight, cos_T, sin_T, eps):
     """Query and key heads together; the tables are full width and signed already."""
     x = torch.cat((q, k), 1)                                     # (T, n_head + n_kv_head, hd)
-    q, k = x.split((q.shape[1], k.shape[1]), 1)
+    q, k = x.split_with_sizes((q.shape[1], k.shape[1]), 1)
     if q_weight is not None:
         x.div_(root_mean_square(x, eps))
         q.mul_(q_weight), k.mul_(k_weight)

@@ -287,7 +287,7 @@ class Slabs:
         def attend(layer, q, k, v):
             outs = []
             for p in parts:
-                q_p, k_p, v_p = (q, k, v) if p.n == len(q) else (q[p.s], k[p.s], v[p.s])
+                q_p, k_p, v_p = (q, k, v) if p.n == q.shape[0] else (q[p.s], k[p.s], v[p.s])
                 p.k[layer].index_copy_(0, p.write, k_p.reshape(-1, c.head_dim))
                 p.v[layer].index_copy_(0, p.write, v_p.reshape(-1, c.head_dim))
                 q_NGd = q_p.reshape(-1, group, c.head_dim)                        # a key head and the query heads that share it

@@ -109,7 +109,7 @@ class Block(nn.Module):
     def forward(self, x_TD, cos_T, sin_T, attend, layer):
         qkv = linear(rms_norm(x_TD, self.attn_norm.weight, self.eps), self.qkv.weight, self.qkv.bias)
         heads = qkv.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)      # (T, heads, head_dim)
+        q, k, v = heads.split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=1)      # (T, heads, head_dim)
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm else (None, None)
         q, k = qk_norm_rope(q, k, *norms, cos_T, sin_T, self.eps)
         x_TD = x_TD + linear(attend(layer, q, k, v).flatten(1), self.out.weight)
