@@ -649,7 +649,7 @@ def weight_gradient(grad_TN, x_TD):
 
 def linear(x, weight, bias=None):
     """x W^T + b, in fp32 on a CPU by `times`."""
-    if x.shape[0] >= FEW and x.is_cpu and x.dtype == torch.float32 and x.ndim == 2:
+    if x.is_cpu and x.dtype == torch.float32 and x.ndim == 2 and (x.shape[0] >= FEW or not torch.is_grad_enabled()):
         return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() or bias is not None else times(x, weight)
     return F.linear(x, weight, bias)
 
