@@ -1,12 +1,14 @@
 """
-Pictures of runs, drawn from metrics.jsonl and nothing else.
+Pictures of runs, drawn from metrics.jsonl, and the page to read their samples in, made of samples.jsonl.
 
-    python -m common.view runs/base               # writes runs/base/curves.png again
+    python -m common.view runs/base               # writes curves.png and samples.html of the run again
     python -m common.view runs/a runs/b runs/c    # one picture, one line per run, to compare
 
 There is no dashboard and no server: a run draws its own curves.png when it ends, and two runs are compared by laying
 one over the other. A panel appears when its numbers exist, so the same code draws pretraining, RL and distillation.
+samples.html is one file that loads nothing else: open it, mail it, keep it beside a paper.
 """
+import html
 import json
 import math
 import sys
@@ -160,6 +162,57 @@ def curves(folder):
     return draw({folder.name: read(folder)}, folder / "curves.png", folder.name)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# samples: what the model said, token by token
+
+MOST = 200_000       # tokens on a page: more, and a browser takes its time
+
+
+def thin(rows):
+    """-> rows of evenly chosen steps, the first and the last among them, so that a page has at most MOST tokens; and a note of it"""
+    steps = sorted({row["step"] for row in rows})
+    size = dict.fromkeys(steps, 0)
+    for row in rows:
+        size[row["step"]] += len(row["pieces"])
+    for every in range(1, len(steps) + 1):
+        kept = {*steps[::every], steps[-1]}
+        if sum(size[s] for s in kept) <= MOST or every == len(steps):
+            break
+    note = f"Every {every}th step of samples.jsonl, and the last: all of them would be {sum(size.values()):,} tokens." if every > 1 else ""
+    return [row for row in rows if row["step"] in kept], note
+
+
+def rounded(value):
+    return [rounded(v) for v in value] if isinstance(value, list) else round(value, 3) if isinstance(value, float) else value
+
+
+def samples(folder):
+    """runs/NAME/samples.html, or None where the run kept no samples"""
+    folder, rows = Path(folder), []
+    path = folder / "samples.jsonl"
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            row["step"], row["pieces"], row["prompt"], row["text"]
+        except (ValueError, KeyError, TypeError):      # the half line of a killed process, or rows that are no samples
+            continue
+        rows.append(row)
+    if not rows:
+        return None
+    rows, note = thin(rows)
+    # "</script>" in a sample must not end the page's own; in JSON, < may be written as its number
+    text = json.dumps({"rows": [{k: rounded(v) for k, v in row.items()} for row in rows], "note": note}).replace("<", "\\u003c")
+    frame = (Path(__file__).parent / "samples.html").read_text(encoding="utf-8")
+    page = folder / "samples.html"
+    page.write_text(text.join(part.replace("NAME", html.escape(folder.name)) for part in frame.split("ROWS", 1)), encoding="utf-8")
+    return page
+
+
+def pages(folder):
+    """what a run leaves for people: curves.png, and samples.html if it kept samples"""
+    return [path for path in (curves(folder), samples(folder)) if path]
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
@@ -168,7 +221,7 @@ def main(argv=None):
     if not argv or any(word.startswith("-") for word in argv):
         die("give one run folder or several: python -m common.view runs/NAME [runs/NAME ...]")
     if len(argv) == 1:
-        print(curves(argv[0]))
+        print(*pages(argv[0]), sep="\n")
         return
     folders = [Path(word) for word in argv]
     short = len({f.name for f in folders}) == len(folders)      # two folders of one name are told apart by their paths
