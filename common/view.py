@@ -35,6 +35,7 @@ PANELS = [
 ]
 COUNTS = {"n", "k", "length", "truncated", "no_answer"}        # of an evaluation: in metrics.jsonl, not beside accuracies
 STAGES = ["t_rollout", "t_reward", "t_pack", "t_train", "t_opt", "t_idle"]      # in the order of a step, from the bottom
+STROKES = ["-", "--", ":", "-."]
 COLORS = ["#2f6db3", "#d9772b", "#3a9660", "#b8405e", "#7a5bb5", "#8a6d3b", "#3aa6b0", "#6b7280"]
 
 
@@ -70,8 +71,10 @@ def smooth(values):
     return out
 
 
-def line(ax, series, key, color, label, style="-"):
+def line(ax, series, key, color, label, style="-", log=False):
     steps, values = series[key]
+    if log:      # 0 has no place there, and a step without signal has a gradient of 0
+        steps, values = [s for s, v in zip(steps, values) if v > 0], [v for v in values if v > 0]
     few = {"marker": "o", "markersize": 3.5} if len(steps) < 25 else {}
     soft = smooth(values)
     if soft != values:
@@ -104,7 +107,7 @@ def panels(runs):
     return [panel for panel in found if panel[1]]
 
 
-def draw(runs, path, title):
+def draw(runs, path, title=""):
     todo = panels(runs)
     seconds = {k for series in runs.values() for k in series if k.startswith("t_") and k != "t_step"}     # that is their sum
     seconds = [k for k in STAGES if k in seconds] + sorted(seconds - set(STAGES))
@@ -115,19 +118,23 @@ def draw(runs, path, title):
     lines = -(-count // columns)
     fig, axes = plt.subplots(lines, columns, figsize=(4.8 * columns, 3.1 * lines), squeeze=False, layout="constrained")
     for ax, (name, keys, scale) in zip(axes.flat, todo):
+        if len(runs) > 1 and keys[0].startswith("eval/"):      # one line a run, or nobody can tell them apart
+            keys, name = keys[:1], name.replace("eval", f"eval {keys[0].rpartition('/')[2]}", 1)
         for i, (run, series) in enumerate(runs.items()):
             for j, key in enumerate(k for k in keys if k in series):
                 short = key.removeprefix(name.partition(" (")[0].replace(" ", "/") + "/")      # avg@4, in the panel "eval countdown"
                 if len(runs) == 1:
-                    line(ax, series, key, COLORS[j % len(COLORS)], short)
+                    line(ax, series, key, COLORS[j % len(COLORS)], short, log=scale == "log")
                 else:      # the run is the color, the key is the stroke
-                    label = f"{run}, {short}" if len(keys) > 1 else run
-                    line(ax, series, key, COLORS[i % len(COLORS)], label, ["-", "--", ":", "-."][j % 4])
+                    line(ax, series, key, COLORS[i % len(COLORS)], run, STROKES[j % 4], log=scale == "log")
         if scale == "log" and any(v > 0 for s in runs.values() for k in keys if k in s for v in s[k][1]):
             ax.set_yscale("log")
         ax.set_title(name)
-        if len(runs) > 1 or len(keys) > 1:
+        if len(runs) == 1 and len(keys) > 1:
             ax.legend(frameon=False, fontsize=8)
+        elif len(keys) > 1:
+            strokes = [plt.Line2D([], [], color="grey", linestyle=STROKES[j % 4], label=key) for j, key in enumerate(keys)]
+            ax.legend(handles=strokes, frameon=False, fontsize=8)
     if seconds:
         ax = axes.flat[len(todo)]
         if len(runs) == 1:
@@ -141,8 +148,9 @@ def draw(runs, path, title):
                 if total:
                     line(ax, {"t": (list(total), list(total.values()))}, "t", COLORS[i % len(COLORS)], run)
         ax.set_title("seconds a step" + ", by stage" * (len(runs) == 1))
-        ax.set_ylim(0, ax.get_ylim()[1] * 1.25)      # room for the legend above the stack
-        ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
+        if len(runs) == 1:
+            ax.set_ylim(0, ax.get_ylim()[1] * 1.25)      # room for the legend above the stack
+            ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
     for ax in axes.flat[:count]:
         ax.set_xlabel("step")
         ax.grid(alpha=0.25)
@@ -150,7 +158,11 @@ def draw(runs, path, title):
         ax.margins(x=0.01)
     for ax in axes.flat[count:]:
         ax.set_visible(False)
-    fig.suptitle(title, fontsize=13)
+    if len(runs) == 1:
+        fig.suptitle(title, fontsize=13)
+    else:      # one legend for all panels, which is the title too
+        handles = [plt.Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=run) for i, run in enumerate(runs)]
+        fig.legend(handles=handles, loc="outside upper center", ncols=8, frameon=False, fontsize=11)
     fig.savefig(path, dpi=110)
     plt.close(fig)
     return path
@@ -226,7 +238,7 @@ def main(argv=None):
     folders = [Path(word) for word in argv]
     short = len({f.name for f in folders}) == len(folders)      # two folders of one name are told apart by their paths
     runs = {f.name if short else str(f): read(f) for f in folders}
-    print(draw(runs, folders[0].parent / f"overlay-{'-'.join(f.name for f in folders)[:120]}.png", ", ".join(runs)))
+    print(draw(runs, folders[0].parent / f"overlay-{'-'.join(f.name for f in folders)[:120]}.png"))
 
 
 if __name__ == "__main__":
