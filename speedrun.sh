@@ -116,7 +116,7 @@ cpu_stage() {
         rl)      stage rl rl nanorl.py --device cpu ;;
         ttrl)    stage ttrl ttrl_majority ttrl.py --device cpu --budget 120 ;;
         student) stage student small train_gpt.py --preset small --device cpu ;;
-        opd)     stage opd opd opd.py --student runs/small --teacher runs/rl --device cpu ;;
+        opd)     stage opd opd opd.py --init runs/small --teacher runs/rl --device cpu ;;
     esac
 }
 
@@ -127,7 +127,7 @@ gpu_stage() {
         ttrl)    stage ttrl ttrl_majority ttrl.py --init runs/mixed100m --lr 1e-4 --row-tokens 16384 ;;
         student) stage student small train_gpt.py --preset mixed100m --name small --n-layer 4 --d-model 384 --n-head 6 --n-kv-head 2 \
                      --d-ff 1024 --steps 2000 ;;
-        opd)     stage opd opd opd.py --student runs/small --teacher runs/rl --task countdown:4 --max-new 96 --lr 2e-4 --row-tokens 16384 ;;
+        opd)     stage opd opd opd.py --init runs/small --teacher runs/rl --task countdown:4 --max-new 96 --lr 2e-4 --row-tokens 16384 ;;
     esac
 }
 

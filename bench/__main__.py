@@ -94,14 +94,13 @@ def main(argv=None):
     if argv[0] != "all" and argv[0] not in known:
         die(f"no benchmark {argv[0]!r}: one of {', '.join(known)}, or all")
     if argv[0] != "all":
-        print(f"---- {argv[0]}")
+        print(f"---- {' '.join(argv)}", flush=True)
         importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
         return
     if len(argv) > 1:
         die(f"all takes no flags, and {argv[1]!r} is one: give them to a benchmark by its name")
     results = []
     for name in [name for name in SHORT if name in known]:
-        print(f"---- {name} {SHORT[name]}", flush=True)
         results.append((name, "now", child(name, SHORT[name])))
     results += [(name, "recorded", recorded(name)) for name in LONG if name in known]
     print("---- all")

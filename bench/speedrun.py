@@ -26,7 +26,7 @@ class Config:
     k: int = 4                           # samples of each
     rl: str = "runs/rl"                  # the run of nanorl.py; its --init is the base
     ttrl: str = "runs/ttrl_majority"     # the run of ttrl.py
-    opd: str = "runs/opd"                # the run of opd.py; its --student is the small model
+    opd: str = "runs/opd"                # the run of opd.py; its --init is the student
     device: str = "auto"                 # auto, cpu, cuda, mps
     threads: int = 0                     # CPU threads; 0: all
 
@@ -86,8 +86,8 @@ def stages(config, env):
     if ttrl:
         row("ttrl", config.ttrl, ttrl["task"], ttrl["max_new"], ttrl["init"], best(config.ttrl), ttrl["questions"])
     if opd:
-        row("student", opd["student"], opd["task"], opd["max_new"], None, opd["student"])
-        row("opd", config.opd, opd["task"], opd["max_new"], opd["student"], best(config.opd))
+        row("student", opd["init"], opd["task"], opd["max_new"], None, opd["init"])
+        row("opd", config.opd, opd["task"], opd["max_new"], opd["init"], best(config.opd))
     for name, run, found in (("rl", config.rl, rl), ("ttrl", config.ttrl, ttrl), ("opd", config.opd, opd)):
         if not found:
             print(f"  {name} is left out: {run} is not there (./speedrun.sh {name})")

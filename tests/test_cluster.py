@@ -1,0 +1,76 @@
+"""CLUSTER.md: the commands of two nodes, here as two launchers on one machine, and what they must not change"""
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+from train_gpt import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def flags(tmp_path, monkeypatch):
+    tok = data.tokenizer("chars")
+    model = GPT(GPTConfig(tok.vocab_size, 2, 2, 1, 16, 32, 48, 256, 10000.0)).init_weights(0)
+    g = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
+    model.save_hf(tmp_path / "base", tok)
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(dict(prompt=f"question {i}:")) + "\n" for i in range(60)))
+    (tmp_path / "my.py").write_text("def score(problem, text):\n    return sum(c in '0123456789' for c in text) / 8\n")
+    monkeypatch.chdir(tmp_path)
+    return ("--init base --data my.jsonl --reward my.py:score --device cpu --threads 1 --prompts 5 --n 4 --max-new 10 --steps 2 --lr 1e-2 "
+            "--eval-n 4 --final-n 4 --eval-every 0 --save-every 1 --warmup 1 --workers 1 --row-tokens 128 --muon-lr 1e-2").split()
+
+
+def launch(words):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def last(name):
+    return json.loads(Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_two_nodes_equal_one_process(flags):
+    """two launchers that meet at an address, a rank each: AdamW sharded by rows, Muon's matrices dealt, and the same weights in the end"""
+    script = str(ROOT / "nanorl.py")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    nodes = [launch(["-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--master_addr=127.0.0.1",
+                     f"--master_port={port}", script, *flags, "--name", "two"]) for node in range(2)]
+    alone = launch([script, *flags, "--name", "one"])
+    try:
+        for process in (*nodes, alone):
+            out, _ = process.communicate(timeout=250)
+            assert process.returncode == 0, out
+    finally:
+        for process in (*nodes, alone):
+            process.kill()
+    assert len(list(Path("runs/two/ckpt/step_2").glob("state_*_of_2.pt"))) == 2, "a rank writes its own share of the optimizer"
+    one, two = (GPT.from_hf(f"runs/{name}/ckpt/step_2").state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(one[k], two[k], atol=5e-5) for k in one)
+    assert any(not torch.equal(one[k], v) for k, v in GPT.from_hf("base").state_dict().items())
+    a, b = last("one"), last("two")
+    assert all(math.isclose(a[k], b[k], rel_tol=1e-4) for k in ("reward", "length", "entropy", "grad_norm", "eval/avg"))
+
+
+def test_the_page_names_flags_that_exist():
+    """the launcher's flags are torch's: torchrun takes both spellings, and a word that it does not know would end the job on every node"""
+    text = (ROOT / "CLUSTER.md").read_text()
+    used = {word.replace("-", "_") for line in text.splitlines() if "torchrun" in line for word in re.findall(r"--([\w-]+)", line)}
+    from torch.distributed.run import get_args_parser
+    known = {s.lstrip("-").replace("-", "_") for action in get_args_parser()._actions for s in action.option_strings}
+    import nanorl
+    assert used and used <= known | set(nanorl.Config.__dataclass_fields__), used
