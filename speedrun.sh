@@ -83,7 +83,7 @@ install ""
 
 gpus="$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')"
 if [ "$gpus" -gt 0 ]; then
-    launch=".venv/bin/python -m torch.distributed.run --standalone --nproc_per_node=$gpus"
+    launch=".venv/bin/python -m torch.distributed.run --standalone --nproc_per_node=$gpus --"     # without -- it takes our --n for one of its own
 else
     launch=".venv/bin/python"
 fi

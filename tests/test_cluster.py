@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import data
+import nanorl
 from train_gpt import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,13 +44,14 @@ def last(name):
 
 
 def test_two_nodes_equal_one_process(flags):
-    """two launchers that meet at an address, a rank each: AdamW sharded by rows, Muon's matrices dealt, and the same weights in the end"""
+    """two launchers that meet at an address, a rank each: AdamW sharded by rows, Muon's matrices dealt, and the same weights in the end.
+    Without the -- before the script the launcher reads our --n as short for --nnodes, finds that it could be --node-rank too, and stops"""
     script = str(ROOT / "nanorl.py")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     nodes = [launch(["-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--master_addr=127.0.0.1",
-                     f"--master_port={port}", script, *flags, "--name", "two"]) for node in range(2)]
+                     f"--master_port={port}", "--", script, *flags, "--name", "two"]) for node in range(2)]
     alone = launch([script, *flags, "--name", "one"])
     try:
         for process in (*nodes, alone):
@@ -67,10 +69,13 @@ def test_two_nodes_equal_one_process(flags):
 
 
 def test_the_page_names_flags_that_exist():
-    """the launcher's flags are torch's: torchrun takes both spellings, and a word that it does not know would end the job on every node"""
-    text = (ROOT / "CLUSTER.md").read_text()
-    used = {word.replace("-", "_") for line in text.splitlines() if "torchrun" in line for word in re.findall(r"--([\w-]+)", line)}
+    """torchrun takes flags with dashes or underscores; a word that it does not know would end the job on every node"""
+    text = (ROOT / "CLUSTER.md").read_text().replace("\\\n", " ")
+    lines = [line.split("torchrun", 1)[1].split(";")[0] for line in text.splitlines() if "torchrun --" in line]
     from torch.distributed.run import get_args_parser
     known = {s.lstrip("-").replace("-", "_") for action in get_args_parser()._actions for s in action.option_strings}
-    import nanorl
-    assert used and used <= known | set(nanorl.Config.__dataclass_fields__), used
+    assert len(lines) == 4
+    for line in lines:
+        launcher, ours = line.split(" -- ")
+        assert {word.replace("-", "_") for word in re.findall(r"--([\w-]+)", launcher)} <= known, launcher
+        assert {word.replace("-", "_") for word in re.findall(r"--([\w-]+)", ours)} <= set(nanorl.Config.__dataclass_fields__), ours

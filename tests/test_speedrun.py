@@ -81,7 +81,7 @@ def test_a_run_that_was_removed_is_made_again(go, tmp_path):
 def test_stages_alone_flags_of_one_and_gpus(go):
     assert go("rl", RL_FLAGS="--steps 5") == ["nanorl.py --device cpu --steps 5"]
     calls = go("base", "opd", GPUS="4")
-    assert all(call.startswith("-m torch.distributed.run --standalone --nproc_per_node=4 ") for call in calls)
+    assert all(call.startswith("-m torch.distributed.run --standalone --nproc_per_node=4 -- ") for call in calls)
     assert "--preset mixed100m" in calls[0] and "--device" not in calls[0]
 
 
