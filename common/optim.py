@@ -50,19 +50,39 @@ def _by_gram(x, tall):
 
 
 class Shard:
-    """What this rank owns of one parameter: rows [start, end) of the flat tensor (all or nothing for a Muon matrix)."""
+    """What each rank owns of one parameter: ranges[r] = (lo, hi) of the flat tensor; all or nothing for a Muon matrix."""
 
-    def __init__(self, name, param, muon, owner, rank, world):
-        self.name, self.param, self.muon, self.owner = name, param, muon, owner
+    def __init__(self, name, param, owner, rank, world):
+        self.name, self.param, self.owner, self.muon = name, param, owner, owner is not None
         size = param.numel()
-        self.slice = size if muon else -(-size // world)         # every AdamW slice has this length; the last may hang over
-        self.start = (0 if owner == rank else size) if muon else min(size, rank * self.slice)
-        self.end = (size if owner == rank else size) if muon else min(size, (rank + 1) * self.slice)
+        cut = [min(size, r * -(-size // world)) for r in range(world + 1)]
+        self.ranges = [(0, size) if r == owner else (size, size) for r in range(world)] if self.muon else list(zip(cut, cut[1:]))
+        self.start, self.end = self.ranges[rank]
         mine = param.data.view(-1)[self.start:self.end]
         self.master = mine if param.dtype == torch.float32 else mine.float()
         self.m = torch.zeros_like(self.master)
-        self.v = None if muon else torch.zeros_like(self.master)
+        self.v = None if self.muon else torch.zeros_like(self.master)
         self.grad = None                                         # fp32, of this slice, summed over ranks and micro-batches
+
+
+BUCKET = 1 << 24                                                 # numbers that travel in one collective: 64 MB of fp32
+
+
+def buckets(shards, world):
+    """Shards that travel together: a hundred small collectives cost more than a small model's whole step. The k-th matrices of all
+    Muon owners stay together, so that a bucket is about equally wide on every rank."""
+    turns, rounds = [0] * world, {}
+    for s in sorted((s for s in shards if s.muon), key=lambda s: -s.param.numel()):
+        rounds.setdefault(turns[s.owner], []).append(s)
+        turns[s.owner] += 1
+    found, room = [], 0
+    for unit in [[s] for s in shards if not s.muon] + list(rounds.values()):
+        size = sum(s.param.numel() for s in unit)
+        if size > room or unit[0].param.dtype != found[-1][0].param.dtype:
+            found, room = found + [[]], BUCKET
+        found[-1] += unit
+        room -= size
+    return found
 
 
 class Optimizer:
@@ -80,7 +100,8 @@ class Optimizer:
         for n, p in sorted(muon, key=lambda item: -item[1].numel()):
             owner[n] = load.index(min(load))
             load[owner[n]] += p.numel()
-        self.shards = [Shard(n, p, n in owner, owner.get(n), self.rank, self.world) for n, p in named]
+        self.shards = [Shard(n, p, owner.get(n), self.rank, self.world) for n, p in named]
+        self.buckets = buckets(self.shards, self.world)
         self.hooks = []
         if reduce == "step":                                     # half-precision gradients are summed in fp32 as they appear
             for n, p in named:
@@ -94,25 +115,29 @@ class Optimizer:
     @torch.no_grad()
     def reduce_grads(self):
         """Sums the accumulated gradients over ranks into each owner's slice and clears them."""
-        for s in self.shards:
-            full = getattr(s.param, "grad32", None)
-            full = full if full is not None else s.param.grad
-            full = torch.zeros_like(s.param, dtype=torch.float32) if full is None else full.float()
-            if self.world == 1:
-                mine = full.view(-1)
-            elif s.muon:
-                dist.reduce(full, dst=s.owner)
-                mine = full.view(-1)[s.start:s.end]
-            else:
-                padded = torch.zeros(s.slice * self.world, dtype=torch.float32, device=full.device)
-                padded[:full.numel()] = full.view(-1)
-                out = torch.empty(s.slice, dtype=torch.float32, device=full.device)
-                dist.reduce_scatter_tensor(out, padded)
-                mine = out[:s.end - s.start]
-            s.grad = mine if s.grad is None else s.grad.add_(mine)
-            s.param.grad = None
-            if hasattr(s.param, "grad32"):
-                s.param.grad32 = None
+        for bucket in self.buckets:
+            fulls = []                                           # flat fp32 gradients of this rank's micro-batches
+            for s in bucket:
+                full = getattr(s.param, "grad32", None)
+                full = full if full is not None else s.param.grad
+                fulls.append((torch.zeros_like(s.param, dtype=torch.float32) if full is None else full.float()).view(-1))
+                s.param.grad = None
+                if hasattr(s.param, "grad32"):
+                    s.param.grad32 = None
+            for s, mine in zip(bucket, self._scatter(bucket, fulls)):
+                s.grad = mine if s.grad is None else s.grad.add_(mine)
+
+    def _scatter(self, bucket, fulls):
+        """-> this rank's slice of every gradient, summed over ranks: row r of the buffer is what rank r owns, laid side by side."""
+        if self.world == 1:
+            return fulls
+        rows = [torch.cat([full[slice(*s.ranges[r])] for s, full in zip(bucket, fulls)]) for r in range(self.world)]
+        sent = fulls[0].new_zeros(self.world, max(map(len, rows)))                     # (world, width)
+        for r, row in enumerate(rows):
+            sent[r, :len(row)] = row
+        got = torch.empty_like(sent[0])
+        dist.reduce_scatter_tensor(got, sent.view(-1))
+        return got[:len(rows[self.rank])].split([s.end - s.start for s in bucket])
 
     def zero_grad(self):
         for s in self.shards:
@@ -178,20 +203,21 @@ class Optimizer:
 
     def _gather(self):
         """Every rank gets everyone's updated slices, written into the weights in place."""
-        for s in self.shards:
-            flat = s.param.data.view(-1)
-            if s.end > s.start and s.param.dtype != torch.float32:
-                flat[s.start:s.end] = s.master.to(s.param.dtype)
+        for bucket in self.buckets:
+            for s in bucket:
+                if s.end > s.start and s.param.dtype != torch.float32:
+                    s.param.data.view(-1)[s.start:s.end] = s.master.to(s.param.dtype)
             if self.world == 1:
                 continue
-            if s.muon:
-                dist.broadcast(s.param.data, src=s.owner)
-                continue
-            mine = torch.zeros(s.slice, dtype=flat.dtype, device=flat.device)
-            mine[:s.end - s.start] = flat[s.start:s.end]
-            whole = torch.empty(s.slice * self.world, dtype=flat.dtype, device=flat.device)
-            dist.all_gather_into_tensor(whole, mine)
-            flat.copy_(whole[:flat.numel()])
+            flats = [s.param.data.view(-1) for s in bucket]
+            widths = [[s.ranges[r][1] - s.ranges[r][0] for s in bucket] for r in range(self.world)]
+            sent = flats[0].new_zeros(max(map(sum, widths)))
+            sent[:sum(widths[self.rank])] = torch.cat([flat[s.start:s.end] for s, flat in zip(bucket, flats)])
+            got = sent.new_empty(self.world, len(sent))          # (world, width)
+            dist.all_gather_into_tensor(got.view(-1), sent)
+            for r in range(self.world):
+                for s, flat, piece in zip(bucket, flats, got[r, :sum(widths[r])].split(widths[r])):
+                    flat[slice(*s.ranges[r])] = piece
 
     # -------------------------------------------------------------------------
     # state: each rank saves its own slices; any number of ranks can take them up again

@@ -25,7 +25,8 @@ from data import Problem, distinct, endless, show, split_of, stream, unknown_wor
 NUMBERS = 3              # how many, unless the variant says so
 LARGEST = 20             # of the numbers given: 1 .. LARGEST
 MAX_VALUE = 99           # of every result in a document; results are natural numbers there (the checker takes any rational)
-OPS = "+-*/"             # drawn uniformly; a letter twice is drawn twice as often. "/" is seldom possible
+OPS = "+--**//"          # a letter twice is drawn twice as often: a problem is asked once, however many ways lead to it, and most of
+                         # the different ones need - or *, while "/" is seldom possible
 NOISE = 0.0              # the share of documents whose steps are right and miss the target
 # the tail of `search`
 TAIL = 1.1               # at least k dead ends with probability (k + 1) ** -TAIL
