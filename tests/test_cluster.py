@@ -62,9 +62,9 @@ def test_two_nodes_equal_one_process(flags):
         for process in nodes:
             process.kill()
     assert len(list(Path("runs/two/ckpt/step_2").glob("state_*_of_2.pt"))) == 2, "a rank writes its own share of the optimizer"
-    one, two = (GPT.from_hf(f"runs/{name}/ckpt/step_2").state_dict() for name in ("one", "two"))
-    assert all(torch.allclose(one[k], two[k], atol=5e-5) for k in one)
-    assert any(not torch.equal(one[k], v) for k, v in GPT.from_hf("base").state_dict().items())
+    base, one, two = (GPT.from_hf(path).state_dict() for path in ("base", "runs/one/ckpt/step_2", "runs/two/ckpt/step_2"))
+    for k in base:      # beside the way they went: where a gradient is nearly 0, both optimizers make whole steps of its rounding
+        assert 0 < (one[k] - base[k]).norm() and (one[k] - two[k]).norm() < 0.01 * (one[k] - base[k]).norm(), k
     a, b = last("one"), last("two")
     assert all(math.isclose(a[k], b[k], rel_tol=1e-4) for k in ("reward", "length", "entropy", "grad_norm", "eval/avg"))
 
