@@ -282,9 +282,9 @@ def _chats(path, tok, config):
     if not path.is_file():
         raise FileNotFoundError(f"--data {path}: no such file")
     chats = []
-    for n, line in enumerate(path.read_text().splitlines(), 1):
+    for n, line in data.lines(path):
         try:
-            chats.append(json.loads(line)["messages"])
+            chats.append([{"role": m["role"], "content": m["content"], **m} for m in json.loads(line)["messages"]])
         except (json.JSONDecodeError, KeyError, TypeError):
             raise ValueError(f"--data {path}, line {n}: not a JSON object with a list `messages`") from None
     if not chats:

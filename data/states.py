@@ -4,7 +4,8 @@ Keeping track: five things stand in a row, pairs of them trade places one after 
     Mcabed ad be ac:   ad cdbea,be cdeba,ac adebc#adebc      each trade again and the row after it; after "#" the answer
 
 Nothing to calculate and nothing to look up, only a state to carry: the smallest task that is not mathematics and has one right
-answer. (A scratchpad of rows alone is much harder: the model must also count which trade comes next.) As in arith.py the documents slip now and then (two other things trade places), each in its own way: a majority can put it right.
+answer. (A scratchpad of rows alone is much harder: the model must also count which trade comes next.) As in arith.py the
+documents slip now and then (two other things trade places), each in its own way: a majority can put it right.
 
     python -m data.states                  # or: python -m data.states 8 (eight trades in each problem)
 """
