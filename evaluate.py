@@ -8,7 +8,7 @@ checkpoints are compared on paired draws.
 Deleted: no leaderboard harness, no few-shot prompts, no greedy-only score that hides the spread.
 
     python evaluate.py --model runs/base --task countdown
-    torchrun --nproc_per_node=8 evaluate.py --model DIR --task countdown --n 1000 --k 16
+    torchrun --nproc_per_node=8 -- evaluate.py --model DIR --task countdown --n 1000 --k 16
 """
 
 import json

@@ -21,8 +21,10 @@ constants of compilation.
     NANORL_ATTENTION=torch|varlen|flash ...    forces one            NANORL_CHECK=1 ...   range checks on the GPU too (slow)
 """
 
+import functools
 import importlib.util
 import inspect
+import math
 import os
 import types
 
@@ -682,15 +684,20 @@ def weight_gradient(grad_TN, x_TD):
 
 def linear(x, weight, bias=None):
     """x W^T + b, in fp32 on a CPU by `times`."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and x.ndim == 2 and len(x) >= FEW:
+    if x.is_cpu and x.dtype == torch.float32 and x.ndim == 2 and (x.shape[0] >= FEW or not torch.is_grad_enabled()):
         return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() or bias is not None else times(x, weight)
     return F.linear(x, weight, bias)
 
 
 def rope_tables(positions_T, inv_freq, scale=1.0):
     """cos and sin (T, head_dim/2) of these positions: computed, so there is no table to run off the end of."""
-    angle = positions_T.to(torch.float32).unsqueeze(1) * inv_freq
-    return angle.cos() * scale, angle.sin() * scale
+    angle = positions_T.unsqueeze(1) * inv_freq
+    cos, sin = angle.cos(), angle.sin()
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
+    if small(angle):                                             # once for all layers: (T, 1, head_dim), the signs of rope() in sin
+        return torch.cat((cos, cos), 1).unsqueeze(1), torch.cat((-sin, sin), 1).unsqueeze(1)
+    return cos, sin
 
 
 def rope(x_THd, cos_T, sin_T):
@@ -815,8 +822,46 @@ class _NormRope(torch.autograd.Function):
         return dq, dk, dw_q.sum(0).to(q_weight.dtype), dw_k.sum(0).to(k_weight.dtype), None, None, None
 
 
+def small(x):
+    """Sampling on a CPU: a step has so few numbers that what it costs is the number of operations. Not a question of how many rows
+    there are, or a row would be rounded differently in other company."""
+    return torch.is_inference_mode_enabled() and x.is_cpu and x.dtype == torch.float32
+
+
+@functools.cache
+def _of_width(width, eps):
+    return torch.tensor((eps * width)**0.5), width**-0.5
+
+
+def root_mean_square(x, eps):
+    """sqrt(mean x^2 + eps) of each row, in three operations: hypot is the square root of a sum of squares."""
+    epsilon, scale = _of_width(x.shape[-1], eps)
+    return torch.linalg.vector_norm(x, 2, -1, True).hypot_(epsilon).mul_(scale)
+
+
+def rms_norm(x, weight, eps):
+    if small(x):                                                 # F.rms_norm there is nine small operations
+        return x.div(root_mean_square(x, eps)).mul_(weight)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def qk_norm_rope_small(q, k, q_weight, k_weight, cos_T, sin_T, eps):
+    """Query and key heads together; the tables are full width and signed already."""
+    x = torch.cat((q, k), 1)                                     # (T, n_head + n_kv_head, hd)
+    q, k = x.split_with_sizes((q.shape[1], k.shape[1]), 1)
+    if q_weight is not None:
+        x.div_(root_mean_square(x, eps))
+        q.mul_(q_weight), k.mul_(k_weight)
+    a, b = x.chunk(2, -1)
+    swapped = torch.cat((b, a), -1)
+    x.mul_(cos_T).addcmul_(swapped, sin_T)
+    return q, k
+
+
 def qk_norm_rope(q, k, q_weight, k_weight, cos_T, sin_T, eps):
     """RMSNorm over each head (no weights: no norm), then RoPE. q (T, n_head, hd), k (T, n_kv_head, hd)."""
+    if cos_T.ndim == 3:
+        return qk_norm_rope_small(q, k, q_weight, k_weight, cos_T, sin_T, eps)
     if not fused(q):
         return qk_norm_rope_torch(q, k, q_weight, k_weight, cos_T, sin_T, eps)
     T, _, hd = q.shape
@@ -838,7 +883,7 @@ def qk_norm_rope(q, k, q_weight, k_weight, cos_T, sin_T, eps):
 
 def swiglu_torch(gate_up):
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
 @jit
@@ -950,7 +995,9 @@ def uniform_at(address, position):
 def draw_torch(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
     z = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     greedy_N = temperature_N == 0
-    z = z / torch.where(greedy_N, 1.0, temperature_N).to(z.dtype).unsqueeze(1)
+    seen = set(temperature_N.tolist()) if not z.is_cuda else {0.0, math.nan}     # a look makes a GPU wait, and spares a CPU a pass
+    if seen - {0.0, 1.0}:
+        z = z / torch.where(greedy_N, 1.0, temperature_N).to(z.dtype).unsqueeze(1)
     p = whole = z.softmax(1)                                     # (N, V), one pass; a drawn token's log is as exact as its weight
     kept_N = torch.zeros_like(z[:, 0])
     if top_k_N is not None or top_p_N is not None:
@@ -967,8 +1014,7 @@ def draw_torch(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
         full_N = keep.all(1)
         p = p * torch.zeros_like(keep).scatter_(1, order, keep)
         kept_N = torch.where(full_N | greedy_N, kept_N, p.sum(1).log())
-    greedy = greedy_N.tolist() if not z.is_cuda else [True, False]               # a look makes a GPU wait, and spares a CPU a pass
-    if all(greedy):
+    if seen == {0.0}:
         token_N = z.argmax(1)
         return token_N, whole.gather(1, token_N.unsqueeze(1)).squeeze(1).log(), kept_N
     cdf = p.cumsum(1)
@@ -977,7 +1023,7 @@ def draw_torch(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
     target = torch.minimum(uniform_N.to(p.dtype).unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
     token_N = torch.searchsorted(cdf, target, right=True).squeeze(1)
     token_N = token_N.clamp_(max=p.shape[1] - 1)                 # logits that are not finite: the log-prob is nan, the caller's to see
-    if any(greedy):
+    if 0.0 in seen:
         token_N = torch.where(greedy_N, z.argmax(1), token_N)
     return token_N, whole.gather(1, token_N.unsqueeze(1)).squeeze(1).log(), kept_N
 

@@ -16,6 +16,7 @@ Deleted from the usual recipe, and why:
     torchrun --nproc_per_node=8 nanorl.py                  a node: a base of 100M, then Countdown with 4 numbers
     python nanorl.py --algo gspo --minibatch 8             a row of the table, four updates a rollout
     python nanorl.py --init DIR --task gsm8k --max-new 1024
+    torchrun --nproc_per_node=8 -- nanorl.py --tail-batching prompt        no rank waits for the longest response (pack.py, rounds)
     python nanorl.py --data my.jsonl --reward my.py:score --init DIR
 """
 
@@ -30,6 +31,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import data
 import kernels
@@ -39,7 +41,7 @@ import train_gpt
 from common import hf, view
 from common.optim import Optimizer
 from common.reward import Rewards, check
-from common.run import Run, all_sum, die, flags, gather, newest, progress, start
+from common.run import Run, all_sum, barrier, die, flags, gather, newest, progress, start
 from evaluate import completion, evaluate, prompt_ids, words
 from kernels import linear_logprob, packed_attention
 from rollout import Sampler
@@ -160,7 +162,7 @@ class Config:
     max_new: int = 48                    # tokens of a sample, at most; look at `truncated` before anything else
     temperature: float | None = None     # of the rollout, and of the log-probs that are trained; 1 unless the row says otherwise
     top_p: float = 1.0                   # 1: off; otherwise corrected by the mass it kept
-    problems: int = 4096                 # training problems; the epochs repeat them with new noise
+    problems: int = 8192                 # training problems, at most; the epochs repeat them with new noise
     lr: float = 2e-3                     # AdamW
     muon_lr: float = 0.0                 # Muon for the matrices of the blocks, with this learning rate; 0: AdamW for all
     warmup: int = 5                      # steps of linear warm-up
@@ -169,6 +171,10 @@ class Config:
     clip: float = 1.0                    # global norm of the gradient; 0: no clipping
     row_tokens: int = 4096               # tokens of one packed row of the update
     slots: int = 0                       # rows the sampler decodes at a time; 0: from the device
+    tail_batching: Literal["off", "race", "prompt", "continue"] = "off"  # do not wait for the longest responses (see pack.py's rounds)
+    more_prompts: float = 1.25           # of those rounds: prompts launched over prompts wanted
+    more_samples: float = 1.25           # and samples, in the mode race
+    stream: bool = False                 # a rank that has nothing left to sample learns from its complete groups meanwhile
     workers: int = 2                     # reward processes of each rank
     eval_every: int = 50                 # steps between evaluations; 0: only before and after
     eval_n: int = 200                    # held-out problems of one
@@ -188,7 +194,7 @@ class Config:
 
 # what runs without flags, by what is found; flags given beside it win
 HARDWARE = {
-    "cpu": ("", "two CPU cores: the base in 2 minutes, then 400 steps in 3; held-out accuracy from about 31% to about 52% (one seed)"),
+    "cpu": ("", "two CPU cores: the base in 2 minutes, then 400 steps in 3.5; held-out accuracy from about 26% to about 58%"),
     "cuda": ("--init runs/mixed100m --task countdown:4 --prompts 128 --max-new 96 --row-tokens 16384 --lr 2e-4 --steps 300 --eval-every 50",
              "eight GPUs: a base of 100M in about 10 minutes, then 300 steps in about 15 (an estimate: nobody has measured it yet)"),
 }
@@ -322,6 +328,8 @@ def setup(config, problems=None):
         if sampler.paged and sampler.storage.most < need:
             raise ValueError(f"what an update leaves of the GPU holds {sampler.storage.most} tokens of keys and values, one sample may "
                              f"take {need}: lower --row-tokens, or give --checkpoint")
+        if config.stream and env.deterministic:
+            raise ValueError("--stream adds up in the order of the clock: give --no-deterministic, too")
     except (ValueError, FileNotFoundError) as e:
         die(e)
     except torch.cuda.OutOfMemoryError:
@@ -329,8 +337,8 @@ def setup(config, problems=None):
             "a run needs)")
     return SimpleNamespace(config=config, env=env, model=model, tok=tok, task=task, problems=problems, valid=held[0], test=held[1],
                            sampler=sampler, optimizer=optimizer, workers=Rewards(reward, workers=config.workers),
-                           reference=reference, normaliser=0.0, updates=0.0, spent=0, best=-math.inf, stalled=0, visits={},
-                           clock=dict.fromkeys(CLOCKS, 0.0))
+                           reference=reference, rounds=None, normaliser=0.0, updates=0.0, spent=0, best=-math.inf, stalled=0, visits={},
+                           late=[], clock=dict.fromkeys(CLOCKS, 0.0))
 
 
 def rehearse(model, optimizer, reference, config, need):
@@ -351,7 +359,7 @@ def rehearse(model, optimizer, reference, config, need):
         reference.to("cpu")
 
 
-COUNTERS = ("visits", "updates", "spent", "best", "stalled")     # of rl, kept in checkpoints
+COUNTERS = ("visits", "late", "updates", "spent", "best", "stalled")     # of rl, kept in checkpoints
 CLOCKS = ("rollout", "reward", "pack", "train", "opt", "idle")
 
 
@@ -378,6 +386,10 @@ def with_algorithm(config):
         ((c.reset_every or c.reset_patience) and not c.kl_coef, "--reset-every and --reset-patience need a reference: give --kl-coef"),
         (c.reset_patience and not c.eval_every, "--reset-patience counts evaluations, and --eval-every 0 makes none"),
         (c.cov and not 0 < c.cov_share < 1, f"--cov-share {c.cov_share} is a share of the tokens: give a number between 0 and 1"),
+        (min(c.more_prompts, c.more_samples) < 1, "--more-prompts and --more-samples: launch at least what is wanted, 1"),
+        (c.tail_batching == "continue" and not c.tis, "--tail-batching continue with --tis 0: tokens of an older policy, and no weight"),
+        (c.stream and (several or c.cov), "--stream learns before the rollout is whole: not with --cov, which chooses from all of it, nor "
+                                          "with --minibatch or --epochs, whose first update would change what is still sampled"),
         (c.cov == "kl" and not several, "--cov kl with one update a rollout: the old policy is the new one, so their KL has no gradient; "
                                         "give --epochs 2 or a --minibatch below --prompts, or --cov clip"),
     ]:
@@ -429,6 +441,107 @@ def collect(rl, problems, n):
         clock["reward"] += time.perf_counter() - now
 
 
+def next_round(rl, at, want):
+    """-> a round of tail batching, and the place in the endless list after it. A problem that comes up while it still waits in the queue
+    from an epoch before is put off until it does not."""
+    by_id = {p.id: p for p in rl.problems}
+
+    def fresh(count):
+        nonlocal at
+        busy = {launch.id for launch in rl.rounds.queue}
+        late, rl.late, out = rl.late, [], []
+        while len(out) < min(count, len(rl.problems) - len(busy)):
+            if not late:
+                left = len(rl.problems) - at % len(rl.problems)  # of this epoch, so that none of them is passed over at its turn
+                problems, at = next_problems(rl, at, min(count - len(out), left))
+                late = [p.id for p in problems]
+            id = late.pop(0)
+            (rl.late if id in busy or id in out else out).append(id)
+        rl.late += late
+        return [(id, rl.visits.get(id, 0)) for id in out]
+
+    round = rl.rounds.plan(fresh, want)
+    return round, {launch.id: by_id[launch.id] for launch in round.launches}, at
+
+
+def shared_counter(rl):
+    """-> add(k), which says what it comes to over all ranks; a new one at each call, as every rank makes the same calls."""
+    key = f"count/{next(rollout.calls)}"
+    if rl.env.world > 1:
+        store = dist.distributed_c10d._get_default_store()
+        return lambda k: store.add(key, k)
+    return lambda k, total=[0]: total.append(total.pop() + k) or total[0]
+
+
+def collect_round(rl, round, by_id):
+    """The same as collect for a round that may end before its last prompt. None: this rank has nothing left to sample, others have."""
+    c, sampler, clock, world, waiting = rl.config, rl.sampler, rl.clock, rl.env.world, {}
+    ids = list(by_id)
+    meet = pack.in_order(round.want) if rl.env.deterministic or world == 1 else pack.as_they_come(round.want, shared_counter(rl))
+
+    def claim(done):
+        begin = time.perf_counter()
+        found = meet(done)
+        clock["idle"] += time.perf_counter() - begin
+        return found
+
+    def rewarded(block):
+        begin, ready = time.perf_counter(), []
+        for key, reward, _ in rl.workers.get(block):
+            ready.append(waiting.pop(key))
+            ready[-1].reward = reward
+        clock["reward"] += time.perf_counter() - begin
+        return ready
+
+    def score(ended, idle):
+        for s in ended:
+            if math.isnan(s.reward):
+                waiting[s.problem, s.index] = s
+                rl.workers.put((s.problem, s.index), by_id[s.problem], completion(s, rl.tok))
+        if rl.env.deterministic:                                 # a sample is in when it ended, whenever its reward comes
+            return ended
+        return [s for s in ended if not math.isnan(s.reward)] + rewarded(block=idle and world == 1)
+
+    running = rl.rounds.run(sampler, round, {id: prompt_ids(p, rl.tok) for id, p in by_id.items()}, c.max_new, claim=claim, score=score,
+                            mine=range(rl.env.rank, len(ids), world), every=16 if world > 1 else 1, room=sampler.slots + c.n,
+                            seed=c.seed, temperature=c.temperature, top_p=c.top_p)
+    while True:
+        begin, other = time.perf_counter(), clock["idle"] + clock["reward"]
+        group = next(running, False)
+        clock["rollout"] += time.perf_counter() - begin - (clock["idle"] + clock["reward"] - other)
+        if group is False:
+            break
+        while group and any(math.isnan(s.reward) for s in group):
+            rewarded(block=True)
+        if group:
+            rl.visits[group[0].problem] = group[0].visit + 1
+        yield group
+    rl.workers.forget()                                          # those of samples that lost
+
+
+def groups_of(rl, at, want):
+    """-> this rank's groups of a step as they finish, each with its rewards, and the place after them. None, where --stream can use it:
+    nothing is left to sample here, others have."""
+    c = rl.config
+    if rl.rounds:
+        round, by_id, at = next_round(rl, at, want)
+        return collect_round(rl, round, by_id), at
+    problems, at = next_problems(rl, at, want)
+
+    def until_all():
+        yield from collect(rl, problems, c.n)
+        if c.stream:
+            add = shared_counter(rl)
+            add(1)
+            while add(0) < rl.env.world:
+                yield None
+        else:
+            begin = time.perf_counter()
+            barrier()
+            rl.clock["idle"] += time.perf_counter() - begin
+    return until_all(), at
+
+
 def everyone(rl, groups):
     """The groups of all ranks, by their address: the same list everywhere, however many ranks there are."""
     begin = time.perf_counter()
@@ -449,13 +562,13 @@ def together(parts):
     return total
 
 
-def batches(rl, groups):
-    """This rank's packed rows. A response without advantage adds nothing to the gradient: unless another term needs it, it counts in the
+def batches(rl, groups, rank, ranks):
+    """A rank's packed rows. A response without advantage adds nothing to the gradient: unless another term needs it, it counts in the
     normaliser and costs no forward."""
     c = rl.config
     trained = groups if c.entropy_coef or c.kl_coef else [[s for s in g if s.advantage] for g in groups]
     trained = [g for g in trained if g]
-    return pack.batches(trained, c.row_tokens, rl.model.config, rl.env.rank, rl.env.world) if trained else []
+    return pack.batches(trained, c.row_tokens, rl.model.config, rank, ranks) if trained else []
 
 
 def update(rl, groups, loss):
@@ -463,17 +576,27 @@ def update(rl, groups, loss):
     return backward(rl, everyone(rl, groups), loss)
 
 
-def backward(rl, groups, loss):
-    """Packs the groups of all ranks, gives each rank its share, back-propagates the sums. -> stats as sums over ranks."""
-    c, clock = rl.config, rl.clock
-    begin = time.perf_counter()
+def backward(rl, groups, loss, ahead=None):
+    """Packs the groups of all ranks, gives each rank its share, back-propagates the sums. -> stats as sums over ranks. ahead: {address:
+    stats} of the groups that a rank has back-propagated already: they count in the normaliser, and that is all that is left of them."""
+    c, parts = rl.config, list((ahead or {}).values())
     rl.normaliser += sum(AGGREGATES[c.aggregate](len(s.tokens), c)[1] for g in groups for s in g)
-    micro = batches(rl, groups)
+    if ahead is not None:
+        over = {k for part in gather(set(ahead)) for k in part}
+        groups = [g for g in groups if address(g[0]) not in over]
+    parts.append(accumulate(rl, groups, loss, rl.env.rank, rl.env.world))
+    return together(gather(together(parts)))
+
+
+def accumulate(rl, groups, loss, rank, ranks):
+    """This rank's gradients of its share of the groups, as sums. -> stats, as sums"""
+    c, clock, parts = rl.config, rl.clock, []
+    begin = time.perf_counter()
+    micro = batches(rl, groups, rank, ranks)
     for batch in micro:
         weights = [AGGREGATES[c.aggregate](len(s.tokens), c)[0] for s in batch.samples]
         batch.weight_N = torch.tensor(weights)[batch.sample_N] if weights else batch.weight_N
     clock["pack"] += time.perf_counter() - begin
-    parts = []
     for batch in micro:
         begin = time.perf_counter()
         batch = batch.to(rl.env.device)
@@ -484,14 +607,21 @@ def backward(rl, groups, loss):
     begin = time.perf_counter()                                  # read only now: until the last row is under way nothing waits for a GPU
     parts = [{k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in stats.items()} for stats in parts]
     clock["train"] += time.perf_counter() - begin
-    return together(gather(together(parts)))
+    return together(parts)
+
+
+def stream(rl, group):
+    """The gradient of one complete group, before the others are sampled: sums are divided at the step, so when does not matter."""
+    if rl.reference:
+        rl.reference.to(rl.env.device)
+    return accumulate(rl, [group], make_loss(rl.config, elapsed(rl), reference=rl.reference), 0, 1)
 
 
 @torch.no_grad()
 def score(rl, groups):
     """-> the log-probs of the policy as it is now, of every sample that is trained, by address; of all ranks."""
     begin, mine = time.perf_counter(), {}
-    for batch in batches(rl, groups):
+    for batch in batches(rl, groups, rl.env.rank, rl.env.world):
         batch = batch.to(rl.env.device)
         logp_N, _ = linear_logprob(predicting(rl.model, batch), rl.model.head_weight, batch.targets_N, rl.config.temperature)
         lengths = torch.bincount(batch.sample_N, minlength=len(batch.samples)).tolist()
@@ -517,8 +647,9 @@ def step(rl, share=1.0):
     return stats
 
 
-def learn(rl, groups):
-    """Every update of a rollout: minibatches by address, so that ranks do not matter, --epochs times. -> stats of them all."""
+def learn(rl, groups, ahead=None):
+    """Every update of a rollout: minibatches by address, so that ranks do not matter, --epochs times. -> stats of them all. ahead: what
+    stream() did."""
     c, groups = rl.config, everyone(rl, groups)
     size = c.minibatch or max(1, len(groups))
     parts = [groups[i:i + size] for i in range(0, max(1, len(groups)), size)] * c.epochs
@@ -527,7 +658,7 @@ def learn(rl, groups):
         rl.reference.to(rl.env.device)
     done = []
     for part in parts:
-        stats = backward(rl, part, loss)
+        stats = backward(rl, part, loss, ahead)
         done.append(stats | step(rl, 1 / len(parts)))
     if rl.reference:
         rl.reference.to("cpu")
@@ -590,8 +721,11 @@ def warnings(history, config):
          "give --entropy-coef"),
         (lambda h: len(h) > 1 and h[-1]["entropy"] > 3 * h[0]["entropy"] and h[-1]["entropy"] > 0.5,
          "the entropy rose to three times what it was: the policy is falling apart. Lower --lr"),
-        (lambda h: h[-1]["sampler_kl"] > 0.01,
+        (lambda h: h[-1]["sampler_kl"] > 0.01 and not h[-1].get("older"),        # tokens of an older policy are meant to differ
          "sampler and trainer disagree (KL above 0.01): a sampler in lower precision, or a bug"),
+        (lambda h: abs(h[-1].get("length_bias", 0.0)) > 0.05,
+         f"the kept responses are {abs(history[-1].get('length_bias', 0.0)):.0%} shorter than those drawn: a race selects where the "
+         "responses to a prompt differ in length. --tail-batching prompt or continue does not"),
         (lambda h: h[-1]["repetition"] > 0.1,
          "more than a tenth of the responses end by repeating themselves (their tails shrink tenfold under zlib)"),
     ]
@@ -681,6 +815,8 @@ def main(argv=None):
     # ---- init
     rl = setup(config)
     config, env = rl.config, rl.env
+    if config.tail_batching != "off":
+        rl.rounds = pack.Rounds(config.tail_batching, config.prompts, config.n, config.more_prompts, config.more_samples)
     if config.dry_run:
         print_budget(rl)
         return
@@ -697,6 +833,8 @@ def main(argv=None):
         vars(rl).update({k: states[0][k] for k in COUNTERS})
         if rl.reference:
             rl.reference.load_state_dict(states[0]["reference"])
+        if rl.rounds:
+            rl.rounds.load_state_dict(states[0]["rounds"])
     if config.resume:
         run.rewind(begin if found else -1)                       # stopped before its first checkpoint: from the start
     size = sum(p.numel() for p in rl.model.parameters()) / 1e6
@@ -711,7 +849,8 @@ def main(argv=None):
     def save(done):
         run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
                  dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=history[-50:], **{k: getattr(rl, k) for k in COUNTERS},
-                      reference=rl.reference.state_dict() if rl.reference and env.master else None))
+                      reference=rl.reference.state_dict() if rl.reference and env.master else None,
+                      rounds=rl.rounds.state_dict() if rl.rounds and env.master else None))
 
     # ---- the loop
     if begin == 0:
@@ -724,11 +863,18 @@ def main(argv=None):
     now, over = begin, lambda: now >= config.steps or 0 < config.tokens <= rl.spent
     while not over():
         now, clock = now + 1, time.perf_counter()
-        groups, dropped, sampled, tries = [], 0, 0, 0
+        groups, ahead, dropped, sampled, tries = [], {}, 0, 0, 0
         while all_sum(len(groups)) < config.prompts and tries < (4 if config.dynamic else 1):
             missing = config.prompts - all_sum(len(groups))
-            problems, at = next_problems(rl, at, missing)
-            for group in collect(rl, problems, config.n):
+            found, at = groups_of(rl, at, missing)
+            for group in found:
+                if group is None:                                # nothing left to sample here: learn, or wait for the others
+                    todo = next((g for g in groups if address(g[0]) not in ahead), None) if config.stream else None
+                    if todo:
+                        ahead[address(todo[0])] = stream(rl, todo)
+                    else:
+                        time.sleep(0.001)
+                    continue
                 sampled += sum(len(s.tokens) for s in group)
                 if config.dynamic and not varied(group):
                     dropped += 1
@@ -736,13 +882,16 @@ def main(argv=None):
                 advantage(group, config)
                 groups.append(group)
             tries += 1
-        stats = learn(rl, groups)
+            sampled += rl.rounds.wasted if rl.rounds and env.master else 0
+        stats = learn(rl, groups, ahead if config.stream else None)
         rl.spent += all_sum(sampled)
         for part in gather(rl.visits):                           # a problem may meet another rank next time
             rl.visits = {k: max(rl.visits.get(k, 0), part.get(k, 0)) for k in rl.visits | part}
 
         # ---- log
         numbers = summary(rl, groups, dropped, stats, time.perf_counter() - clock)
+        numbers |= rl.rounds.evidence() if rl.rounds else {}
+        numbers |= {"streamed": all_sum(len(ahead))} if config.stream else {}
         history.append(numbers)
         numbers["grad_norm"], numbers["skipped"], numbers["spent"] = stats["grad_norm"], rl.optimizer.skipped, rl.spent
         numbers["reward_failed"] = all_sum(sum(rl.workers.failed.values()))
@@ -778,8 +927,8 @@ def main(argv=None):
     bar.close()
     rl.workers.close()
     if env.master:
-        view.curves(run.folder)
-        run.log(f"wrote {run.folder}: curves.png, samples.jsonl, and the model in ckpt/step_{now} (a Hugging Face folder)")
+        view.pages(run.folder)
+        run.log(f"wrote {run.folder}: curves.png, samples.html, and the model in ckpt/step_{now} (a Hugging Face folder)")
     run.close()
 
 

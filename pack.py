@@ -11,6 +11,11 @@ an update multiplies padding. Here sequences lie one after another in a row of a
     ddddd...........                              batches(): all of it, from groups of Samples to this rank's Batches
     eee.............
 
+and the prompts of a step are chosen so that nobody waits for the longest response (tail batching, arXiv 2509.21009):
+
+    Rounds                 a short round launches more than it needs and ends when enough is in; what was too long is queued, and when
+                           the queue is a batch, a long round runs it. Pure scheduling: the engine that samples is handed in
+
 Deleted from the usual recipe, and why:
 - padding, attention masks, labels of -100: a Batch lists the rows that predict (at_N) and what they predict, nothing else;
 - equal counts per rank: the loss is a sum and the normaliser is global, so ranks get equal work, not equal numbers;
@@ -22,12 +27,17 @@ Deleted from the usual recipe, and why:
 
 import heapq
 import json
+import math
 import sys
-from dataclasses import dataclass, fields
+from collections import deque
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+
+from common.run import die, flags, gather
 
 # -----------------------------------------------------------------------------
 # bins: best fit decreasing
@@ -322,6 +332,196 @@ def batches(groups, budget, shape, rank=0, ranks=1, order="length", share=None):
 
 
 # -----------------------------------------------------------------------------
+# rounds: which prompts are sampled together, so that no rank waits for the longest response
+#
+#   short round, 4 prompts wanted, 5 launched     aaa  bbbbb  cc  dddd | eeeeeeeeeeeeeee     the 4th is in: e is aborted and queued
+#   long round, when the queue holds 4            eeeeeeeeeeeeeee jjjjjjjjjj oooooooooooooooooo ttttttttttttt          no race
+#
+#            who races               an aborted sample                            what is trained
+#   race     prompts and samples     is drawn anew                                the short ones of a prompt: biased
+#   prompt   prompts                 is drawn again, with the same noise          everything once, in another order: unbiased
+#   continue prompts                 goes on where it was                         everything once; its first tokens are an older policy's
+#   april    prompts                 goes on in the very next round               the same, and there are no long rounds
+#   off      nobody                                                               everything
+
+
+@dataclass
+class Launch:
+    """A prompt, from its first launch until its group is in."""
+    id: int
+    visit: int                                                   # of its noise
+    have: list = field(default_factory=list)                     # continue: samples that ended before it was deferred,
+    resume: list = field(default_factory=list)                   # and those that had begun
+    first: list = field(default_factory=list)                    # race: (tokens, ended) of its samples when it was deferred
+
+
+@dataclass
+class Round:
+    launches: list
+    want: int                                                    # it ends when so many prompts are done
+    n: int                                                       # samples of each
+    long: bool
+
+
+def in_order(want):
+    """-> claim(done): done prompts of this rank in, those of them that count out, and how many there are in all. Ranks meet, and what
+    was done in an earlier decode step comes first; then the order of launching."""
+    taken = 0
+
+    def claim(done):
+        nonlocal taken
+        let = set(sorted(x for part in gather(done) for x in part)[: want - taken])
+        taken += len(let)
+        return [x for x in done if x in let], taken
+    return claim
+
+
+def as_they_come(want, add):
+    """The same without meeting: add(k) adds to a counter that all ranks share, and says where it is."""
+    return lambda done: ([x for x in done if add(1) <= want], add(0))
+
+
+class Rounds:
+    def __init__(self, mode, prompts, n, more_prompts=1.25, more_samples=1.25):
+        """prompts, n: what a round yields. more_*: how many times that is launched."""
+        self.mode, self.prompts, self.n = mode, prompts, n
+        self.more = 1.0 if mode == "off" else more_prompts
+        self.launched = math.ceil(more_samples * n) if mode == "race" else n
+        self.queue = []                                          # Launches, first in, first out
+        self.window = deque(maxlen=20)                           # what recent rounds kept, and of what: see selected()
+        self.wasted, self.older, self.long, self.most = 0, 0, False, math.inf    # of the last round; older: tokens of earlier policies
+        self.bias = math.nan if mode == "race" else 0.0          # at the last long round
+
+    def plan(self, fresh, want=None):
+        """-> the next Round. fresh(k): k new (id, visit) or fewer, none of them in the queue. want: fewer prompts, to fill up a step."""
+        want = want or self.prompts
+        self.long = self.mode != "april" and want == self.prompts and len(self.queue) >= want
+        first = want if self.long or self.mode == "april" else 0
+        launches, self.queue = self.queue[:first], self.queue[first:]
+        if not self.long:
+            launches += [Launch(*x) for x in fresh(math.ceil(self.more * want) - len(launches))]
+        if not launches:                                         # every problem there is waits in the queue
+            launches, self.queue, self.long = self.queue[:want], self.queue[want:], True
+        return Round(launches, min(want, len(launches)), self.n if self.long else self.launched, self.long)
+
+    def run(self, engine, round, prompts, max_new, *, claim=None, mine=None, every=1, room=math.inf, score=None, **settings):
+        """Yields this rank's groups as it is settled that they count; None: nothing is left to sample here, others are not done.
+        prompts: {id: tokens}; max_new, settings: submit's. every: steps between two claims. mine: this rank's places in the round,
+        taken while fewer than `room` samples are live. score(ended, idle): those whose rewards are in."""
+        claim, score = claim or in_order(round.want), score or (lambda ended, idle: ended)
+        place, self.most = {l.id: i for i, l in enumerate(round.launches)}, max_new
+        mine = iter(range(len(place)) if mine is None else mine)
+        opened, came, ended, cut, kept = {}, {}, {}, {}, {}      # by id: Launch; samples that are in, ended, aborted; groups that count
+        taken, step, more = 0, 0, True
+        try:
+            while taken < round.want:
+                done, block = [], step + every
+                while step < block:
+                    step, new = step + 1, []
+                    while more and engine.live < room:
+                        launch = next((round.launches[i] for i in mine), None)
+                        more = launch is not None
+                        if more:
+                            id, old = launch.id, launch.resume
+                            opened[id], came[id], ended[id], cut[id] = launch, [], list(launch.have), []
+                            new += launch.have
+                            if len(launch.have) < round.n:       # all may have ended, and the prompt was deferred for it came too late
+                                engine.submit(id, prompts[id], round.n - len(launch.have), max_new, visit=launch.visit, resume=old,
+                                              **settings)
+                    idle = not engine.live
+                    for s in sorted(() if idle else engine.step(), key=lambda s: (place[s.problem], s.index)):
+                        ended[s.problem].append(s)
+                        new.append(s)
+                    for s in score(new, idle and not new):
+                        came[s.problem].append(s)
+                        if len(came[s.problem]) == self.n:
+                            done.append((step, place[s.problem]))
+                            if round.n > self.n:                 # the others of this prompt lost the race
+                                cut[s.problem] = engine.abort(s.problem)
+                    if idle and not more:
+                        step = block                             # time goes on for those who have nothing to do
+                let, taken = claim(done)
+                for _, i in let:
+                    id = round.launches[i].id
+                    kept[id] = sorted(came[id][: self.n], key=lambda s: s.index)
+                    yield kept[id]
+                if idle and not more and taken < round.want:
+                    yield None
+        finally:
+            for id in opened:
+                if id not in kept:
+                    cut[id] += engine.abort(id)
+        self._settle(round, opened, ended, cut, kept)
+
+    def _settle(self, round, opened, ended, cut, kept):
+        """Who is queued, with what; and the evidence. Every rank comes to the same."""
+        records, deferred, wasted, older = [], {}, 0, 0
+        for id, launch in opened.items():
+            seen = [(len(s.tokens), 1) for s in ended[id]] + [(len(s.tokens), 0) for s in cut[id]]
+            if id in kept:
+                lengths = [len(s.tokens) for s in kept[id]]
+                records.append((lengths, launch.first or seen, bool(launch.first)))
+                wasted += sum(n for n, _ in seen) - sum(lengths)
+                older += sum(len(s.tokens) for s in launch.have + launch.resume)
+                continue
+            deferred[id] = launch
+            if self.mode in ("continue", "april"):
+                launch.have, launch.resume = ended[id], cut[id]
+                continue
+            wasted += sum(n for n, _ in seen)
+            if self.mode == "race":                              # the next launch is another draw
+                launch.visit, launch.first = launch.visit + 1, launch.first or seen
+        parts = gather((records, deferred, wasted, older, set(kept)))
+        self.window.append(sorted(x for p in parts for x in p[0]))
+        deferred = {id: launch for p in parts for id, launch in p[1].items()}
+        self.wasted, self.older, there = sum(p[2] for p in parts), sum(p[3] for p in parts), set().union(*(p[4] for p in parts))
+        self.queue += [deferred.get(l.id, l) for l in round.launches if l.id not in there]
+        if self.mode == "race" and (round.long or not self.queue):           # a whole period, with those that were deferred in it
+            self.bias = selected([x for part in self.window for x in part], self.most)
+
+    def evidence(self):
+        """Is the tail between prompts, where racing them is harmless, or within them? Variances of log length, of recent kept groups."""
+        logs = [np.log(lengths) for part in self.window for lengths, _, _ in part]
+        within = float(np.mean([x.var(ddof=1) for x in logs])) if logs else math.nan
+        between = float(np.var([x.mean() for x in logs], ddof=1)) - within / self.n if len(logs) > 1 else math.nan
+        kept = sum(sum(lengths) for lengths, _, _ in self.window[-1])
+        return dict(length_between=between, length_within=within, length_bias=self.bias, queue=len(self.queue), long=int(self.long),
+                    wasted=self.wasted / max(1, self.wasted + kept), older=self.older / max(1, kept))
+
+    def state_dict(self):
+        return {k: getattr(self, k) for k in ("queue", "window", "wasted", "older", "long", "bias")}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+def longer(seen):
+    """(tokens, ended) of samples, some aborted -> lengths n in order, and the share that is longer than n: the product-limit estimate."""
+    n, over = np.array(sorted(seen, key=lambda x: (x[0], -x[1])), float).T
+    return n, np.cumprod(1 - over / np.arange(len(n), 0, -1))
+
+
+def selected(records, most):
+    """How much longer kept responses are than all that were drawn (below 0: shorter). records: for each prompt the lengths kept, the
+    (tokens, ended) of its first launch, which nobody selected, and whether there was another. What was aborted would have become as
+    long as others that came so far, in units of a prompt's own median: prompts differ, and the race sees the short ones first."""
+    scales, pool = [], []
+    for kept, first, again in records:
+        seen = first + [(n, 1) for n in kept] if again else first
+        n, share = longer(seen)
+        scales.append(max(1.0, n[np.argmax(share <= 0.5)] if share[-1] <= 0.5 else n[-1]))
+        pool += [(x / scales[-1], over) for x, over in seen]
+    n, share = longer(pool)
+    rest = np.append(np.cumsum((share[:-1] * np.diff(n))[::-1])[::-1], 0.0)      # the area under `share` beyond n
+    drawn = []
+    for (_, first, _), scale in zip(records, scales):
+        at = np.searchsorted(n, [x / scale for x, _ in first], "right") - 1
+        more = np.divide(rest[at], share[at], out=np.zeros(len(at)), where=share[at] > 0) * scale
+        drawn.append(np.mean([x if over else min(most, x + m) for (x, over), m in zip(first, more)]))
+    return float(np.mean([np.mean(kept) for kept, _, _ in records]) / np.mean(drawn)) - 1
+
+
+# -----------------------------------------------------------------------------
 # python pack.py lengths.json
 
 
@@ -357,7 +557,6 @@ def picture(path, lengths, bins, budget, loads):
 
 
 def main(argv=None):
-    from common.run import die, flags
     argv = list(sys.argv[1:] if argv is None else argv)
     config = flags(Config, argv if not argv or argv[0].startswith("-") else ["--lengths", *argv], __doc__)
     try:

@@ -260,7 +260,8 @@ class Slabs:
                 longest = max(rows[slot].keys for slot in slab.slots)
                 lasts = min(lasts, slab.capacity - longest)
                 first = torch.arange(n * c.n_kv_head, device=self.like.device).mul_(slab.capacity).view(n, c.n_kv_head)
-                parts.append(SimpleNamespace(slab=slab, n=n, s=slice(len(order), len(order) + n), longest=longest, first=first, L=0))
+                parts.append(SimpleNamespace(slab=slab, n=n, kv=n * c.n_kv_head, s=slice(len(order), len(order) + n), longest=longest,
+                                             first=first, L=0, write=None))
                 order += slab.slots
         B, group, scale = len(order), c.n_head // c.n_kv_head, c.head_dim**-0.5
         rest = self.like.new_zeros(pad - B, c.n_head, c.head_dim) if pad > B else None
@@ -268,12 +269,15 @@ class Slabs:
         def begin(position_B):
             for p in parts:
                 p.longest += 1
-                p.write = (p.first + position_B[p.s].unsqueeze(1)).view(-1)      # where this token's key goes: (n * kv heads)
+                if p.write is None:      # where this token's key goes: (n * kv heads), and the next one behind it
+                    p.write = (p.first + position_B[p.s].unsqueeze(1)).view(-1)
+                else:
+                    p.write += 1
                 p.slab.mask.view(-1).index_fill_(0, p.write, 0.0)
                 # exact: a length that depends on the row alone, its slab's; at least two products, for a lone one is another routine
                 L = p.slab.capacity if self.exact else min(p.slab.capacity, -(-p.longest // 32) * 32)
                 if L != p.L:
-                    p.L, p.N = L, max(p.n * c.n_kv_head, 2 if self.exact else 1)
+                    p.L, p.N = L, max(p.kv, 2 if self.exact else 1)
                     flat = lambda x: x.flatten(0, 1)[: p.N, :, :L] if x.shape[2] == 1 else x.flatten(0, 1)[: p.N, :L]  # noqa: B023, E731
                     p.mask = flat(p.slab.mask)                                   # (N, 1, L)
                     p.keys = [flat(k).transpose(1, 2) for k in p.slab.k]         # (N, hd, L)
@@ -284,13 +288,15 @@ class Slabs:
         def attend(layer, q, k, v):
             outs = []
             for p in parts:
-                p.k[layer].index_copy_(0, p.write, k[p.s].reshape(-1, c.head_dim))
-                p.v[layer].index_copy_(0, p.write, v[p.s].reshape(-1, c.head_dim))
-                q_NGd = q[p.s].reshape(-1, group, c.head_dim)                     # a key head and the query heads that share it
-                if len(q_NGd) < p.N:
+                q_p, k_p, v_p = (q, k, v) if p.n == q.shape[0] else (q[p.s], k[p.s], v[p.s])
+                p.k[layer].index_copy_(0, p.write, k_p.reshape(-1, c.head_dim))
+                p.v[layer].index_copy_(0, p.write, v_p.reshape(-1, c.head_dim))
+                q_NGd = q_p.reshape(-1, group, c.head_dim)                        # a key head and the query heads that share it
+                if p.kv < p.N:
                     q_NGd = torch.cat((q_NGd, q_NGd))
                 s_NGL = torch.baddbmm(p.mask, q_NGd, p.keys[layer], alpha=scale).softmax(-1)
-                outs.append(torch.bmm(s_NGL, p.values[layer])[: p.n * c.n_kv_head].view(p.n, c.n_head, c.head_dim))
+                o = torch.bmm(s_NGL, p.values[layer])                             # (N, group, hd)
+                outs.append((o[: p.kv] if p.kv < p.N else o).view(p.n, c.n_head, c.head_dim))
             if rest is not None:
                 outs.append(rest)
             return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -429,9 +435,10 @@ class Pool:
 # the sampler
 
 # a column of numbers per slot; the batch holds a copy of its columns, and a step touches only that
-TOKEN, POSITION, COUNT, ALIVE, END, ADDRESS, TOP_K, BASE = range(8)
+TOKEN, POSITION, COUNT, AT, ALIVE, END, ADDRESS, TOP_K = range(8)         # AT: where the next token is written down
 TEMPERATURE, TOP_P = range(2)
 FAR = 1 << 40
+AHEAD = 8                                # on a CPU uniform numbers are made for so many steps at once
 M32 = 0xFFFFFFFF
 
 
@@ -439,6 +446,14 @@ def graph_sizes(slots):
     """Rows of a CUDA graph: up to the first size that takes them all."""
     sizes = [1, 2, 4, 8, *range(16, slots + 16, 16)]
     return [size for size in sizes if size < slots] + [next(size for size in sizes if size >= slots)]
+
+
+def columns(now, real, **more):
+    """The batch's numbers under their names: views, made once and not in every step."""
+    token, position, count, at, alive, end, address, top_k = now.unbind()
+    temperature, top_p = real.unbind()
+    return SimpleNamespace(now=now, counters=now[POSITION : AT + 1], token=token, position=position, count=count, at=at, alive=alive,
+                           end=end, address=address, top_k=top_k, temperature=temperature, top_p=top_p, noise=None, **more)
 
 
 class Sampler:
@@ -496,7 +511,7 @@ class Sampler:
         pad = self.sizes[-1]
         self.width = self.max_len + self.storage.horizon
         self.ints, self.reals = make(8, self.slots + pad), make(2, self.slots + pad, dtype=torch.float32)
-        self.ints[END], self.ints[BASE], self.reals[TEMPERATURE], self.reals[TOP_P] = FAR, self.slots * self.width, 1.0, 1.0
+        self.ints[END], self.ints[AT], self.reals[TEMPERATURE], self.reals[TOP_P] = FAR, self.slots * self.width, 1.0, 1.0
         self.now, self.real = self.ints.clone(), self.reals.clone()                  # in the order of the batch
         tokens = (self.slots + 1) * self.width
         self.tokens, self.logprobs, self.kept = make(tokens), *(make(tokens, dtype=torch.float32) for _ in "lk")
@@ -583,27 +598,28 @@ class Sampler:
     def _advance(self, b):
         if self.replayed:
             self.graphs[b.size, b.truncated].replay()
-        else:
-            self._eager(b)
+            return
+        if b.age % AHEAD == 0:
+            b.noise = uniform_at(b.address, b.count + torch.arange(AHEAD, device=self.device).unsqueeze(1))      # (AHEAD, B)
+        self._eager(b)
 
     def _eager(self, b):
-        b.begin(b.now[POSITION])
-        self._token(self.model(b.now[TOKEN], b.now[POSITION], b.attend), b.now, b.real, b.truncated)
+        b.begin(b.position)
+        self._token(self.model(b.token, b.position, b.attend), b)
 
-    def _token(self, hidden_BD, now, real, truncated):
+    def _token(self, hidden_BD, b):
         """A token for each row from the hidden state of its last: drawn, written down, and made the next input."""
         logits_BV = linear_logits(hidden_BD, self.model.head_weight)
-        token_B, logp_B, kept_B = draw(logits_BV, uniform_at(now[ADDRESS], now[COUNT]), real[TEMPERATURE],
-                                       *((now[TOP_K], real[TOP_P]) if truncated else ()))
-        at_B = now[BASE] + now[COUNT]
-        self.tokens.index_copy_(0, at_B, token_B)
-        self.logprobs.index_copy_(0, at_B, logp_B)
-        if truncated:
-            self.kept.index_copy_(0, at_B, kept_B)
-        now[TOKEN].copy_(token_B)
-        now[POSITION : COUNT + 1].add_(now[ALIVE])
-        over_B = self.is_stop[token_B].logical_or_(logp_B.isnan())
-        torch.minimum(now[END], torch.where(over_B, now[COUNT], FAR), out=now[END])
+        uniform_B = uniform_at(b.address, b.count) if b.noise is None else b.noise[b.age % AHEAD]
+        token_B, logp_B, kept_B = draw(logits_BV, uniform_B, b.temperature, *((b.top_k, b.top_p) if b.truncated else ()))
+        self.tokens.index_copy_(0, b.at, token_B)
+        self.logprobs.index_copy_(0, b.at, logp_B)
+        if b.truncated:
+            self.kept.index_copy_(0, b.at, kept_B)
+        b.token.copy_(token_B)
+        b.counters.add_(b.alive)
+        over_B = self.is_stop.take(token_B).logical_or_(logp_B.isnan())
+        torch.where(over_B, torch.minimum(b.end, b.count), b.end, out=b.end)
 
     def _arrange(self):
         """The batch is made anew: after rows left or entered, and where the storage has to grow."""
@@ -624,8 +640,9 @@ class Sampler:
         now, real = self.now[:, :size], self.real[:, :size]
         now.copy_(self.ints[:, slots])
         real.copy_(self.reals[:, slots])
-        self.batch = SimpleNamespace(order=order, B=B, size=size, slots=slots[:B], begin=begin, attend=attend, lasts=lasts, age=0,
-                                     now=now, real=real, truncated=truncated)
+        strings = any(r.group.stop_strings for r in self.rows.values())
+        self.batch = columns(now, real, order=order, B=B, size=size, slots=slots[:B], begin=begin, attend=attend, lasts=lasts, age=0,
+                             truncated=truncated, strings=strings)
 
     def _flush(self):
         """The batch's numbers back to their slots."""
@@ -669,11 +686,9 @@ class Sampler:
 
     def _look(self, b):
         """Which rows have ended? The only place where the host waits for the device."""
-        now = b.now[:, : b.B]
-        strings = any(self.rows[slot].group.stop_strings for slot in b.order)
-        if not strings and not (now[COUNT] >= now[END]).any():
+        if not b.strings and not (b.count >= b.end).any():       # nobody's end is far
             return
-        counts, ends = now[COUNT].tolist(), now[END].tolist()
+        counts, ends = b.count.tolist(), b.end.tolist()
         ended = []
         for slot, n, end in zip(b.order, counts, ends):
             row = self.rows[slot]
@@ -792,10 +807,10 @@ class Sampler:
             self._flush()
         rows, groups, E = [row for row, _ in entering], [row.group for row, _ in entering], len(entering)
         words = torch.tensor([[g.seed & M32, g.visit & M32, g.problem & M32, row.index & M32] for row, g in zip(rows, groups)]).t()
-        columns = [[0, len(g.prompt) + row.count - 1, row.count, 1, g.max_new, a, g.top_k, row.slot * self.width]
+        numbers = [[0, len(g.prompt) + row.count - 1, row.count, row.slot * self.width + row.count, 1, g.max_new, a, g.top_k]
                    for row, g, a in zip(rows, groups, address(*words).tolist())]
         slots = torch.tensor([row.slot for row in rows], device=self.device)
-        self.ints[:, slots] = torch.tensor(columns, device=self.device).t()
+        self.ints[:, slots] = torch.tensor(numbers, device=self.device).t()
         self.reals[:, slots] = torch.tensor([[g.temperature, g.top_p] for g in groups], device=self.device).t()
         for row in rows:
             if row.tokens:                                       # so that a stop string may begin in them
@@ -803,12 +818,13 @@ class Sampler:
                 self.tokens[first : first + row.count] = torch.tensor(row.tokens, device=self.device)
         padded = torch.cat((slots, slots.new_full((-E % self.multiple,), self.slots)))
         hidden_ED = torch.stack([hidden for _, hidden in entering] + [entering[0][1]] * (len(padded) - E))
-        now = self.ints[:, padded]
-        self._token(hidden_ED, now, self.reals[:, padded], any(g.top_k or g.top_p < 1 for g in groups))
-        self.ints[:, slots] = now[:, :E]
+        b = columns(self.ints[:, padded], self.reals[:, padded], order=[row.slot for row in rows],
+                    truncated=any(g.top_k or g.top_p < 1 for g in groups), strings=any(g.stop_strings for g in groups))
+        self._token(hidden_ED, b)
+        self.ints[:, slots] = b.now[:, :E]
         for row in rows:
             row.count += 1
-        self._look(SimpleNamespace(order=[row.slot for row in rows], B=E, now=now))
+        self._look(b)
 
     # --- out before the end
 
@@ -854,7 +870,7 @@ class Sampler:
         self.real.copy_(self.reals[:, self.slots :][:, :1].expand_as(self.real))
         self.storage.table.zero_()
         for size in reversed(self.sizes):
-            b = SimpleNamespace(now=self.now[:, :size], real=self.real[:, :size], truncated=truncated)
+            b = columns(self.now[:, :size], self.real[:, :size], truncated=truncated)
             b.begin, b.attend = self.storage.steps(size)
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):                       # compiles kernels, and lets libraries take their workspace

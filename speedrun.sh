@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
-# from a fresh clone to a small model that solves some Countdown problems: set-up, then pretraining, then samples.
-#   ./speedrun.sh                  a second call goes on where the first one stopped
-#   ./speedrun.sh --steps 50       flags go to train_gpt.py
-#   ./speedrun.sh --install [dev]  the set-up only, with the named extras of pyproject.toml
+# from a fresh clone to models that reason a little, from nothing: set-up, then
+#   base     one mixed base model, pretrained             train_gpt.py   2:00 on two CPU cores
+#   rl       GRPO on Countdown                            nanorl.py      3:30
+#   ttrl     arithmetic questions without their answers   ttrl.py        2:30
+#   student  a smaller model, pretrained                  train_gpt.py   1:00
+#   opd      distilled from the model of rl               opd.py         2:00
+#   table    before and after, and a picture              python -m bench speedrun
+#
+#   ./speedrun.sh                       all of it; a second call goes on where the first one stopped
+#   ./speedrun.sh rl table              these stages only
+#   RL_FLAGS="--steps 50" ./speedrun.sh rl       flags for one stage
+#   ./speedrun.sh --install [dev]       the set-up only, with the named extras of pyproject.toml
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -59,13 +67,76 @@ if [ "${1:-}" = "--install" ]; then
     install "${2:-}"
     exit
 fi
+if [ $# = 0 ]; then
+    set -- base rl ttrl student opd table
+fi
+for name in "$@"; do
+    case "$name" in
+        base|rl|ttrl|student|opd|table) ;;
+        *) echo "error: no stage '$name': one of base, rl, ttrl, student, opd, table" >&2; exit 2 ;;
+    esac
+done
 install ""
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the main job: pretrain the base into runs/base and print samples; a finished run only prints them again
+# the stages. On GPUs: all of them under torchrun, and larger models
 
-resume=""
-if [ -f runs/base/config.json ]; then
-    resume="--resume"
+gpus="$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')"
+if [ "$gpus" -gt 0 ]; then
+    launch=".venv/bin/python -m torch.distributed.run --standalone --nproc_per_node=$gpus --"     # without -- it takes our --n for one of its own
+else
+    launch=".venv/bin/python"
 fi
-exec .venv/bin/python train_gpt.py $resume "$@"
+
+stage() {      # stage NAME RUN SCRIPT [flags]: goes on where it stopped, does nothing twice
+    local name="$1" run="$2" script="$3" resume="" more begin="$SECONDS" code=0
+    shift 3
+    if [ -d "runs/$run/ckpt" ] && grep -q "^$name done " runs/speedrun.txt 2>/dev/null; then
+        echo "---- $name: runs/$run is there"
+        return
+    fi
+    more="$(echo "$name" | tr a-z A-Z)_FLAGS"
+    if [ -f "runs/$run/config.json" ]; then
+        resume="--resume"
+    fi
+    echo "---- $name: $script $* ${!more:-} $resume"
+    $launch "$script" "$@" ${!more:-} $resume || code=$?
+    mkdir -p runs
+    if [ "$code" != 0 ]; then
+        echo "$name stopped $((SECONDS - begin))" >> runs/speedrun.txt
+        echo "---- $name stopped ($code); the same command goes on with it" >&2
+        exit "$code"
+    fi
+    echo "$name done $((SECONDS - begin))" >> runs/speedrun.txt
+}
+
+cpu_stage() {
+    case "$1" in
+        base)    stage base base train_gpt.py --device cpu ;;
+        rl)      stage rl rl nanorl.py --device cpu ;;
+        ttrl)    stage ttrl ttrl_majority ttrl.py --device cpu --budget 120 ;;
+        student) stage student small train_gpt.py --preset small --device cpu ;;
+        opd)     stage opd opd opd.py --init runs/small --teacher runs/rl --device cpu ;;
+    esac
+}
+
+gpu_stage() {
+    case "$1" in
+        base)    stage base mixed100m train_gpt.py --preset mixed100m ;;
+        rl)      stage rl rl nanorl.py ;;
+        ttrl)    stage ttrl ttrl_majority ttrl.py --init runs/mixed100m --lr 1e-4 --row-tokens 16384 ;;
+        student) stage student small train_gpt.py --preset mixed100m --name small --n-layer 4 --d-model 384 --n-head 6 --n-kv-head 2 \
+                     --d-ff 1024 --steps 2000 ;;
+        opd)     stage opd opd opd.py --init runs/small --teacher runs/rl --task countdown:4 --max-new 96 --lr 2e-4 --row-tokens 16384 ;;
+    esac
+}
+
+for name in "$@"; do
+    if [ "$name" = table ]; then
+        .venv/bin/python -m bench speedrun ${TABLE_FLAGS:-}
+    elif [ "$gpus" -gt 0 ]; then
+        gpu_stage "$name"
+    else
+        cpu_stage "$name"
+    fi
+done

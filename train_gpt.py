@@ -26,7 +26,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,7 +34,7 @@ import kernels
 from common import hf, view
 from common.optim import Optimizer
 from common.run import Run, all_sum, barrier, die, flags, progress, start
-from kernels import linear, linear_logprob, packed_attention, qk_norm_rope, rope_tables, swiglu, uniform
+from kernels import linear, linear_logprob, packed_attention, qk_norm_rope, rms_norm, rope_tables, swiglu, uniform
 from pack import pack
 
 # -----------------------------------------------------------------------------
@@ -91,7 +90,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Block(nn.Module):
@@ -108,12 +107,13 @@ class Block(nn.Module):
         self.down = nn.Linear(c.d_ff, c.d_model, bias=False)
 
     def forward(self, x_TD, cos_T, sin_T, attend, layer):
-        heads = linear(self.attn_norm(x_TD), self.qkv.weight, self.qkv.bias).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)      # (T, heads, head_dim)
+        qkv = linear(rms_norm(x_TD, self.attn_norm.weight, self.eps), self.qkv.weight, self.qkv.bias)
+        heads = qkv.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = heads.split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=1)      # (T, heads, head_dim)
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm else (None, None)
         q, k = qk_norm_rope(q, k, *norms, cos_T, sin_T, self.eps)
         x_TD = x_TD + linear(attend(layer, q, k, v).flatten(1), self.out.weight)
-        return x_TD + linear(swiglu(linear(self.mlp_norm(x_TD), self.gate_up.weight)), self.down.weight)
+        return x_TD + linear(swiglu(linear(rms_norm(x_TD, self.mlp_norm.weight, self.eps), self.gate_up.weight)), self.down.weight)
 
 
 class GPT(nn.Module):
@@ -206,7 +206,7 @@ class Config:
     data: str = "mixed"                  # a task (its corpus), a text file, a folder of .bin token shards, or chats in a .jsonl file
     tokenizer: str = "numbers"           # chars, numbers, bytes, gpt2, or a folder; with --init the folder's own
     init: str = ""                       # a Hugging Face folder or a run to start from; its shape then wins over the flags
-    steps: int = 880                     # optimizer steps
+    steps: int = 900                     # optimizer steps
     batch: int = 64                      # documents a step, over all ranks
     row_tokens: int = 4096               # tokens of one packed row (a micro-batch)
     seq_len: int = 1024                  # tokens of a document cut from a text or from shards; longer documents are cut to it
@@ -285,9 +285,9 @@ def _chats(path, tok, config):
     if not path.is_file():
         raise FileNotFoundError(f"--data {path}: no such file")
     chats = []
-    for n, line in enumerate(path.read_text().splitlines(), 1):
+    for n, line in data.lines(path):
         try:
-            chats.append(json.loads(line)["messages"])
+            chats.append([{"role": m["role"], "content": m["content"], **m} for m in json.loads(line)["messages"]])
         except (json.JSONDecodeError, KeyError, TypeError):
             raise ValueError(f"--data {path}, line {n}: not a JSON object with a list `messages`") from None
     if not chats:

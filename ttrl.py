@@ -575,7 +575,7 @@ def main(argv=None):
         Path(run.folder, "result.json").write_text(json.dumps(found) + "\n")
         for line in beside(config):
             run.log(line)
-        view.curves(run.folder)
+        view.pages(run.folder)
     run.close()
 
 

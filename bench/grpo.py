@@ -97,6 +97,15 @@ def our_side(folder, seed, **settings):
     return rl, go
 
 
+def in_order(rl, steps, prompts):
+    """The problems of so many steps, as nanorl would take them."""
+    at, found = 0, []
+    for _ in range(steps):
+        problems, at = nanorl.next_problems(rl, at, prompts)
+        found += problems
+    return found
+
+
 def their_settings(config):
     """What nanorl is told in order to do what TRL does."""
     return dict(algo="dapo", clip_high=0.2, dynamic=False, prompts=config.their_prompts, n=config.their_n, lr=config.their_lr,
@@ -200,7 +209,7 @@ def alternating(config, trl, folder, hazard, cap):
     rl, go = our_side(folder, config.seed, task="countdown", reward=f"{folder}/score.py:score", algo="dapo", clip_high=0.2, dynamic=False,
                       prompts=config.prompts, n=config.n, max_new=cap, lr=1e-6, slots=config.prompts * config.n, problems=1024,
                       eval_n=1, final_n=1)
-    problems = nanorl.next_problems(rl, 0, (config.repeats + 1) * config.prompts)
+    problems = in_order(rl, config.repeats + 1, config.prompts)
     seconds, lengths, stages = {"ours": [], "TRL": []}, {"ours": [], "TRL": []}, dict.fromkeys(nanorl.CLOCKS, 0.0)
 
     def after(theirs, their_lengths, their_seconds):
@@ -296,7 +305,7 @@ def race(config, trl, side, folder, seed, look, target, start):
     rl, go = our_side(folder, seed, task="countdown", eval_n=1, final_n=1, **settings)
     if side == "TRL":                                            # the problems that ours would see, in the same order
         rl.workers.close()
-        problems = nanorl.next_problems(rl, 0, 1000 * config.their_prompts)
+        problems = in_order(rl, 1000, config.their_prompts)
         their_side(trl, folder, problems, rl.task.reward, lambda model, lengths, seconds: run.add(seconds, model),
                    config.their_prompts, config.their_n, rl.config.max_new, config.their_lr, seed)
         return run
@@ -304,8 +313,9 @@ def race(config, trl, side, folder, seed, look, target, start):
         rl.optimizer.betas = (0.9, 0.999)                        # TRL's
     going, at = True, 0
     while going:
-        _, took = go(nanorl.next_problems(rl, at, rl.config.prompts))
-        going, at = run.add(took, rl.model), at + rl.config.prompts
+        problems, at = nanorl.next_problems(rl, at, rl.config.prompts)
+        _, took = go(problems)
+        going = run.add(took, rl.model)
     rl.workers.close()
     return run
 

@@ -55,9 +55,12 @@ FAMILIES = {  # architecture: (qkv_bias, qk_norm)
 
 def _json(path):
     try:
-        return json.loads(path.read_text())
+        parsed = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is not JSON ({e}): download or copy it again") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{path} is not a JSON object: download or copy it again")
+    return parsed
 
 
 def read_config(folder):
@@ -78,12 +81,22 @@ def read_config(folder):
             head_dim=c.get("head_dim") or c["hidden_size"] // heads, d_model=c["hidden_size"], d_ff=c["intermediate_size"],
             max_len=max_len, rope_theta=theta, rope_scaling=scaling, norm_eps=c.get("rms_norm_eps", 1e-6),
             qkv_bias=qkv_bias, qk_norm=qk_norm, tie_embeddings=bool(c.get("tie_word_embeddings", False)))
+        different = _different(c, arch, max_len)
     except KeyError as e:
         raise ValueError(f"{path} has no {e}: download or copy it again") from None
-    different = _different(c, arch, max_len)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:              # "4" for 4, a list for a dict
+        raise ValueError(f"{path} is no model's config ({e}): download or copy it again") from None
+    for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "max_len"):
+        if not isinstance(fields[name], int) or fields[name] < 1:
+            raise ValueError(f"{path} is no model's config ({name} would be {fields[name]!r}): download or copy it again")
+    if not isinstance(theta, int | float):
+        raise ValueError(f"{path} is no model's config (rope_theta is {theta!r}): download or copy it again")
     if different:
         raise ValueError(f"{path}: {different}, which the {arch} written here does not have; it would load and compute something else")
     return fields
+
+
+NUMBERS = {"linear": ["factor"], "yarn": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
 
 
 def _rope(c, max_len):
@@ -94,6 +107,8 @@ def _rope(c, max_len):
     kind = scaling["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
+    for needed in NUMBERS.get(kind, ()):
+        scaling[needed] = float(scaling[needed])                     # or the error that says which one is missing
     if kind in ("llama3", "yarn"):
         scaling["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings") or max_len
     if kind == "yarn" and scaling.get("attention_factor") is None:
@@ -210,7 +225,7 @@ def shards(folder):
             raise FileNotFoundError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
         return [single]
     where = _json(index).get("weight_map")
-    if not isinstance(where, dict) or not where:
+    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise ValueError(f"{index} has no weight_map: download or copy it again")
     for file in sorted(set(where.values())):
         if not (folder / file).is_file():

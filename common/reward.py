@@ -78,7 +78,7 @@ class Rewards:
         self.pending = 0                     # put and not yet returned by get
         self.queue, self.done, self.workers, self.dying = deque(), [], [], []
         self.longest = {}                    # prompt -> the longest a correct answer took, where that raises its limit
-        self.numbers, self.mean, self.misses, self.tries = 0, AHEAD, 0, 3
+        self.numbers, self.first, self.mean, self.misses, self.tries = 0, 0, AHEAD, 0, 3      # first: wanted, of the numbers
         self.selector = selectors.DefaultSelector()
         self.owner = os.getpid()
         atexit.register(self.close)
@@ -99,6 +99,12 @@ class Rewards:
         done, self.done = self.done, []
         self.pending -= len(done)
         return done
+
+    def forget(self):
+        """what is pending is not wanted any more: what waits is dropped, what runs is not handed back"""
+        self.queue.clear()
+        self.done.clear()
+        self.first, self.pending = self.numbers, 0
 
     def close(self):
         """end the workers; twice is as good as once, and leaving the program is enough"""
@@ -198,6 +204,8 @@ class Rewards:
             assert job.number == number
             self.mean += 0.1 * (seconds - self.mean)
             limit = self.timeout(job.prompt)
+            if kind is None and job.number < self.first:
+                continue
             if kind:
                 worker.retired |= ended - worker.born > RENEW * worker.startup
                 self._fail(job, kind, error, seconds)
@@ -235,9 +243,11 @@ class Rewards:
             self.log(f"a reward worker did not start, another is tried: {error}")
         elif kind and worker.jobs and not worker.out:
             self._fail(worker.jobs.popleft(), kind, error, time.monotonic() - worker.since)
-        self.queue.extendleft(reversed(worker.jobs))
+        self.queue.extendleft(job for job in reversed(worker.jobs) if job.number >= self.first)
 
     def _fail(self, job, kind, error, seconds):
+        if job.number < self.first:
+            return
         n = self.failed[kind] = self.failed.get(kind, 0) + 1
         self.done.append((job.key, 0.0, Info(seconds, error)))
         if n <= 3 or n in (10, 30) or n % 100 == 0:

@@ -20,10 +20,12 @@ either the old checkpoint or the new one, and a rank that hangs can never drag t
 """
 import ast
 import atexit
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -37,6 +39,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import tokenize
 import types
 import typing
@@ -204,19 +207,81 @@ def start(device="auto", dtype="auto", threads=0, deterministic=None):
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10),
                                 device_id=place if kind == "cuda" else None)
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        if world > 1:
+            _watch(rank, world)
     precision = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if kind == "cuda" else torch.float32
     return types.SimpleNamespace(rank=rank, local_rank=local_rank, world=world, master=rank == 0, device=place,
                                  dtype=precision, deterministic=deterministic)
 
 
+GONE = 40.0                                            # seconds without a sign of life
+
+
+def _watch(rank, world):
+    """Every rank says each second that it lives, and at its end what ended it. One that raised, or is silent for GONE seconds, is named
+    by the others, and they stop: a collective alone would let them wait for minutes and then blame the wire."""
+    store = dist.distributed_c10d._get_default_store().clone()         # a connection of its own: the other may be busy waiting
+    hook, leaving, limit, lost = sys.excepthook, threading.Event(), [GONE], threading.Event()
+
+    def name(r, what):
+        print(f"error: rank {r} {what}. The others stop; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+
+    def look():
+        seen = {r: ("", time.monotonic()) for r in range(world) if r != rank}
+        try:
+            for beat in itertools.count():
+                if leaving.wait(1.0):
+                    return
+                store.set(f"alive/{rank}", str(beat))
+                for r, (old, since) in seen.items():
+                    word = store.get(f"alive/{r}").decode() if store.check([f"alive/{r}"]) else ""
+                    silent = time.monotonic() - since
+                    if word != old:
+                        seen[r] = word, time.monotonic()
+                    elif word != "done" and silent > limit[0]:
+                        word = f"died: no sign of life for {silent:.0f} s"
+                    if word.startswith(("raised", "died")):
+                        name(r, word)
+                        os._exit(1)
+        except RuntimeError:                           # rank 0 holds the store where torchrun does not, and may end first
+            lost.set()
+
+    def ended(kind, e, trace):
+        if isinstance(e, RuntimeError) and re.search("connection|peer|gloo|nccl|socket|store", f"{kind} {e}", re.IGNORECASE):
+            limit[0] = 5.0                             # another rank broke this one's collective: look closer, and name it
+            thread.join(15.0)
+            if lost.is_set():
+                name(0, "died, and the store with it")
+        else:
+            leaving.set()
+            thread.join(3.0)
+            store.set(f"alive/{rank}", f"raised {kind.__name__}: {e}".splitlines()[0])
+            time.sleep(2.5)                            # the store may be ours, and the others have to read this
+        leaving.set()
+        hook(kind, e, trace)
+
+    def done():
+        if not leaving.is_set() and not lost.is_set():
+            leaving.set()
+            thread.join(3.0)
+            with contextlib.suppress(RuntimeError):
+                store.set(f"alive/{rank}", "done")
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    sys.excepthook = ended
+    atexit.register(done)
+
+
 ONEDNN = torch.backends.mkldnn.is_available()
-FEW = 8                                                # rows of x: with fewer the BLAS reads w faster
+FEW = 4                                                # rows of x: with fewer the BLAS reads w faster,
+LARGE = 1 << 20                                        # unless w is so large: one row by 32,000 x 288 takes it 2.4 times as long
 
 
 def times(x, w):
     """x w^T. Two fp32 matrices on a CPU go to oneDNN: the BLAS that torch links takes its AVX2 path on AMD, and oneDNN is 1.3 to
     2.4 times as fast there. It also sums each row in the same order whatever the number of rows. No autograd: see kernels.linear."""
-    if ONEDNN and x.dtype == w.dtype == torch.float32 and x.device.type == "cpu" and len(x) >= FEW:
+    if ONEDNN and x.dtype == w.dtype == torch.float32 and x.is_cpu and (x.shape[0] >= FEW or w.numel() > LARGE):
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return x @ w.t()
 

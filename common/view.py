@@ -1,12 +1,14 @@
 """
-Pictures of runs, drawn from metrics.jsonl and nothing else.
+Pictures of runs, drawn from metrics.jsonl, and the page to read their samples in, made of samples.jsonl.
 
-    python -m common.view runs/base               # writes runs/base/curves.png again
+    python -m common.view runs/base               # writes curves.png and samples.html of the run again
     python -m common.view runs/a runs/b runs/c    # one picture, one line per run, to compare
 
 There is no dashboard and no server: a run draws its own curves.png when it ends, and two runs are compared by laying
 one over the other. A panel appears when its numbers exist, so the same code draws pretraining, RL and distillation.
+samples.html is one file that loads nothing else: open it, mail it, keep it beside a paper.
 """
+import html
 import json
 import math
 import sys
@@ -33,6 +35,7 @@ PANELS = [
 ]
 COUNTS = {"n", "k", "length", "truncated", "no_answer"}        # of an evaluation: in metrics.jsonl, not beside accuracies
 STAGES = ["t_rollout", "t_reward", "t_pack", "t_train", "t_opt", "t_idle"]      # in the order of a step, from the bottom
+STROKES = ["-", "--", ":", "-."]
 COLORS = ["#2f6db3", "#d9772b", "#3a9660", "#b8405e", "#7a5bb5", "#8a6d3b", "#3aa6b0", "#6b7280"]
 
 
@@ -68,8 +71,10 @@ def smooth(values):
     return out
 
 
-def line(ax, series, key, color, label, style="-"):
+def line(ax, series, key, color, label, style="-", log=False):
     steps, values = series[key]
+    if log:      # 0 has no place there, and a step without signal has a gradient of 0
+        steps, values = [s for s, v in zip(steps, values) if v > 0], [v for v in values if v > 0]
     few = {"marker": "o", "markersize": 3.5} if len(steps) < 25 else {}
     soft = smooth(values)
     if soft != values:
@@ -102,7 +107,7 @@ def panels(runs):
     return [panel for panel in found if panel[1]]
 
 
-def draw(runs, path, title):
+def draw(runs, path, title=""):
     todo = panels(runs)
     seconds = {k for series in runs.values() for k in series if k.startswith("t_") and k != "t_step"}     # that is their sum
     seconds = [k for k in STAGES if k in seconds] + sorted(seconds - set(STAGES))
@@ -113,19 +118,23 @@ def draw(runs, path, title):
     lines = -(-count // columns)
     fig, axes = plt.subplots(lines, columns, figsize=(4.8 * columns, 3.1 * lines), squeeze=False, layout="constrained")
     for ax, (name, keys, scale) in zip(axes.flat, todo):
+        if len(runs) > 1 and keys[0].startswith("eval/"):      # one line a run, or nobody can tell them apart
+            keys, name = keys[:1], name.replace("eval", f"eval {keys[0].rpartition('/')[2]}", 1)
         for i, (run, series) in enumerate(runs.items()):
             for j, key in enumerate(k for k in keys if k in series):
                 short = key.removeprefix(name.partition(" (")[0].replace(" ", "/") + "/")      # avg@4, in the panel "eval countdown"
                 if len(runs) == 1:
-                    line(ax, series, key, COLORS[j % len(COLORS)], short)
+                    line(ax, series, key, COLORS[j % len(COLORS)], short, log=scale == "log")
                 else:      # the run is the color, the key is the stroke
-                    label = f"{run}, {short}" if len(keys) > 1 else run
-                    line(ax, series, key, COLORS[i % len(COLORS)], label, ["-", "--", ":", "-."][j % 4])
+                    line(ax, series, key, COLORS[i % len(COLORS)], run, STROKES[j % 4], log=scale == "log")
         if scale == "log" and any(v > 0 for s in runs.values() for k in keys if k in s for v in s[k][1]):
             ax.set_yscale("log")
         ax.set_title(name)
-        if len(runs) > 1 or len(keys) > 1:
+        if len(runs) == 1 and len(keys) > 1:
             ax.legend(frameon=False, fontsize=8)
+        elif len(keys) > 1:
+            strokes = [plt.Line2D([], [], color="grey", linestyle=STROKES[j % 4], label=key) for j, key in enumerate(keys)]
+            ax.legend(handles=strokes, frameon=False, fontsize=8)
     if seconds:
         ax = axes.flat[len(todo)]
         if len(runs) == 1:
@@ -139,8 +148,9 @@ def draw(runs, path, title):
                 if total:
                     line(ax, {"t": (list(total), list(total.values()))}, "t", COLORS[i % len(COLORS)], run)
         ax.set_title("seconds a step" + ", by stage" * (len(runs) == 1))
-        ax.set_ylim(0, ax.get_ylim()[1] * 1.25)      # room for the legend above the stack
-        ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
+        if len(runs) == 1:
+            ax.set_ylim(0, ax.get_ylim()[1] * 1.25)      # room for the legend above the stack
+            ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
     for ax in axes.flat[:count]:
         ax.set_xlabel("step")
         ax.grid(alpha=0.25)
@@ -148,7 +158,11 @@ def draw(runs, path, title):
         ax.margins(x=0.01)
     for ax in axes.flat[count:]:
         ax.set_visible(False)
-    fig.suptitle(title, fontsize=13)
+    if len(runs) == 1:
+        fig.suptitle(title, fontsize=13)
+    else:      # one legend for all panels, which is the title too
+        handles = [plt.Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=run) for i, run in enumerate(runs)]
+        fig.legend(handles=handles, loc="outside upper center", ncols=8, frameon=False, fontsize=11)
     fig.savefig(path, dpi=110)
     plt.close(fig)
     return path
@@ -160,6 +174,57 @@ def curves(folder):
     return draw({folder.name: read(folder)}, folder / "curves.png", folder.name)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# samples: what the model said, token by token
+
+MOST = 200_000       # tokens on a page: more, and a browser takes its time
+
+
+def thin(rows):
+    """-> rows of evenly chosen steps, the first and the last among them, so that a page has at most MOST tokens; and a note of it"""
+    steps = sorted({row["step"] for row in rows})
+    size = dict.fromkeys(steps, 0)
+    for row in rows:
+        size[row["step"]] += len(row["pieces"])
+    for every in range(1, len(steps) + 1):
+        kept = {*steps[::every], steps[-1]}
+        if sum(size[s] for s in kept) <= MOST or every == len(steps):
+            break
+    note = f"Every {every}th step of samples.jsonl, and the last: all of them would be {sum(size.values()):,} tokens." if every > 1 else ""
+    return [row for row in rows if row["step"] in kept], note
+
+
+def rounded(value):
+    return [rounded(v) for v in value] if isinstance(value, list) else round(value, 3) if isinstance(value, float) else value
+
+
+def samples(folder):
+    """runs/NAME/samples.html, or None where the run kept no samples"""
+    folder, rows = Path(folder), []
+    path = folder / "samples.jsonl"
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            row["step"], row["pieces"], row["prompt"], row["text"]
+        except (ValueError, KeyError, TypeError):      # the half line of a killed process, or rows that are no samples
+            continue
+        rows.append(row)
+    if not rows:
+        return None
+    rows, note = thin(rows)
+    # "</script>" in a sample must not end the page's own; in JSON, < may be written as its number
+    text = json.dumps({"rows": [{k: rounded(v) for k, v in row.items()} for row in rows], "note": note}).replace("<", "\\u003c")
+    frame = (Path(__file__).parent / "samples.html").read_text(encoding="utf-8")
+    page = folder / "samples.html"
+    page.write_text(text.join(part.replace("NAME", html.escape(folder.name)) for part in frame.split("ROWS", 1)), encoding="utf-8")
+    return page
+
+
+def pages(folder):
+    """what a run leaves for people: curves.png, and samples.html if it kept samples"""
+    return [path for path in (curves(folder), samples(folder)) if path]
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
@@ -168,12 +233,12 @@ def main(argv=None):
     if not argv or any(word.startswith("-") for word in argv):
         die("give one run folder or several: python -m common.view runs/NAME [runs/NAME ...]")
     if len(argv) == 1:
-        print(curves(argv[0]))
+        print(*pages(argv[0]), sep="\n")
         return
     folders = [Path(word) for word in argv]
     short = len({f.name for f in folders}) == len(folders)      # two folders of one name are told apart by their paths
     runs = {f.name if short else str(f): read(f) for f in folders}
-    print(draw(runs, folders[0].parent / f"overlay-{'-'.join(f.name for f in folders)[:120]}.png", ", ".join(runs)))
+    print(draw(runs, folders[0].parent / f"overlay-{'-'.join(f.name for f in folders)[:120]}.png"))
 
 
 if __name__ == "__main__":

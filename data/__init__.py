@@ -27,7 +27,7 @@ from random import Random
 from .tokenizer import tokenizer
 
 NOT_TASKS = {"__init__", "answers", "download", "fineweb", "own", "questions", "tokenizer"}     # every other file here is a task
-__all__ = ["Problem", "classes", "distinct", "endless", "load", "show", "split_of", "stream", "tokenizer"]
+__all__ = ["Problem", "classes", "distinct", "endless", "lines", "load", "show", "split_of", "stream", "tokenizer"]
 
 
 @dataclass
@@ -54,6 +54,18 @@ def unknown_word(task, word, known):
     """the error for a variant that a task does not have."""
     near = difflib.get_close_matches(word, known, 1, cutoff=0)
     return ValueError(f"task {task!r} has no variant {word!r}: did you mean {near[0]!r}? known variants: {', '.join(known)}")
+
+
+def lines(path):
+    """
+    [(number, line)] of a text file of JSON lines, blank ones left out. Not str.splitlines: it also splits at characters (U+2028, U+0085)
+    that JSON leaves as they are inside a row.
+    """
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start:,})") from None
+    return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -24,10 +24,12 @@ import re
 import threading
 from collections import namedtuple
 from fractions import Fraction
+from hashlib import blake2b
 
 LONGEST = 400            # characters of an answer that is parsed
 DEEPEST = 40             # brackets within brackets
 BITS = 30_000            # of an exact number
+PATIENCE = 2             # seconds for each step of math-verify
 POINTS = 3               # at which expressions with variables are compared
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -58,16 +60,16 @@ def extract(text):
 
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BRACE = re.compile(r"\\[\s\S]|[{}]")
 
 
 def braced(text, at):
     """the text from `at` up to the brace that closes the one before it; None: it is never closed"""
-    depth, i = 1, at
-    for i in range(at, min(len(text), at + 4 * LONGEST)):
-        if text[i] in "{}" and text[i - 1] != "\\":
-            depth += 1 if text[i] == "{" else -1
-            if depth == 0:
-                return text[at:i]
+    depth = 1
+    for match in BRACE.finditer(text, at, at + 4 * LONGEST):         # \\{ is a line's end and a brace, \{ is none
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return text[at:match.start()]
     return None
 
 
@@ -92,7 +94,8 @@ UNIT = re.compile(r"(?<=[\d})°π])\s*(?:[a-zA-Z]{2,}\.?|[pa]\.?m\.?|[mghsL](?![
                   r"(?:\s*\^\s*\{?[23]\}?)?\s*\.?$")
 PLAIN = re.compile(r"[-+]?\s*\d+")
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-NAME = re.compile(r"[a-zA-Z]{1,3}|\\[a-z]+|[a-zA-Z]\s*\(\s*[a-zA-Z]\s*\)|[a-zA-Z]_\{?\w+\}?")
+NAME = re.compile(r"[a-zA-Z](?:\s*[a-zA-Z]){,2}|\\[a-z]+|[a-zA-Z]\s*\(\s*[a-zA-Z]\s*\)|[a-zA-Z]_\{?\w+\}?|\(\s*L(?:\s*,\s*L)+\s*\)"
+                  .replace("L", r"(?:[a-zA-Z]|\\[a-z]+)"))                 # x, AB, \theta, f(x), x_1, (r, \theta)
 WORD = re.compile(r"(?=.*[a-zA-Z]{2} +[a-zA-Z]{2}|[a-zA-Z'-]{3})[a-zA-Z][a-zA-Z .'-]*")
 
 
@@ -305,11 +308,12 @@ def small(x):
 
 @functools.lru_cache(maxsize=4096)
 def at_point(name, point):
-    """what a variable stands for: integers, so that polynomials stay exact, and both signs, so that |x| is not x"""
-    seed = 17
-    for letter in name:
-        seed = (seed * 131 + ord(letter)) % 1_000_003
-    return (7 + seed % 9973, -(5 + seed * 7 % 9967), Fraction(3 + seed * 31 % 7919, 7927))[point]
+    """
+    what a variable stands for: integers, so that polynomials stay exact, and both signs, so that |x| is not x. From a hash: were x, y, z at
+    even distances, x - y + z would be y.
+    """
+    number = int.from_bytes(blake2b(f"{name} {point}".encode(), digest_size=4).digest(), "big")
+    return (7 + number % 9973, -(5 + number % 9967), Fraction(3 + number % 7919, 7927))[point]
 
 
 def value(tree, point, angle=False):
@@ -426,7 +430,8 @@ def form(text):
         return Form("word", word, word)
     parts = cut(text, "∪")
     if len(parts) > 1:
-        forms = sorted((form(part) for part in parts), key=lambda f: repr(f.key))
+        forms = [one for f in map(form, parts) for one in (f.parts if f.kind == "union" else [f])]       # (A ∪ B) ∪ C
+        forms.sort(key=lambda f: repr(f.key))
         return Form("union", tuple(forms), ("union", *(f.key for f in forms)))
     if matrix := re.fullmatch(r"\\begin\s*\{([pbvBV]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?(.*)\\end\s*\{\1\}", text, re.S):
         rows = tuple(tuple(form(cell) for cell in row.split("&")) for row in matrix[2].strip(" ¶").split("¶"))
@@ -434,7 +439,7 @@ def form(text):
     items = cut(text, ",;")
     if len(items) > 1:
         return listed([form(item) for item in items])
-    if "±" in text or "∓" in text:
+    if ("±" in text or "∓" in text) and text[0] != "⟨":
         return listed([form(text.replace("±", a).replace("∓", b)) for a, b in (("+", "-"), ("-", "+"))])
     if len(text) > 1 and text[0] in "([⟨{" and closes(text) == len(text) - 1:
         items = cut(text[1:-1], ",;")
@@ -509,6 +514,8 @@ def related(text):
     """x = 5 is 5 that has a name; x > 5 and 2 ≤ x < 5 are intervals; the rest is lhs - rhs, which only its zeros or its sign matter of"""
     sides = [side.strip() for side in re.split("[=<>≤≥≠∈]", text)]
     signs = re.findall("[=<>≤≥≠∈]", text)
+    if set(signs) == {"="} and len(sides) == 2 and not NAME.fullmatch(sides[0]) and NAME.fullmatch(sides[1]):
+        sides.reverse()                                              # 3/2 = x
     name = NAME.fullmatch(sides[0])
     if (signs == ["∈"] or set(signs) == {"="}) and name:
         right = form(sides[-1])
@@ -562,7 +569,7 @@ def same(a, b):
 
 
 def equal(a, b):
-    if a.name and b.name and a.name != b.name and (len(a.name) == len(b.name) == 1 or a.name[:5] == b.name[:5] == "base "):
+    if a.name and b.name and a.name.lower() != b.name.lower() and (len(a.name) == len(b.name) == 1 or a.name[:5] == b.name[:5] == "base "):
         return False                                                 # x = 1 is not y = 1, nor 52_8 what 52_9 is
     if a.kind != b.kind:
         if {a.kind, b.kind} == {"list", "tuple"}:                    # 1, 2 for (1, 2): in that order, and not for an interval with its ends
@@ -570,7 +577,7 @@ def equal(a, b):
             return b.parts[0] == "()" and alike(a.parts, b.parts[1])
         if {a.kind, b.kind} == {"equation", "value"}:                # y = 2x + 3 and 2x - y + 3 = 0
             a, b = (a, b) if a.kind == "equation" else (b, a)
-            if not b.name or b.tree is None:
+            if not b.name or b.tree is None or len(b.parts) == 1:    # 4x = 16 asks for x = 4, and is no answer
                 return False
             reader = Reader("")
             reader.variables = True
@@ -636,12 +643,12 @@ def have_math_verify():
 
 @functools.lru_cache(maxsize=1 << 14)
 def by_math_verify(a, b):
-    """the library's verdict in at most two seconds a step; it keeps time by a signal, which only a main thread gets"""
+    """the library's verdict in at most PATIENCE seconds a step; it keeps time by a signal, which only a main thread gets"""
     if not have_math_verify() or max(len(a), len(b)) > LONGEST or threading.current_thread() is not threading.main_thread():
         return False
     import math_verify
     try:
-        forms = [math_verify.parse(f"${text}$", parsing_timeout=2) for text in (a, b)]
-        return bool(math_verify.verify(*forms, timeout_seconds=2))
+        forms = [math_verify.parse(f"${text}$", parsing_timeout=PATIENCE) for text in (a, b)]
+        return bool(math_verify.verify(*forms, timeout_seconds=PATIENCE))
     except Exception:                                                # a parser of others on a model's text: whatever it throws means no
         return False

@@ -16,9 +16,9 @@ import sys
 from data import Problem, distinct, endless, show, split_of, stream, unknown_word
 
 # difficulty
-LEAVES = (3, 5)          # numbers in an expression, from .. to, unless the variant says so
-LARGEST = 20             # of the numbers given: 1 .. LARGEST
-MAX_VALUE = 99           # of every result on the way; the smallest is 1, since nothing comes back from 0 in a product
+LEAVES = (3, 4)          # numbers in an expression, from .. to, unless the variant says so
+LARGEST = 10             # of the numbers given: 1 .. LARGEST
+MAX_VALUE = 50           # of every result on the way; the smallest is 1, since nothing comes back from 0 in a product
 SLIP = 0.18              # the chance that a step of a document goes wrong
 SLIPS = (-10, -2, -1, 1, 2, 10)
 

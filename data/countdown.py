@@ -23,7 +23,7 @@ from data import Problem, distinct, endless, show, split_of, stream, unknown_wor
 
 # difficulty
 NUMBERS = 3              # how many, unless the variant says so
-LARGEST = 20             # of the numbers given: 1 .. LARGEST
+LARGEST = 25             # of the numbers given: 1 .. LARGEST
 MAX_VALUE = 99           # of every result in a document; results are natural numbers there (the checker takes any rational)
 OPS = "+--**//"          # a letter twice is drawn twice as often: a problem is asked once, however many ways lead to it, and most of
                          # the different ones need - or *, while "/" is seldom possible

@@ -67,7 +67,8 @@ def _copy(url, part, name):
             source.seek(have)
             whole = int(length)
         elif have and source.status == 206:
-            whole = int(source.headers["Content-Range"].rpartition("/")[2])
+            total = (source.headers.get("Content-Range") or "").rpartition("/")[2]
+            whole = int(total) if total.isdigit() else None              # "*": the server does not know
         else:                                            # the server sends it all again
             have, whole = 0, None if length is None else int(length)
         with open(part, "ab" if have else "wb") as out, tqdm(total=whole, initial=have, unit="B", unit_scale=True, desc=name,

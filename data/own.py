@@ -10,7 +10,7 @@ import json
 import pathlib
 from random import Random
 
-from data import Problem, split_of
+from data import Problem, lines, split_of
 
 
 def task(path):
@@ -22,9 +22,7 @@ class Own:
         self.name, self.rows = f"own:{path}", []
         if not pathlib.Path(path).is_file():
             raise FileNotFoundError(f"--data {path}: no such file")
-        for n, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
+        for n, line in lines(path):
             try:
                 row = json.loads(line)
                 prompt, gold = row["prompt"], row.get("gold")

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from random import Random
 
-from data import Problem, answers, endless, split_of, unknown_word
+from data import Problem, answers, endless, lines, split_of, unknown_word
 from data.download import fetch
 
 INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
@@ -109,15 +109,15 @@ def find(task, *names):
 
 def rows(path, *fields):
     """a JSON array, JSON lines, or what the hub's dataset viewer sends -> dicts that have all the fields, as text"""
-    text = Path(path).read_text(encoding="utf-8")
+    text = [line for _, line in lines(path)]
     try:
-        if text.lstrip().startswith("["):
-            found = json.loads(text)
+        if text and (text[0].lstrip().startswith("[") or text[0].strip() == "{"):
+            found = json.loads("\n".join(text))
+            found = found if isinstance(found, list) else [found]
         else:
-            lines = [line for line in text.splitlines() if line.strip()]
-            found = [json.loads(text)] if len(lines) > 1 and lines[0].strip() == "{" else [json.loads(line) for line in lines]
-            if len(found) == 1 and isinstance(found[0].get("rows"), list):
-                found = [row["row"] for row in found[0]["rows"]]
+            found = [json.loads(line) for line in text]
+        if len(found) == 1 and isinstance(found[0].get("rows"), list):
+            found = [row["row"] for row in found[0]["rows"]]
         for row in found:
             for field in fields:
                 row[field] = str(row[field])
@@ -154,7 +154,8 @@ def main(task, sources, load, argv=None):
         path = cache / name
         if split in given:
             load(given[split])
-            path.unlink(missing_ok=True)
+            for old in (path, path.with_name(path.name + ".part")):      # what is left of a download is of another file
+                old.unlink(missing_ok=True)
             url = given[split].as_uri()
         print(f"{path}: from {url}")
         fetch(url, path, load)

@@ -1,10 +1,11 @@
 """
 Keeping track: five things stand in a row, pairs of them trade places one after the other; what is the row at the end?
 
-    Mcabed ad be ac:   cdbea,cdeba#adebc      the row after each trade; the last one, after "#", is the answer
+    Mcabed ad be ac:   ad cdbea,be cdeba,ac adebc#adebc      each trade again and the row after it; after "#" the answer
 
 Nothing to calculate and nothing to look up, only a state to carry: the smallest task that is not mathematics and has one right
-answer. As in arith.py the documents slip now and then (two other things trade places), each in its own way: a majority can put it right.
+answer. (A scratchpad of rows alone is much harder: the model must also count which trade comes next.) As in arith.py the
+documents slip now and then (two other things trade places), each in its own way: a majority can put it right.
 
     python -m data.states                  # or: python -m data.states 8 (eight trades in each problem)
 """
@@ -15,7 +16,7 @@ from data import Problem, distinct, endless, show, split_of, stream, unknown_wor
 
 # difficulty
 THINGS = "abcde"
-TRADES = (3, 6)          # from .. to, unless the variant says so
+TRADES = (2, 4)          # from .. to, unless the variant says so
 SLIP = 0.12              # the chance that a trade of a document goes wrong
 
 
@@ -57,8 +58,8 @@ class States:
         rows = []
         for two in trades:
             row = trade(row, pair(rand) if rand() < SLIP else two)
-            rows.append(row)
-        return f"M{text}:", f"{','.join(rows[:-1])}#{row}"
+            rows.append(f"{two} {row}")
+        return f"M{text}:", f"{','.join(rows)}#{row}"
 
     def corpus(self, split, seed):
         return endless(self.document, split, seed)

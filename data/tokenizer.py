@@ -81,6 +81,8 @@ class Tokenizer:
 
     def _checked(self, messages):
         for message in messages:
+            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+                raise ValueError(f"chat: a message needs a role and a content that are text: {str(message)[:80]}")
             for token in self.special:
                 if token in message["content"]:  # it would be parsed as the real thing and end the turn
                     raise ValueError(f"chat: the content of a {message['role']} message holds the special token {token}: remove it")
@@ -232,7 +234,7 @@ class Foreign:
             return "".join(m["content"] + (self.end if m["role"] == "assistant" else "\n\n") for m in messages)
         try:
             return self.template.render(messages=messages, add_generation_prompt=more, tools=None, documents=None, **self.words)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:                   # a program of others: 1 / 0 and endless recursion too
             raise ValueError(f"chat: the template of {self.name} does not take these messages: "
                              f"{type(error).__name__}: {' '.join(str(error).split())}") from None
 
@@ -283,7 +285,10 @@ def foreign(folder):
         raise ValueError(f"{path} is not a tokenizer.json ({type(error).__name__}: {error}): download or copy it again") from None
     # the special tokens that tiktoken is told of are those it only has to decode: text is searched for them before it sees any
     special = unreachable | {token: a["id"] for token, a in added.items()}
-    encoding = tiktoken.Encoding(str(folder), pat_str=last, mergeable_ranks=ranks, special_tokens=special)
+    try:
+        encoding = tiktoken.Encoding(str(folder), pat_str=last, mergeable_ranks=ranks, special_tokens=special)
+    except ValueError as error:                  # the library beneath knows fewer patterns than others
+        raise ValueError(f"{path}: its pattern cannot be read ({' '.join(str(error).split())})") from None
 
     def word(key):
         token = config.get(key)
@@ -297,7 +302,7 @@ def foreign(folder):
     if end is None:
         if not stop:
             raise ValueError(f"{folder} names no token that ends a text: give tokenizer_config.json an eos_token")
-        end = encoding.decode([min(stop)])
+        end = {i: token for token, i in special.items()}.get(min(stop), f"id {min(stop)}")
     if end not in special:
         raise ValueError(f"{folder}: its eos_token {end!r} is none of the added tokens of tokenizer.json")
     words = {key: word(key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
@@ -378,7 +383,10 @@ def _ranks(path, core, added):
         raise ValueError(f"{path} lacks {lacking} of the 256 single bytes: it cannot write every text, so it is no byte-level BPE")
     pairs = {}                                   # token -> {its left part: the place in the list}
     for place, merge in enumerate(core["merges"]):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge                  # both spellings of the list
+        parts = merge.split(" ") if isinstance(merge, str) else merge                        # both spellings of the list
+        if len(parts) != 2:
+            raise ValueError(f"{path} is not a tokenizer.json (its merge {merge!r} is no pair): download or copy it again")
+        left, right = parts
         pairs.setdefault(left + right, {})[left] = place
     before, unreachable = -1, {}
     for token, i in sorted(core["vocab"].items(), key=lambda item: item[1]):
@@ -424,6 +432,8 @@ def _template(folder, config, files):
         source = files["chat_template.jinja"].decode("utf-8", errors="replace")
     if not source:
         return None
+    if not isinstance(source, str):
+        raise ValueError(f"{folder}: its chat template is no text: {str(source)[:60]}")
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)

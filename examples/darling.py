@@ -134,7 +134,7 @@ def main(argv=None):
             break
     rl.workers.close()
     if rl.env.master:
-        view.curves(run.folder)
+        view.pages(run.folder)
     run.log(f"wrote {run.folder}: the model is in ckpt/step_{now} (a Hugging Face folder)")
     run.close()
 

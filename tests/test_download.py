@@ -76,7 +76,7 @@ CONTENT = bytes(range(256)) * 4000
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    cut, ranges, code = 0, True, 0
+    cut, ranges, code, told = 0, True, 0, True
     asked = []
 
     def do_GET(self):
@@ -91,7 +91,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(206 if start else 200)
-        if start:
+        if start and self.told:
             self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
         self.send_header("Content-Length", str(len(CONTENT) - start))
         self.end_headers()
@@ -105,7 +105,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def address():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    Server.cut, Server.ranges, Server.code, Server.asked = 0, True, 0, []
+    Server.cut, Server.ranges, Server.code, Server.told, Server.asked = 0, True, 0, True, []
     yield f"http://127.0.0.1:{server.server_port}/file.bin"
     server.shutdown()
 
@@ -126,6 +126,12 @@ def test_a_server_without_ranges_sends_it_all_again(address, tmp_path):
     with pytest.raises(ValueError, match="cut off|failed"):
         fetch(address, tmp_path / "f")
     Server.cut = 0
+    assert fetch(address, tmp_path / "f").read_bytes() == CONTENT
+
+
+def test_a_server_that_does_not_say_how_much_there_is(address, tmp_path):
+    Server.told = False
+    (tmp_path / "f.part").write_bytes(CONTENT[:1000])
     assert fetch(address, tmp_path / "f").read_bytes() == CONTENT
 
 

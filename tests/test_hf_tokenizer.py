@@ -150,6 +150,8 @@ def test_merges_that_the_ids_do_not_tell_are_refused(folders, tmp_path):
     (lambda s: s["model"]["vocab"].update({"\u4f60": 7000}), "not written in bytes"),
     (lambda s: s["added_tokens"][0].update(lstrip=True), "eats white space"),
     (lambda s: s.pop("model"), "not a tokenizer.json"),
+    (lambda s: s["model"].update(merges=["ab"]), "merge 'ab' is no pair"),
+    (lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(["}), "pattern cannot be read"),
     (lambda s: s["added_tokens"].clear(), "none of the added tokens"),
 ])
 def test_what_is_no_byte_level_bpe_is_named(folders, tmp_path, change, message):
@@ -191,6 +193,22 @@ def test_several_tokens_may_stop(folders, tmp_path):
     assert data.tokenizer(folder).stop == set(ids.values())
 
 
+def test_an_end_that_no_token_has_is_named(folders, tmp_path):
+    folder = chat_folder(folders["qwen"], tmp_path, eos_token=None)
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 999_999}))
+    with pytest.raises(ValueError, match="eos_token 'id 999999' is none of the added tokens"):
+        data.tokenizer(folder)
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "user", "content": None}, {"content": "hi"},
+                                     {"role": "user", "content": [{"type": "text", "text": "hi"}]}])
+def test_a_message_without_words_is_one_line(folders, message):
+    for tok in (data.tokenizer("bytes"), data.tokenizer(folders["qwen"])):
+        with pytest.raises(ValueError, match="needs a role and a content") as error:
+            tok.chat([message])
+        assert "\n" not in str(error.value)
+
+
 def test_the_folders_template_is_rendered_as_transformers_does(folders, tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = chat_folder(folders["qwen"], tmp_path, CHATML, tokenizer_class="PreTrainedTokenizerFast")
@@ -221,7 +239,8 @@ def test_without_a_template_the_words_are_given_alone(folders, tmp_path):
 
 
 @pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ raise_exception('roles\nmust alternate') }}", "{{ messages[0].x.y }}",
-                                      "{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "{{ 1 + 'a' }}"])
+                                      "{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "{{ 1 + 'a' }}", "{{ 1 / 0 }}",
+                                      "{% for i in range(10 ** 9) %}x{% endfor %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", 5])
 def test_a_template_that_fails_is_one_line(folders, tmp_path, template):
     """and one that reaches for the interpreter is stopped: it is a program in a file that was downloaded"""
     with pytest.raises(ValueError, match="template") as error:

@@ -444,3 +444,26 @@ def test_qk_norm_rope_turns_relative_angles_and_keeps_lengths():
 def test_swiglu_is_silu_times_up():
     x = rand(3, 10)
     torch.testing.assert_close(kernels.swiglu(x), x[:, :5] * torch.sigmoid(x[:, :5]) * x[:, 5:])
+
+
+def test_the_few_operations_of_sampling_are_the_trainers_functions():
+    """In inference mode a CPU takes forms with fewer operations: the same numbers to rounding, rows of zeros included, and a row
+    is the same bits alone and in company, whatever its number of rows picks elsewhere."""
+    torch.manual_seed(0)
+    x, heads, weight, w_q, w_k = torch.randn(9, 48), torch.randn(9, 5, 16), torch.rand(48), torch.rand(16), torch.rand(16)
+    x[3], heads[3] = 0, 0
+    x[4] *= 1e-4                                                 # small enough for eps to count
+    positions, inv = torch.arange(9) * 37, 1 / 100 ** (torch.arange(8) / 8)
+
+    def run(rows, norms):
+        q, k = heads[rows, :3], heads[rows, 3:]
+        return kernels.rms_norm(x[rows], weight, 1e-6), *kernels.qk_norm_rope(q, k, *norms, *kernels.rope_tables(positions[rows], inv, 1.2),
+                                                                             1e-6)
+    for norms in (w_q, w_k), (None, None):
+        plain = run(slice(None), norms)
+        with torch.inference_mode():
+            few = run(slice(None), norms)
+            alone = [run(slice(i, i + 1), norms) for i in range(9)]
+        for a, b, one in zip(plain, few, zip(*alone)):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+            assert torch.equal(torch.cat(one), b)

@@ -1,6 +1,8 @@
 """common/view.py: a picture from whatever numbers a run has"""
 import json
 import math
+import shutil
+import subprocess
 
 import matplotlib.image
 import numpy as np
@@ -94,3 +96,99 @@ def test_an_evaluations_size_is_not_drawn_beside_its_accuracy(tmp_path, monkeypa
     assert drawn
     numbers = [x for a, _ in drawn for part in a[1:] if hasattr(part, "__len__") and not isinstance(part, str) for x in np.ravel(part)]
     assert max(numbers) < 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the page of samples
+
+def sample(step, index, reward, text="7+1=8", finished="stop", **more):
+    pieces = [*text, "<|end|>"]
+    return {"step": step, "problem": 9, "index": index, "prompt": "C1 7=8:", "text": text, "pieces": pieces,
+            "logprobs": [-0.25] * len(pieces), "advantage": reward - 0.5, "reward": reward, "finished": finished, **more}
+
+
+def paged(folder, rows, tail=""):
+    run(folder, rl(5))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return view.samples(folder)
+
+
+def inside(page):
+    return json.loads(page.read_text().split('id="rows">')[1].split("</script>")[0])
+
+
+def test_the_page_holds_all_rows_and_loads_nothing(tmp_path):
+    rows = [sample(1, 0, 1.0), sample(1, 1, 0.0), sample(2, 0, 1.0, "</script><b>3", "length")]
+    page = paged(tmp_path / "a<b", rows, tail='{"step": 3, "pie')
+    assert view.pages(tmp_path / "a<b") == [tmp_path / "a<b/curves.png", page]
+    assert inside(page) == {"rows": rows, "note": ""}, "a sample that says </script> does not end the page, a half line is left out"
+    text = page.read_text()
+    assert text.count("</script>") == 2 and "a&lt;b" in text
+    assert not any(word in text for word in ("http:", "https:", "src=", "@import", "<link", "fetch(", "url("))
+
+
+def test_a_run_without_samples_has_no_page(tmp_path):
+    run(tmp_path / "a", rl(5))
+    assert view.pages(tmp_path / "a") == [tmp_path / "a/curves.png"]
+    assert paged(tmp_path / "b", [{"step": 1, "words": "not a sample"}]) is None and not list(tmp_path.rglob("*.html"))
+
+
+def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(view, "MOST", 100)
+    found = inside(paged(tmp_path / "a", [sample(s, i, 1.0) for s in range(1, 61) for i in range(2)]))
+    steps = [row["step"] for row in found["rows"]]
+    assert steps[0] == 1 and steps[-1] == 60 and sum(len(row["pieces"]) for row in found["rows"]) <= 100
+    assert len(steps) == 2 * len(set(steps)) and "720 tokens" in found["note"]
+
+
+JAVASCRIPT = """
+const text = require("fs").readFileSync(process.argv[1], "utf8");
+eval(text.split("<script>")[1].split("</script>")[0].replace('"use strict";', "") + `
+const rows = JSON.parse(text.split('id="rows">')[1].split("</script>")[0]).rows;
+const none = { step: "", low: "", high: "", truncated: "", words: "" };
+const kept = f => rows.filter(row => keep(row, { ...none, ...f })).map(row => rows.indexOf(row));
+console.log(JSON.stringify({
+  all: kept({}), step: kept({ step: "1" }), right: kept({ low: "0.5" }), wrong: kept({ high: "0.5" }), cut: kept({ truncated: "yes" }),
+  whole: kept({ truncated: "no" }), words: kept({ words: "9" }), colours: colours(rows), one: values(rows[0], "advantage"),
+  apart: values(rows[3], "disagreement"), no_teacher: values(rows[0], "disagreement"), scale: scale(rows, "advantage"),
+  tints: [tint(0.5, 0.5), tint(-5, 0.5), tint(0, 0.5), tint(null, 0.5)] }));`);
+"""
+
+
+def awkward(folder):
+    return paged(folder, [sample(1, 0, 1.0), sample(1, 1, 0.0), sample(2, 0, 1.0, "9+1=8", "length"),
+                          sample(3, 0, 0.0, "8", teacher_logprobs=[-0.5, None], advantage=[-0.25, 0.0])])
+
+
+def test_what_the_page_shows(tmp_path):
+    """the script of the page without the page: its filters and colours are functions of rows"""
+    node = shutil.which("node")
+    if not node:
+        pytest.skip("no node")
+    done = subprocess.run([node, "-e", JAVASCRIPT, awkward(tmp_path / "a")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["all"], found["step"], found["right"], found["wrong"]) == ([0, 1, 2, 3], [0, 1], [0, 2], [1, 3])
+    assert (found["cut"], found["whole"], found["words"]) == ([2], [0, 1, 3], [2])
+    assert found["colours"] == ["advantage", "logprobs", "disagreement", "teacher_logprobs"]
+    assert found["one"] == [0.5] * 6, "one advantage of a sample is every token's"
+    assert found["apart"] == [-0.25, None] and found["no_teacher"] == [None] * 6 and found["scale"] == 0.5
+    blue, red, *nothing = found["tints"]
+    assert blue == "rgb(60 120 230 / 0.60)" and red == "rgb(225 60 50 / 0.60)" and nothing == ["", ""]
+
+
+def test_the_page_in_a_browser(tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser:
+        pytest.skip("no browser")
+    page = awkward(tmp_path / "a")
+
+    def shown(at):
+        words = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
+        done = subprocess.run([*words, f"file://{page}{at}"], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    last, right = shown(""), shown("#step=&low=0.5&colour=logprobs")
+    assert last.count("<article>") == 1 and "1 of 4 samples" in last and "225 60 50" in last, "it opens at the last step"
+    assert right.count("<article>") == 2 and "2 of 4 samples" in right and "truncated</span>" in right

@@ -1,0 +1,255 @@
+"""README.md says what is true: the map, the commands, the metrics, the links, and the four diffs that make it yours"""
+import importlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+from common import run as common_run
+from train_gpt import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "records"))
+import readme  # noqa: E402  (a script of records/)
+
+PAGES = ["README.md", "CLUSTER.md", "records/README.md", "records/negative.md"]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_the_map_is_true():
+    """every file of the root has a row, with its lines within a twentieth: `python records/readme.py` counts them again"""
+    rows = {name: int(lines) for name, lines in re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", TEXT, re.M)}
+    here = {p.name for p in ROOT.glob("*.py")} | {f"common/{p.name}" for p in (ROOT / "common").glob("*.py") if p.stem != "__init__"}
+    assert here <= set(rows), f"no row: {here - set(rows)}"
+    for name in here:
+        lines = len((ROOT / name).read_text().splitlines())
+        assert abs(rows[name] - lines) <= max(10, lines / 20), f"{name}: {lines} lines, the map says {rows[name]}: python records/readme.py"
+
+
+def test_what_is_recorded_is_what_is_shown():
+    """the tables between the markers are those of records/: edit the record and run `python records/readme.py`, never the number"""
+    block = lambda text: re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end -->", text, re.S)  # noqa: E731
+    assert [name for name, _ in block(TEXT)] == ["speedrun", "bench"]
+    assert block(readme.filled(TEXT)) == block(TEXT)
+
+
+def test_records_become_tables(tmp_path, monkeypatch):
+    (tmp_path / "records/bench").mkdir(parents=True)
+    (tmp_path / "kernels.py").write_text("x = 1\n" * 43)
+    text = "| `kernels.py` | 900 | 45 |\n| `later.py` | 70 | 1 |\n<!-- speedrun -->\n<!-- end -->\n<!-- bench -->\nold\n<!-- end -->\n"
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    assert "not recorded yet" in readme.filled(text) and "No benchmark" in readme.filled(text) and "old" not in readme.filled(text)
+    (tmp_path / "records/speedrun.md").write_text("| stage |\n")
+    (tmp_path / "records/bench/pack.txt").write_text('---- pack --parts c\nwords\n{"bench": "pack", "times_padded": 4.9231, "tok_s": 1}\n')
+    found = readme.filled(text)
+    assert "| `kernels.py` | 40 | 45 |" in found and "| `later.py` | 70 | 1 |" in found
+    assert "<!-- speedrun -->\n| stage |\n<!-- end -->" in found
+    assert "| `python -m bench pack --parts c` | times padded | 4.92 |" in found and "tok" not in found
+    assert readme.filled(found) == found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    heads = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.M)}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in heads, f"{page}: no heading {target}"
+        elif not target.startswith("http"):
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: no file {target}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# commands
+
+def commands(text):
+    """every command in a fenced block or in backticks, without its comment"""
+    blocks = [line for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S) for line in block.replace("\\\n", " ").splitlines()]
+    found = [line.split("  #")[0].strip() for line in [*blocks, *re.findall(r"`([^`\n]+)`", text)]]
+    found = [line for line in found if re.match(r"(\./|python |torchrun )", line)]
+    return [line for line in found if not any(word in line for word in ("...", "NAME", " RUN"))]      # those are patterns, no commands
+
+
+COMMANDS = sorted({line for page in PAGES for line in commands((ROOT / page).read_text())})
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) > 25 and "python nanorl.py" in COMMANDS and any(line.startswith("torchrun") for line in COMMANDS)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_can_be_read(line):
+    """the file is there, and its Config takes every flag; a script that another change brings is left to that change"""
+    words = shlex.split(line.split("|")[0].replace("SEED", "0"))
+    if words[0] == "torchrun":
+        if len(words) > 2:
+            assert words[2] == "--" or "--n" not in words, f"{line}: torchrun would take --n for one of its own flags"
+            words = ["python", *[word for word in words if word != "--"][2:]]
+        else:
+            words = words[:1]
+    if words[0].startswith("./"):
+        script = ROOT / words[0]
+        assert script.exists() and set(words[1:]) <= {"--install", "dev", "base", "rl", "ttrl", "student", "opd", "table"}
+        return
+    if words[1:2] == ["-m"]:
+        module, words = words[2], words[2:]
+        if module == "bench" and words[1:] and words[1] != "all":
+            module, words = f"bench.{words[1]}", words[1:]
+    elif len(words) > 1:
+        module, words = words[1].removesuffix(".py").replace("/", "."), words[1:]
+    else:
+        return
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    if module in ("opd", "opd_check", "bench.tail", "bench.opd", "bench.simulate") and not path.exists():
+        pytest.skip(f"{module} is not here")
+    assert path.exists() or (path.with_suffix("") / "__main__.py").exists(), line
+    if words[1:] and module.split(".")[0] not in ("records", "common", "data") and words[1] != "all":
+        common_run.flags(importlib.import_module(module).Config, words[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# diffs
+
+DIFFS = re.findall(r"^```diff\n(--- .*?)^```", TEXT, re.M | re.S)
+TRY = """
+import json, math, sys
+from pathlib import Path
+import torch
+import data, nanorl, train_gpt
+from common import view
+from train_gpt import GPT, GPTConfig
+view.pages = lambda folder: None
+tok = data.tokenizer("numbers")
+model = GPT(GPTConfig(tok.vocab_size, 4, 2, 1, 16, 32, 48, 256, 10000.0)).init_weights(0)
+g = torch.Generator().manual_seed(0)
+for p in model.parameters():
+    p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
+model.save_hf("base", tok)
+Path("digits.py").write_text("def score(problem, text):\\n    return sum(c in '0123456789' for c in text) / 8\\n")
+
+# the task
+task = data.load("sort")
+a, b = task.problems("train", 30, 0), task.problems("test", 30, 0)
+assert task.reward(a[0], a[0].gold) == 1 and task.reward(a[0], a[0].gold[::-1] + " 1") == 0
+assert not {p.prompt for p in a} & {p.prompt for p in b}
+document, _ = train_gpt.documents(train_gpt.Config(data="sort"), tok)
+assert sum(document("train", 3)[1]) > 5
+
+def run(*words):
+    nanorl.main(["--init", "base", "--device", "cpu", "--threads", "1", "--workers", "1", "--prompts", "6", "--n", "4", "--steps", "1",
+                 "--max-new", "12", "--problems", "12", "--eval-n", "2", "--eval-k", "1", "--final-n", "2", "--eval-every", "0", *words])
+    name = words[words.index("--name") + 1]
+    return [json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().splitlines()][-1]
+
+# attention: the sampler over its cache and the trainer over packed rows agree, and the layers without positions are in both
+assert run("--name", "task", "--task", "sort", "--max-new", "16")["sampler_max"] < 1e-5
+from kernels import packed_attention
+tokens = torch.tensor([7, 8, 9])
+assert all(torch.equal(model.blocks[layer](x, cos, sin, packed_attention([0, 3], 3), layer), model.blocks[layer](x, one, zero,
+           packed_attention([0, 3], 3), layer)) == (layer == 3) for layer in range(4)
+           for x, cos, sin, one, zero in [(model.embed(tokens), torch.rand(3, 8), torch.rand(3, 8), torch.ones(3, 8), torch.zeros(3, 8))])
+
+# the reward
+import minus
+problem = data.load("countdown").problems("train", 1, 0)[0]
+assert minus.score(problem, problem.gold) == 1 - problem.gold.count("-") / 3 and minus.score(problem, "") == 0
+assert run("--name", "reward", "--reward", "minus.py:score")["reward_failed"] == 0
+
+# the loss: where the ratio is within, as PPO; outside, a way back
+x, A = torch.tensor([0.0, 0.5, -0.5], requires_grad=True), torch.tensor([1.0, 1.0, -1.0])
+slope, = torch.autograd.grad(nanorl.TRUSTS["spo"](x, A, 0.2, 0.2).sum(), x)
+assert slope[0] == 1 and slope[1] < 0 < slope[2]
+m = run("--name", "loss", "--trust", "spo", "--reward", "digits.py:score", "--minibatch", "3", "--lr", "1e-2")
+assert m["grad_norm"] > 0 and math.isfinite(m["clipped"])
+print("all four")
+"""
+
+
+def test_the_diffs_apply_and_run(tmp_path):
+    """a task, a reward, a loss and an attention, each in ten lines or fewer, all in one tree"""
+    assert len(DIFFS) == 4
+    for name in ("common", "data"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for i, diff in enumerate(DIFFS):
+        changed = [line for line in diff.splitlines() if re.match(r"[+-](?![+-]{2} )", line)]
+        assert 1 <= len(changed) <= 10, diff
+        (tmp_path / f"{i}.diff").write_text(diff)
+        done = subprocess.run(["git", "apply", f"{i}.diff"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stderr}\n{diff}"
+    done = subprocess.run([sys.executable, "-c", TRY], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "all four" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_the_fork_is_the_one_that_is_shown():
+    """what the README shows of examples/darling.py stands there, around lines of nanorl.py's own loop"""
+    fork = next(d for d in re.findall(r"^```diff\n(.*?)^```", TEXT, re.M | re.S) if "distinctness" in d)
+    darling = "".join((ROOT / "examples/darling.py").read_text().split()).replace("nanorl.", "").replace("rl.config", "config")
+    for line in fork.splitlines():
+        assert "".join(line[1:].split()) in darling, line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    tok = data.tokenizer("numbers")
+    model = GPT(GPTConfig(tok.vocab_size, 1, 1, 1, 8, 16, 24, 512, 10000.0)).init_weights(0)
+    g = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
+    model.save_hf(tmp_path / "base", tok)
+    (tmp_path / "digits.py").write_text("def score(problem, text):\n    return sum(c in '0123456789' for c in text) / 8\n")
+    monkeypatch.chdir(tmp_path)
+    from common import view
+    monkeypatch.setattr(view, "curves", lambda folder: None)     # a picture takes longer than the run
+    return tmp_path
+
+
+def logged(script, words, name):
+    importlib.import_module(script).main([*words.split(), "--device", "cpu", "--threads", "1", "--name", name])
+    rows = [json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().splitlines()]
+    return {key for row in rows for key in row}
+
+
+def described():
+    """the names in the first cells of the tables, and what the rows say of others like them"""
+    cells = [line.split("|")[1] for line in TEXT.split("## Every metric")[1].split("## What fits")[0].splitlines() if line.startswith("| ")]
+    names = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    return names | set(re.findall(r"`([^`]+)`", TEXT.split("And `examples/darling.py`:")[1].split("\n")[0]))
+
+
+def plain(key):
+    """eval/trained/avg_se -> eval/avg, pass@16 -> pass@2, overlap/64 -> overlap"""
+    key = re.sub(r"^(eval/(trained|unseen)|valid)/", "eval/", key).removesuffix("_se")
+    return re.sub(r"/\d+$", "", re.sub(r"pass@\d+", "pass@2", key))
+
+
+RL = "--init base --prompts 4 --n 4 --max-new 10 --steps 2 --workers 1 --eval-every 1 --eval-n 3 --eval-k 2 --reward digits.py:score"
+
+
+def test_every_metric_is_described(base):
+    from nanorl import Config
+    names = described()
+    runs = {"pretraining": ("train_gpt", "--n-layer 1 --d-model 16 --n-head 1 --n-kv-head 1 --d-ff 24 --steps 2 --batch 4 --eval-docs 4"),
+            "rl": ("nanorl", f"{RL} --problems 16 --final-n 3 --row-tokens 256"),
+            "vote": ("ttrl", "--init base --questions 4 --unseen-n 2 --votes 4 --samples 2 --min-votes 1 --prompts 2 --passes 2 --eval-k 2 "
+                             "--max-new 30 --workers 1 --row-tokens 512"),
+            "fork": ("examples.darling", "--init base --prompts 4 --n 4 --max-new 10 --steps 1 --eval-n 2 --eval-k 2")}
+    if "tail_batching" in Config.__dataclass_fields__:
+        runs["tail"] = ("nanorl", f"{RL} --problems 16 --final-n 3 --row-tokens 256 --tail-batching prompt")
+    if (ROOT / "opd.py").exists():
+        runs["teacher"] = ("opd", "--init base --teacher base --prompts 4 --max-new 10 --steps 2 --workers 1 --eval-every 1 --eval-n 2 "
+                                  "--eval-k 2 --final-n 2 --problems 16")
+    for name, (script, words) in runs.items():
+        missing = {plain(key) for key in logged(script, words, name)} - names - {"step"}
+        assert not missing, f"{script} logs what README.md does not describe: {sorted(missing)}"

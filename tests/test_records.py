@@ -1,0 +1,154 @@
+"""the rules of the speedrun, as far as a machine can check them"""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import run as common_run
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "records"))
+import run as attempts  # noqa: E402  (scripts of records/, as they find each other)
+import verify  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(verify, "problems_of", lambda track: "these")
+
+
+def log(n=5, sides=("new",), seconds=300.0, accuracy=0.56):
+    rows = []
+    for seed in range(n):
+        for i, side in enumerate(sides):
+            took = (seconds if side == "new" else 400.0) + seed
+            rows.append(dict(track="laptop", side=side, seed=seed, started=10.0 * seed + i, machine="2 cores of a kind",
+                             commit=f"{side}abc", commands=["train_gpt.py --name base"], accuracy=accuracy + 0.01 * (seed % 2),
+                             seconds={"pretraining": 100.0, "rollout": took - 100, "update": 0.0}, problems="these", n=1000, k=4,
+                             max_new=48))
+    return rows
+
+
+def said(rows, others=False):
+    return " / ".join(verify.faults(rows, others))
+
+
+def test_a_record_and_its_line(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "laptop" / "first.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(row) + "\n" for row in log()))
+    monkeypatch.setattr(verify, "ROOT", tmp_path)
+    verify.main([str(path)])
+    assert capsys.readouterr().out.strip() == ("| 302 +-1 s | 56.4% +-0.2% | 5 | 2 cores of a kind | newabc | "
+                                               "[first.jsonl](laptop/first.jsonl) |")
+    assert verify.faults(log(sides=("old", "new")), True) == []
+
+
+@pytest.mark.parametrize("rows, others, words", [
+    (log(4), False, "4 seeds"),
+    (log(accuracy=0.3), False, "not above 50%"),
+    (log(accuracy=0.497), False, "not above 50%"),      # the mean is above, by less than its noise
+    (log(), True, "the track has a record"),
+    (log(sides=("old", "new"), seconds=400.0), True, "not faster"),
+    ([row | {"started": row["side"] + str(row["seed"])} for row in log(sides=("old", "new"))], True, "do not alternate"),
+    (log() + [log()[0] | {"seed": 9, "machine": "another"}], False, "more than one machine"),
+    (log() + [log()[0] | {"seed": 9, "commit": "b"}], False, "one commit"),
+    (log() + [log()[0] | {"seed": 9, "problems": "easier"}], False, "track's problems"),
+    (log() + [log()[0] | {"seed": 9, "k": 1}], False, "track's problems"),
+    (log() + [log()[0] | {"seed": 9, "seconds": {"rollout": 9.0}}], False, "from random weights"),
+    (log() + [log()[0] | {"seed": 9, "seconds": {"pretraining": 9.0, "rollout": 1.0, "idle": -1.0}}], False, "cannot be"),
+    ([row | {"track": "phone"} for row in log()], False, "no track 'phone'"),
+])
+def test_every_rule_says_why(rows, others, words):
+    assert words in said(sorted(rows, key=lambda row: row["started"]), others)
+
+
+def test_the_first_of_a_track_sets_its_target():
+    assert verify.faults([row | {"track": "8gpu", "max_new": 96, "accuracy": 0.01} for row in log()], False) == []
+
+
+def test_students_t():
+    """the tables' 1% points, and the far tails"""
+    for df, t in ((4, 3.7469), (9, 2.8214), (30, 2.4573)):
+        assert verify.tail(t, df) == pytest.approx(0.01, rel=1e-3)
+    assert verify.tail(0, 5) == pytest.approx(0.5) and verify.tail(-3.7469, 4) == pytest.approx(0.99, rel=1e-4)
+    assert verify.tail(200, 4) < 1e-8 and verify.below([1.0, 1.0], [2.0, 2.0]) == 0.0 == 1 - verify.below([2.0, 2.0], [2.0, 2.0])
+
+
+@pytest.mark.parametrize("text, words", [(None, "no such log"), ("", "is empty"), ("{", "line 1: not a JSON"),
+                                         ('{"track": "laptop"}', "it has no side")])
+def test_bad_input_is_one_line(tmp_path, capsys, text, words):
+    path = tmp_path / "log.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as e:
+        verify.main([str(path)])
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_problems_are_named_by_what_they_ask(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setitem(verify.TRACKS["laptop"], "n", 20)
+    first = verify.problems_of("laptop")
+    assert first == verify.problems_of("laptop") and len(first) == 16
+    monkeypatch.setitem(verify.TRACKS["laptop"], "n", 21)
+    assert verify.problems_of("laptop") != first
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# making a log
+
+def test_old_and_new_alternate_and_nothing_is_run_twice(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def attempt(config, checkout, seed):
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append((checkout.name, seed))
+        return ["train_gpt.py"], {"pretraining": 1.0, "rollout": 2.0}, 0.5
+    monkeypatch.setattr(attempts, "attempt", attempt)
+    monkeypatch.setattr(attempts.verify, "problems_of", lambda track: "these")
+    (tmp_path / "record").mkdir()
+    words = ["--out", str(tmp_path / "a/log.jsonl"), "--old", str(tmp_path / "record"), "--seeds", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        attempts.main(words)
+    ran.insert(0, None)      # the limit is past
+    attempts.main(words)
+    here = ROOT.name
+    assert ran[1:] == [("record", 0), (here, 0), ("record", 1), (here, 1)]
+    rows = verify.read(tmp_path / "a/log.jsonl")
+    assert [row["side"] for row in rows] == ["old", "new", "old", "new"] and set(verify.FIELDS) <= set(rows[0])
+
+
+def test_a_run_of_a_side(tmp_path, monkeypatch):
+    """its commands with the seed put in, in one empty folder; the clock leaves evaluation and start-up out; the judge is this checkout's"""
+    (tmp_path / "records/laptop").mkdir(parents=True)
+    (tmp_path / "records/laptop/commands.txt").write_text("# words\ntrain_gpt.py --name b --seed SEED\nnanorl.py --name r --seed SEED\n")
+    rows = {"b": dict(t_pack=1, t_train=2, t_opt=3), "r": dict(t_rollout=10, t_reward=1, t_pack=1, t_train=4, t_opt=1, t_idle=2, t_step=99)}
+    calls = []
+
+    def call(words, cwd, checkout):
+        calls.append((Path(words[0]).name, words[1:]))
+        if "--model" in words:
+            assert Path(words[0]).parent == ROOT and checkout == ROOT
+            return 'words\n{"avg": 0.5}\n'
+        name = words[words.index("--name") + 1]
+        folder = Path(cwd, "runs", name)
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval/avg": 1}) + "\n" + json.dumps(rows[name]) + "\n")
+    monkeypatch.setattr(attempts, "call", call)
+    commands, seconds, accuracy = attempts.attempt(attempts.Config(out="x"), tmp_path, 7)
+    assert [c[0] for c in calls] == ["train_gpt.py", "nanorl.py", "evaluate.py"] and calls[0][1] == ["--name", "b", "--seed", "7"]
+    assert seconds == {"pretraining": 6, "rollout": 10, "reward": 1, "pack": 1, "update": 5, "idle": 2} and accuracy == 0.5
+    assert commands == ["train_gpt.py --name b --seed SEED", "nanorl.py --name r --seed SEED"]
+
+
+@pytest.mark.parametrize("track", [t for t in verify.TRACKS if (ROOT / "records" / t / "commands.txt").exists()])
+def test_the_commands_of_a_track_can_be_read(track):
+    import importlib
+    for line in (ROOT / "records" / track / "commands.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            script, *words = line.replace("SEED", "3").split()
+            assert common_run.flags(importlib.import_module(script[:-3]).Config, words).seed == 3

@@ -1,0 +1,591 @@
+"""tail batching: rounds on a fake engine with a known law of lengths; two ranks; what fails; the loop that uses them"""
+import itertools
+import json
+import math
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import nanorl
+import ttrl
+from bench import simulate
+from common.reward import Rewards
+from common.run import gather
+from pack import Rounds, as_they_come, longer
+from train_gpt import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# -----------------------------------------------------------------------------
+# an engine without a model: the four names, and a response whose length is a function of its address
+
+
+@dataclass
+class Sample:
+    problem: int
+    index: int
+    visit: int
+    tokens: list = field(default_factory=list)                   # (position, round it was sampled in)
+    finished: str = "aborted"
+    reward: float = math.nan
+
+
+class Engine:
+    def __init__(self, length, slots=10**9):
+        self.length, self.slots, self.rows, self.round, self.sampled = length, slots, [], 0, 0
+
+    def submit(self, problem, prompt, n, max_new, *, visit=0, resume=()):
+        assert all(r.problem != problem for r in self.rows), "one launch of a problem at a time"
+        taken = {s.index for s in resume}
+        rows = list(resume) + [Sample(problem, i, visit) for i in range(n + len(resume)) if i not in taken][: n - len(resume)]
+        self.rows += rows
+        self.max_new = max_new
+
+    def step(self):
+        for s in self.rows[: self.slots]:
+            s.tokens.append((len(s.tokens), self.round))
+            self.sampled += 1
+        over = [s for s in self.rows[: self.slots] if len(s.tokens) >= min(self.max_new, self.length(s.problem, s.visit, s.index))]
+        gone = set(map(id, over))
+        self.rows = [s for s in self.rows if id(s) not in gone]
+        for s in over:
+            s.finished = "stop"
+        return over
+
+    def abort(self, problem):
+        out, self.rows = [s for s in self.rows if s.problem == problem], [s for s in self.rows if s.problem != problem]
+        return out
+
+    @property
+    def live(self):
+        return len(self.rows)
+
+
+def law(between, within, median=12, seed=0):
+    """Two-level lognormal: log length = log median + a prompt's part + a sample's own."""
+    def length(problem, visit, index):
+        prompt = random.Random(f"{seed} {problem}").gauss(0, between)
+        own = random.Random(f"{seed} {problem} {visit} {index}").gauss(0, within)
+        return max(1, round(median * math.exp(prompt + own)))
+    return length
+
+
+PROMPTS, N, CAP = 8, 4, 160
+
+
+def play(mode, length, count, prompts=PROMPTS, n=N, epoch=None, engine=None, rounds=None, fresh=None, **more):
+    """`count` rounds on an engine. -> rounds, engine, kept groups of each round, [was it long]"""
+    engine, rounds = engine or Engine(length), rounds or Rounds(mode, prompts, n, **more)
+    stream = fresh or ((i, 0) for i in itertools.count())
+    kept, long = [], []
+    for _ in range(count):
+        round = rounds.plan(lambda k: list(itertools.islice(stream, k)))
+        kept.append([g for g in rounds.run(engine, round, {l.id: [1] for l in round.launches}, CAP) if g])
+        long.append(round.long)
+        engine.round += 1
+        assert engine.live == 0
+    return rounds, engine, kept, long
+
+
+def groups(kept):
+    return [g for part in kept for g in part]
+
+
+# -----------------------------------------------------------------------------
+# scheduling
+
+
+@pytest.mark.parametrize("mode", ["off", "race", "prompt", "continue", "april"])
+def test_every_round_yields_a_batch_and_nothing_is_lost(mode):
+    """each launched prompt is trained once or waits in the queue; each token is in a kept sample, in the queue, or counted as wasted"""
+    engine, kept = Engine(law(0.5, 0.5)), []
+    state, wasted, launched = Rounds(mode, PROMPTS, N), 0, set()
+    stream = itertools.count()
+
+    def fresh(k):
+        ids = list(itertools.islice(stream, k))
+        launched.update(ids)
+        return [(i, 0) for i in ids]
+
+    for _ in range(23):
+        round = state.plan(fresh)
+        kept += [g for g in state.run(engine, round, {l.id: [1] for l in round.launches}, CAP) if g]
+        wasted += state.wasted
+    trained, queued = [g[0].problem for g in kept], [l.id for l in state.queue]
+    assert len(trained) == 23 * PROMPTS and all(len(g) == N for g in kept)
+    assert Counter(trained + queued) == Counter(launched), "no prompt lost, none trained twice"
+    assert all(len({s.index for s in g}) == N and len({(s.problem, s.visit) for s in g}) == 1 for g in kept)
+    held = sum(len(s.tokens) for l in state.queue for s in l.have + l.resume)
+    assert engine.sampled == sum(len(s.tokens) for g in kept for s in g) + wasted + held
+    assert (wasted == 0) == (mode in ("off", "continue", "april"))
+    assert (held == 0) == (mode in ("off", "race", "prompt"))
+
+
+@pytest.mark.parametrize("mode", ["race", "prompt", "continue"])
+def test_long_rounds_come_when_predicted(mode):
+    """a quarter of a batch is deferred each short round, so every fifth round is long, and runs the queue in its order"""
+    _, _, kept, long = play(mode, law(0.5, 0.5), 20)
+    assert [i for i, x in enumerate(long) if x] == [4, 9, 14, 19]
+    order = {}
+    for i, part in enumerate(kept):
+        order |= {g[0].problem: i for g in part}
+    late = [p for p, i in order.items() if i in (4, 9)]
+    assert all(max(p for p in late if order[p] == 4) < q for q in late if order[q] == 9), "first in, first out"
+
+
+def test_a_round_ends_with_the_sample_that_decides_it():
+    """prompt i has samples of i + 1 tokens: the 8 shortest of 10 prompts are in after 8 steps, and nobody decodes a ninth"""
+    rounds, engine, kept, _ = play("prompt", lambda problem, visit, index: problem + 1, 1)
+    assert [g[0].problem for g in kept[0]] == list(range(8)) and [l.id for l in rounds.queue] == [8, 9]
+    assert engine.sampled == N * (sum(range(1, 9)) + 2 * 8) and rounds.wasted == N * 2 * 8
+
+
+def test_race_keeps_the_first_samples_of_a_prompt_and_draws_deferred_ones_anew():
+    """4 of 5 samples count; a deferred prompt comes back under another visit, so under other noise"""
+    rounds, _, kept, _ = play("race", lambda problem, visit, index: problem + (9 if index == 1 else index), 5)
+    assert all([s.index for s in g] == [0, 2, 3, 4] for g in groups(kept[:4]))
+    assert {s.visit for g in kept[4] for s in g} == {1} and {s.visit for g in groups(kept[:4]) for s in g} == {0}
+    assert all([s.index for s in g] == [0, 1, 2, 3] for g in kept[4]), "no race in a long round"
+
+
+def test_prompt_repeats_what_was_aborted_and_continue_goes_on():
+    """prompt: the restart has the visit of the first launch, and all its tokens are of the long round's policy. continue: tokens of two
+    rounds in one sample, those that had ended are not sampled again"""
+    _, _, kept, _ = play("prompt", law(0, 1), 5)
+    assert all(s.visit == 0 and {r for _, r in s.tokens} == {4} for g in kept[4] for s in g)
+    _, _, kept, _ = play("continue", law(0, 1), 5)
+    ages = [{r for _, r in s.tokens} for g in kept[4] for s in g]
+    assert any(len(a) == 2 and 4 in a for a in ages), "went on in the long round"
+    assert any(len(a) == 1 and 4 not in a for a in ages), "was ready before"
+    assert all([p for p, _ in s.tokens] == list(range(len(s.tokens))) for g in groups(kept) for s in g)
+
+
+@pytest.mark.parametrize("mode", ["prompt", "continue"])
+def test_unbiased_modes_train_what_plain_rollouts_train(mode):
+    """the proof: at a fixed policy the samples trained over whole periods are, one for one, those of plain rollouts, because a restart
+    repeats its noise (or goes on) and what is deferred comes back. So no length is preferred, whatever the law"""
+    for between, within in ((0, 1), (0.7, 0.7), (1, 0)):
+        rounds, _, kept, long = play(mode, law(between, within), 25)
+        while rounds.queue:                                      # drain
+            round = rounds.plan(lambda k: [])
+            kept.append([g for g in rounds.run(Engine(law(between, within)), round, {l.id: [1] for l in round.launches}, CAP) if g])
+        ids = {g[0].problem for g in groups(kept)}
+        _, _, plain, _ = play("off", law(between, within), len(ids) // PROMPTS)
+        address = lambda kept: sorted((s.problem, s.visit, s.index, len(s.tokens)) for g in groups(kept) for s in g)  # noqa: E731
+        assert address(kept) == address(plain)
+
+
+def true_mean(length, n=10000):
+    return np.mean([min(CAP, length(10**6 + i, 0, 0)) for i in range(n)])
+
+
+@pytest.mark.parametrize("between, within, low, high", [(0, 1, -0.40, -0.15), (1, 0, -0.07, 0.07)])
+def test_race_is_biased_where_the_tail_is_within_prompts(between, within, low, high):
+    """on a known law: the kept responses are a quarter shorter or more when samples of a prompt differ, as long when they do not; what is
+    measured without knowing the law agrees"""
+    length = law(between, within)
+    rounds, _, kept, _ = play("race", length, 60)
+    mean = np.mean([len(s.tokens) for g in groups(kept) for s in g])
+    assert low < mean / true_mean(length) - 1 < high
+    assert abs(rounds.bias - (mean / true_mean(length) - 1)) < 0.12
+    seen = rounds.evidence()
+    assert (seen["length_within"] > seen["length_between"]) == (within > between)
+
+
+def test_noise_drawn_anew_would_prefer_the_short():
+    """why a restart of the mode prompt repeats its noise: with new noise a prompt is trained on short groups it was lucky to get, and on
+    average ones where it was not"""
+    class Forgetful(Engine):
+        def submit(self, problem, prompt, n, max_new, *, visit=0, resume=()):
+            super().submit(problem, prompt, n, max_new, visit=self.round)
+    length = law(0, 1)
+    _, _, same, _ = play("prompt", length, 60)
+    _, _, anew, _ = play("prompt", length, 60, engine=Forgetful(length))
+    mean = lambda kept: np.mean([len(s.tokens) for g in groups(kept) for s in g])  # noqa: E731
+    assert mean(anew) < 0.92 * mean(same)
+    assert abs(mean(same) / true_mean(length) - 1) < 0.09, "three standard errors of so many samples"
+
+
+def test_lengths_of_what_was_aborted_are_estimated():
+    """exponential lengths, half of them aborted at a random time: the mean of those that ended is half the truth"""
+    rng = np.random.default_rng(0)
+    true, limit = rng.exponential(100, 20000), rng.exponential(100, 20000)
+    seen = [(min(a, b), int(a <= b)) for a, b in zip(true, limit)]
+    n, share = longer(seen)
+    mean = np.sum(np.diff(n, prepend=0) * np.concatenate(([1.0], share[:-1])))
+    assert abs(mean / 100 - 1) < 0.08 and np.mean([n for n, over in seen if over]) < 60
+
+
+def test_the_queue_survives_a_stop():
+    """state_dict in mid-period, a new Rounds: the same rounds as one that was never stopped"""
+    for mode in ("race", "prompt", "continue"):
+        whole, _, kept, _ = play(mode, law(0.5, 0.5), 12)
+        stream = ((i, 0) for i in itertools.count())
+        engine = Engine(law(0.5, 0.5))
+        first, _, begin, _ = play(mode, None, 3, engine=engine, fresh=stream)
+        again = Rounds(mode, PROMPTS, N)
+        again.load_state_dict(first.state_dict())
+        _, _, end, _ = play(mode, None, 9, engine=engine, rounds=again, fresh=stream)
+        lengths = lambda kept: [[(s.problem, s.visit, s.index, s.tokens) for s in g] for g in groups(kept)]  # noqa: E731
+        assert lengths(begin + end) == lengths(kept) and again.evidence() == whole.evidence()
+
+
+def test_few_problems_go_round():
+    """20 problems and rounds of 10: when all that is left waits in the queue, the queue is the round"""
+    left = list(range(15))
+
+    def fresh(k):
+        taken, left[:] = left[:k], left[k:]
+        return [(i, 0) for i in taken]
+    rounds, engine, kept = Rounds("prompt", 8, N), Engine(law(0.5, 0.5)), []
+    while left or rounds.queue:
+        round = rounds.plan(fresh)
+        kept += [g for g in rounds.run(engine, round, {l.id: [1] for l in round.launches}, CAP) if g]
+    assert sorted(g[0].problem for g in kept) == list(range(15))
+
+
+def test_rewards_decide_when_a_sample_is_in():
+    """a prompt whose rewards come late loses to others, though its samples ended first"""
+    slow, waiting = 2, []
+
+    def score(ended, idle):
+        waiting.extend((s, 30 if s.problem == slow else 0) for s in ended)
+        waiting[:] = [(s, n - 1) for s, n in waiting]
+        out = [s for s, n in waiting if n < 0 or idle]
+        waiting[:] = [(s, n) for s, n in waiting if not any(s is o for o in out)]
+        return out
+    rounds = Rounds("prompt", PROMPTS, N)
+    round = rounds.plan(lambda k: [(i, 0) for i in range(k)])
+    engine = Engine(lambda problem, visit, index: 3 + problem)
+    kept = [g[0].problem for g in rounds.run(engine, round, {i: [1] for i in range(10)}, CAP, score=score) if g]
+    assert slow not in kept and len(kept) == PROMPTS and slow in [l.id for l in rounds.queue]
+
+
+def test_samples_wait_for_room():
+    """fewer slots than samples: prompts are submitted as places become free, those that were not begun are queued untouched"""
+    rounds, engine = Rounds("prompt", PROMPTS, N), Engine(law(0.5, 0.5), slots=8)
+    round = rounds.plan(lambda k: [(i, 0) for i in range(k)])
+    most = []
+    for g in rounds.run(engine, round, {i: [1] for i in range(10)}, CAP, room=8 + 1):
+        most.append(engine.live)
+    assert len(most) == PROMPTS and max(most) <= 8 + N and len(rounds.queue) == 2
+
+
+def test_a_consumer_that_leaves_frees_the_engine():
+    rounds, engine = Rounds("prompt", PROMPTS, N), Engine(law(0.5, 0.5))
+    round = rounds.plan(lambda k: [(i, 0) for i in range(k)])
+    running = rounds.run(engine, round, {i: [1] for i in range(10)}, CAP)
+    next(running)
+    running.close()
+    assert engine.live == 0
+
+
+def test_a_shared_counter_lets_in_as_many_as_are_wanted():
+    box = [0]
+
+    def add(k):
+        box[0] += k
+        return box[0]
+    one, two = as_they_come(3, add), as_they_come(3, add)
+    assert one([(1, 0), (1, 1)]) == ([(1, 0), (1, 1)], 2)
+    assert two([(1, 2), (1, 3)]) == ([(1, 2)], 4)
+    assert one([]) == ([], 4)
+
+
+# -----------------------------------------------------------------------------
+# ranks: each has an engine of its own and half of the prompts
+
+def seven_rounds(rank, world):
+    """-> a line a round: which samples were kept, what is queued, and the evidence."""
+    state, engine, stream, lines = Rounds("race", PROMPTS, N), Engine(law(0.5, 0.5)), itertools.count(), []
+    for _ in range(7):
+        round = state.plan(lambda k: [(next(stream), 0) for _ in range(k)])
+        mine = range(rank, len(round.launches), world)
+        got = [g for g in state.run(engine, round, {l.id: [1] for l in round.launches}, CAP, mine=mine, every=16) if g]
+        kept = sorted((g[0].problem, g[0].visit, [s.index for s in g]) for part in gather(got) for g in part)
+        lines.append(f"{kept} {[(l.id, l.visit) for l in state.queue]} {round.long} {state.evidence()}")
+    return lines
+
+
+def test_two_ranks_race_as_one(ranks):
+    """events are exchanged every 16 steps, and what counts is the step at which a prompt was done: the same prompts win on two ranks as on
+    one, the same are queued in the same order, and the evidence is the same"""
+    code = (f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import test_tail as t, common.run as run\n"
+            "env = run.start('cpu', threads=1); print(*t.seven_rounds(env.rank, env.world), sep='\\n')")
+    one, two = seven_rounds(0, 1), ranks(2, code)
+    assert two[0].splitlines() == two[1].splitlines() == one
+
+
+DEATH = """
+import os, signal, sys
+import common.run as run, nanorl, rollout
+run.GONE = 5.0
+step, count = rollout.Sampler.step, [0]
+def dies(self):
+    count[0] += 1
+    if os.environ["RANK"] == "1" and count[0] == 700:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+rollout.Sampler.step = dies
+nanorl.main(sys.argv[1:])
+"""
+
+
+def test_a_rank_that_dies_is_named_and_the_run_goes_on(own, ranks):
+    """killed in the middle of a rollout, while the others wait in a collective, whose own error is about a socket: within a minute they
+    stop with the rank's name, and --resume goes on, here with one rank"""
+    argv = [*own, "--tail-batching", "race", "--steps", "20", "--save-every", "1"]
+    begin = time.monotonic()
+    with pytest.raises(AssertionError, match="rank 1 died: no sign of life"):
+        ranks(2, DEATH, *argv)
+    assert time.monotonic() - begin < 60
+    last = nanorl.newest("runs/rl")[1]
+    assert 1 <= last < 20
+    nanorl.main([*argv, "--resume"])
+    assert [m["step"] for m in metrics()] == list(range(21))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_raises_is_named(ranks, tmp_path, rank):
+    """rank 0 holds the store through which ranks speak, and stays until its last word was read"""
+    code = ("import sys, common.run as run\nenv = run.start('cpu', threads=1)\nsys.stderr = open(f'said_{env.rank}', 'w', buffering=1)\n"
+            "for i in range(9):\n    run.gather(i)\n    if i == 5 and env.rank == int(sys.argv[1]):\n"
+            "        raise ValueError('out of memory, say')")
+    with pytest.raises(AssertionError, match="ended with 1"):
+        ranks(2, code, rank)
+    assert f"error: rank {rank} raised ValueError: out of memory, say" in (tmp_path / f"said_{1 - rank}").read_text()
+
+
+# -----------------------------------------------------------------------------
+# the RL loop
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """a random tiny model, prompts and a reward of one's own"""
+    tok = data.tokenizer("chars")
+    g = torch.Generator().manual_seed(0)
+    model = GPT(GPTConfig(tok.vocab_size, 2, 2, 1, 16, 32, 48, 256, 10000.0)).init_weights(0)
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
+    model.save_hf(tmp_path / "base", tok)
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(dict(prompt=f"question {i}:")) + "\n" for i in range(23)))
+    (tmp_path / "my.py").write_text("def score(problem, text):\n    return sum(c in '0123456789' for c in text) / 8\n")
+    monkeypatch.chdir(tmp_path)
+    return ("--init base --data my.jsonl --reward my.py:score --device cpu --threads 1 --prompts 4 --n 4 --max-new 120 --steps 6 "
+            "--row-tokens 512 --eval-n 4 --final-n 4 --eval-every 0 --save-every 9 --lr 1e-3 --warmup 1 --workers 1").split()
+
+
+def metrics(name="rl"):
+    return [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return GPT.from_hf(folder).state_dict()
+
+
+@pytest.mark.parametrize("mode", ["race", "prompt", "continue"])
+def test_resumed_equals_never_stopped(own, monkeypatch, mode):
+    """stopped with a queue: the long round that comes next runs the same prompts, with the tokens they had"""
+    own += ["--tail-batching", mode]
+    nanorl.main([*own, "--name", "whole"])
+    with monkeypatch.context() as patch:
+        calls = []
+        patch.setattr(nanorl.Run, "stopping", lambda self: calls.append(1) or len(calls) == 3)
+        with pytest.raises(SystemExit):
+            nanorl.main([*own, "--name", "parts"])
+    assert metrics("parts")[-1]["queue"] == 3
+    nanorl.main([*own, "--name", "parts", "--resume"])
+    one, two = weights("runs/whole/ckpt/step_6"), weights("runs/parts/ckpt/step_6")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    m = metrics("whole")
+    assert [row["long"] for row in m[1:]] == [0, 0, 0, 0, 1, 0] and all(row["groups"] == 4 for row in m[1:])
+    assert m[5]["older"] > 0 if mode == "continue" else m[1]["wasted"] > 0
+    assert max(row["sampler_max"] for row in m[1:5]) < 1e-5, "in a short round every token is of the policy that is trained"
+
+
+def test_two_ranks_equal_one(own, ranks):
+    """rung 9 with a race: the same rounds and, after a whole period, the same weights"""
+    own += ["--tail-batching", "prompt", "--steps", "5"]
+    nanorl.main([*own, "--name", "one"])
+    ranks(2, "import sys, nanorl; nanorl.main(sys.argv[1:])", *own, "--name", "two")
+    one, two = weights("runs/one/ckpt/step_5"), weights("runs/two/ckpt/step_5")
+    assert all(torch.allclose(one[k], two[k], atol=5e-5) for k in one)
+    assert [m.get("queue") for m in metrics("one")] == [m.get("queue") for m in metrics("two")]
+
+
+def test_a_problem_that_comes_up_while_it_waits_is_put_off():
+    """3 epochs of 11 problems: each is launched once an epoch, though some wait in the queue when the next epoch comes to them"""
+    rl = SimpleNamespace(config=nanorl.Config(), problems=[data.Problem("", id=i) for i in range(11)], visits={}, late=[],
+                         rounds=Rounds("prompt", 4, 2))
+    at, launched, engine = 0, Counter(), Engine(law(0.5, 0.5))
+    while at < 33 or rl.late:
+        round, by_id, at = nanorl.next_round(rl, at, None)
+        assert len(by_id) == len(round.launches), "different ones"
+        launched.update((l.id, l.visit) for l in round.launches if not round.long)
+        for g in rl.rounds.run(engine, round, {i: [1] for i in by_id}, CAP):
+            rl.visits[g[0].problem] = g[0].visit + 1
+    assert at >= 33 and max(launched.values()) == 1, "no noise twice"
+    assert all(at // 11 <= sum(p == i for p, _ in launched) <= -(-at // 11) for i in range(11))
+
+
+# -----------------------------------------------------------------------------
+# --stream
+
+
+def test_streaming_is_exact(own):
+    """the gradient of groups that are back-propagated one by one before the rollout is whole is that of the batch: sums, one division.
+    Here for three of five, in fp32, in parts of 1e-6 of its largest entry"""
+    config = nanorl.Config(init="base", data="my.jsonl", reward="my.py:score", device="cpu", threads=1, max_new=30, row_tokens=512, n=4,
+                           stream=True, deterministic=False, algo="grpo", aggregate="token", kl_coef=0.1, final_n=4, eval_n=4)
+    rl = nanorl.setup(config)
+    groups = list(nanorl.collect(rl, rl.problems[:5], 4))
+    for g in groups:
+        nanorl.advantage(g, rl.config)
+    grads, totals = [], []
+    for early in ([], groups[:3]):
+        rl.normaliser = 0.0
+        ahead = {nanorl.address(g[0]): nanorl.stream(rl, g) for g in early}
+        stats = nanorl.backward(rl, groups, nanorl.make_loss(rl.config, reference=rl.reference), ahead)
+        grads.append([p.grad.clone() for p in rl.model.parameters()])
+        totals.append((rl.normaliser, stats["tokens"], round(stats["entropy"], 2)))
+        rl.model.zero_grad()
+    rl.workers.close()
+    assert totals[0] == totals[1]
+    for a, b in zip(*grads):
+        assert (a - b).abs().max() <= 1e-6 * max(1.0, a.abs().max()) and a.abs().max() > 0
+
+
+@pytest.mark.parametrize("more", [[], ["--tail-batching", "prompt"]])
+def test_a_rank_with_nothing_left_streams(own, ranks, more):
+    """two ranks, one of which samples slowly: the other learns from its groups meanwhile, and the weights are those of a step without"""
+    slow = ("import os, sys, time, rollout, nanorl\nstep = rollout.Sampler.step\n"
+            "def late(self):\n    time.sleep(0.01 * int(os.environ.get('RANK', '0')))\n    return step(self)\n"
+            "rollout.Sampler.step = late\n"
+            "rank, world = int(os.environ.get('RANK', '0')), int(os.environ.get('WORLD_SIZE', '1'))\n"
+            "rollout.Sampler.deal = lambda self, limits, ids: iter(range(rank, len(ids), world))\n"
+            "nanorl.main(sys.argv[1:])")
+    own += ["--steps", "1", "--prompts", "6", *more, "--more-prompts", "1"]
+    nanorl.main([*own, "--name", "one"])
+    ranks(2, slow, *own, "--name", "two", "--stream", "--no-deterministic")
+    assert metrics("two")[-1]["streamed"] > 0
+    one, two, base = weights("runs/one/ckpt/step_1"), weights("runs/two/ckpt/step_1"), weights("base")
+    assert all(torch.allclose(one[k], two[k], atol=5e-5) for k in one) and any(not torch.equal(one[k], base[k]) for k in one)
+
+
+# -----------------------------------------------------------------------------
+# bad input, a warning, rewards that nobody wants
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--tail-batching", "rase"], "did you mean race"),
+    (["--tail-batching", "race", "--more-prompts", "0.5"], "at least what is wanted"),
+    (["--tail-batching", "continue", "--tis", "0"], "--tis 0"),
+    (["--stream"], "--no-deterministic"),
+    (["--stream", "--no-deterministic", "--cov", "clip"], "--cov"),
+    (["--stream", "--no-deterministic", "--minibatch", "2"], "--minibatch"),
+    (["--stream", "--no-deterministic", "--epochs", "2"], "--epochs"),
+])
+def test_bad_input_is_one_line(own, capsys, argv, words):
+    with pytest.raises(SystemExit) as stopped:
+        nanorl.main([*own, *argv])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(error) == 1 and words in error[0], error
+    assert not Path("runs").exists()
+
+
+def test_votes_are_not_raced(own, capsys):
+    """test-time RL: the first votes that are in are the short ones, so a race would let them elect the label"""
+    with pytest.raises(SystemExit) as stopped:
+        ttrl.main(["--init", "base", "--tail-batching", "race"])
+    assert stopped.value.code == 2 and "race" in capsys.readouterr().err
+
+
+def test_a_biased_race_is_worth_a_word():
+    calm = dict(zero_var=0.3, truncated=0.0, entropy=1.0, sampler_kl=1e-9, repetition=0.0, length_bias=math.nan)
+    assert nanorl.warnings([calm, calm], nanorl.Config()) == []
+    (words,) = nanorl.warnings([calm, {**calm, "length_bias": -0.21}], nanorl.Config())
+    assert "21% shorter" in words and "--tail-batching prompt" in words
+    older = {**calm, "sampler_kl": 0.1, "older": 0.4}
+    assert nanorl.warnings([calm, older], nanorl.Config()) == [], "tokens of an older policy are meant to differ"
+
+
+def test_forgotten_rewards_do_not_come_back(own):
+    Path("my.py").write_text("import time\ndef score(problem, text):\n    time.sleep(0.2)\n    return float(text)\n")
+    rewards = Rewards("my.py:score", workers=1)
+    problem = data.Problem("", id=0)
+    for i in range(4):
+        rewards.put((0, i), problem, str(i))
+    while not rewards.workers or not rewards.workers[0].jobs:
+        rewards._pump(wait=True)
+    rewards.forget()
+    rewards.put((1, 0), problem, "7")
+    assert [(key, value) for key, value, _ in rewards.get(block=True)] == [((1, 0), 7.0)] and rewards.get(block=True) == []
+    rewards.close()
+
+
+# -----------------------------------------------------------------------------
+# the simulator
+
+
+def test_a_simulated_gpu_is_an_engine():
+    """one GPU whose step takes a second, whatever its rows: rounds take as many seconds as the token-by-token engine takes steps, and keep
+    the same samples"""
+    length = law(0.5, 0.5)
+    lengths = lambda problem, visit: [min(CAP, length(problem, visit, i)) for i in range(9)]  # noqa: E731
+
+    class Cluster(simulate.Cluster):
+        round = 0
+
+    class Counting(Engine):
+        now = 0
+
+        def step(self):
+            self.now += 1
+            return super().step()
+
+    for mode in ("off", "race", "prompt", "continue", "april"):
+        seen = []
+        for engine in (Cluster(1, lengths, (lambda n: 1.0, 0.0, 0.0), 999), Counting(length)):
+            clock, stream, rounds = [], ((i, 0) for i in itertools.count()), Rounds(mode, PROMPTS, N)
+            for _ in range(11):
+                _, _, (kept,), _ = play(mode, None, 1, engine=engine, rounds=rounds, fresh=stream)
+                clock.append((round(engine.now, 6), sorted((s.problem, s.visit, s.index, len(s.tokens)) for g in kept for s in g)))
+            seen.append(clock)
+        assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("trace", ["", "lengths.csv", "lengths.json"])
+def test_simulate_prints_a_table_and_a_picture(tmp_path, monkeypatch, capsys, trace):
+    monkeypatch.chdir(tmp_path)
+    Path("lengths.csv").write_text("TIMESTAMP,GeneratedTokens\n" + "".join(f"0,{n}\n" for n in range(1, 200)))
+    Path("lengths.json").write_text(json.dumps([[n, n + 5, 3 * n] for n in range(1, 60)]))
+    argv = "--gpus 4 --prompts 8 --n 4 --rounds 5 --cap 512 --median 20 --no-table".split()
+    numbers = simulate.main([*argv, *(["--trace", trace] if trace else [])])
+    assert 0 < numbers["race over plain"] < 2 and numbers["prompt bias"] == numbers["continue bias"] == 0
+    assert "| continue |" in capsys.readouterr().out and Path("simulate.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--trace", "nowhere.csv"], "nowhere.csv"),
+    (["--trace", "other.csv"], "GeneratedTokens"),
+    (["--cost", "nowhere.json"], "nowhere.json"),
+    (["--between", "2"], "--between"),
+    (["--gpus", "0"], "--gpus"),
+])
+def test_simulate_refuses(tmp_path, monkeypatch, capsys, argv, words):
+    monkeypatch.chdir(tmp_path)
+    Path("other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit) as stopped:
+        simulate.main(argv)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(error) == 1 and words in error[0]
