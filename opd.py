@@ -704,8 +704,8 @@ def main(argv=None):
     bar.close()
     rl.workers.close()
     if env.master:
-        view.curves(run.folder)
-        run.log(f"wrote {run.folder}: curves.png, samples.jsonl, and the model in ckpt/step_{now} (a Hugging Face folder)")
+        view.pages(run.folder)
+        run.log(f"wrote {run.folder}: curves.png, samples.html, and the model in ckpt/step_{now} (a Hugging Face folder)")
     run.close()
 
 
