@@ -213,6 +213,24 @@ def test_a_prompt_in_chunks_is_one_fast_call(monkeypatch):
 # the loss and the rehearsal
 
 
+def test_compiled_blocks_serve_rows_of_any_lengths():
+    """A row's attention holds the row's lengths. Compiled along with the block they were part of the program, so that every row compiled
+    a new one until torch gave up: --compile was slower than nothing, without a word."""
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny()
+    model.compiled = True
+    for block in model.blocks:
+        block.compile(dynamic=True, backend="eager")
+    for n in (30, 41, 52, 63, 74, 85):
+        tokens = torch.arange(n) % 50
+        model(tokens, tokens, kernels.packed_attention([0, n - 11, n], n)).sum().backward()
+    graphs, frames = counters["stats"]["unique_graphs"], counters["frames"]
+    torch._dynamo.reset()
+    assert 0 < graphs < torch._dynamo.config.recompile_limit and frames["ok"] == frames["total"], (graphs, dict(frames))
+
+
 def batch_of(model, n=3):
     g = torch.Generator().manual_seed(0)
     samples = [Sample([1, 2, 3], torch.randint(61, (4 + i,), generator=g).tolist(), [-1.0] * (4 + i), "length", 0, i, 0, advantage=i - 1.0)
