@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
 
-from common.run import FEW, times
+from common.run import FEW, times, spare
 
 try:
     import triton
@@ -631,7 +631,12 @@ def _logprob(hidden_ND, weight_VD, ids_NK, temperature):
     assert temperature > 0, f"temperature {temperature}: a softmax needs one above 0"
     if fused(hidden_ND) and N and K <= 64:                       # beyond, a row's (K, K) comparison no longer fits its program
         return _LogprobFused.apply(hidden_ND, weight_VD, ids_NK, temperature)
-    return _LogprobAt.apply(hidden_ND, weight_VD, ids_NK, temperature)
+    N = ids_NK.shape[0]
+    more = spare(N, hidden_ND)
+    if more:
+        hidden_ND, ids_NK = F.pad(hidden_ND, (0, 0, 0, more)), F.pad(ids_NK, (0, 0, 0, more))
+    logp_NK, entropy_N = _LogprobAt.apply(hidden_ND, weight_VD, ids_NK, temperature)
+    return (logp_NK[:N], entropy_N[:N]) if more else (logp_NK, entropy_N)
 
 
 def linear_logprob(hidden_ND, weight_VD, targets_N, temperature=1.0):

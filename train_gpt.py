@@ -26,6 +26,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,7 +34,7 @@ import data
 import kernels
 from common import hf, view
 from common.optim import Optimizer
-from common.run import Run, all_sum, barrier, die, flags, progress, start
+from common.run import Run, all_sum, barrier, die, flags, progress, spare, start
 from kernels import linear, linear_logprob, packed_attention, qk_norm_rope, rms_norm, rope_tables, swiglu, uniform
 from pack import pack
 
@@ -136,16 +137,20 @@ class GPT(nn.Module):
         if self._rope is None or self._rope[0].device != tokens_T.device:
             inv_freq, scale = rope_frequencies(self.config)
             self._rope = inv_freq.to(tokens_T.device), scale
+        x_TD, T = self.embed(tokens_T), len(tokens_T)
+        more = spare(T, x_TD)                                    # rows of zeros that no sequence sees
+        if more:
+            x_TD, positions_T, inner = F.pad(x_TD, (0, 0, 0, more)), F.pad(positions_T, (0, more)), attend
+            attend = lambda layer, q, k, v: F.pad(inner(layer, q[:T], k[:T], v[:T]), (0, 0, 0, 0, 0, more))  # noqa: E731
         cos_T, sin_T = rope_tables(positions_T, *self._rope)     # (T, head_dim/2)
         if self.compiled:                                        # a row's attend holds its lengths: compiled in, each row would recompile
             attend = torch.compiler.disable(attend)
-        x_TD = self.embed(tokens_T)
         for layer, block in enumerate(self.blocks):
             if self.checkpoint and torch.is_grad_enabled():
                 x_TD = checkpoint(block, x_TD, cos_T, sin_T, attend, layer, use_reentrant=False)
             else:
                 x_TD = block(x_TD, cos_T, sin_T, attend, layer)
-        return self.norm(x_TD)                                   # (T, D): hidden states; the head is the caller's
+        return self.norm(x_TD[:T])                               # (T, D): hidden states; the head is the caller's
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -206,7 +211,7 @@ class Config:
     data: str = "mixed"                  # a task (its corpus), a text file, a folder of .bin token shards, or chats in a .jsonl file
     tokenizer: str = "numbers"           # chars, numbers, bytes, gpt2, or a folder; with --init the folder's own
     init: str = ""                       # a Hugging Face folder or a run to start from; its shape then wins over the flags
-    steps: int = 900                     # optimizer steps
+    steps: int = 860                     # optimizer steps
     batch: int = 64                      # documents a step, over all ranks
     row_tokens: int = 4096               # tokens of one packed row (a micro-batch)
     seq_len: int = 1024                  # tokens of a document cut from a text or from shards; longer documents are cut to it

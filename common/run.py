@@ -278,6 +278,12 @@ FEW = 4                                                # rows of x: with fewer t
 LARGE = 1 << 20                                        # unless w is so large: one row by 32,000 x 288 takes it 2.4 times as long
 
 
+def spare(rows, like):
+    """How many rows to add so that oneDNN has met their number before. It compiles each product for its shape, which takes longer than
+    the product, and the rows of ragged batches would be new at every step."""
+    return -rows % 64 if ONEDNN and rows > 256 and like.is_cpu and like.dtype == torch.float32 else 0
+
+
 def times(x, w):
     """x w^T. Two fp32 matrices on a CPU go to oneDNN: the BLAS that torch links takes its AVX2 path on AMD, and oneDNN is 1.3 to
     2.4 times as fast there. It also sums each row in the same order whatever the number of rows. No autograd: see kernels.linear."""
