@@ -211,7 +211,7 @@ class Config:
     data: str = "mixed"                  # a task (its corpus), a text file, a folder of .bin token shards, or chats in a .jsonl file
     tokenizer: str = "numbers"           # chars, numbers, bytes, gpt2, or a folder; with --init the folder's own
     init: str = ""                       # a Hugging Face folder or a run to start from; its shape then wins over the flags
-    steps: int = 860                     # optimizer steps
+    steps: int = 1060                    # optimizer steps
     batch: int = 64                      # documents a step, over all ranks
     row_tokens: int = 4096               # tokens of one packed row (a micro-batch)
     seq_len: int = 1024                  # tokens of a document cut from a text or from shards; longer documents are cut to it
