@@ -162,7 +162,7 @@ class Config:
     max_new: int = 48                    # tokens of a sample, at most; look at `truncated` before anything else
     temperature: float | None = None     # of the rollout, and of the log-probs that are trained; 1 unless the row says otherwise
     top_p: float = 1.0                   # 1: off; otherwise corrected by the mass it kept
-    problems: int = 8192                 # training problems, at most; the epochs repeat them with new noise
+    problems: int = 11000                # training problems, at most; the epochs repeat them with new noise
     lr: float = 2e-3                     # AdamW
     muon_lr: float = 0.0                 # Muon for the matrices of the blocks, with this learning rate; 0: AdamW for all
     warmup: int = 5                      # steps of linear warm-up
