@@ -398,6 +398,8 @@ def drive(folder, code):
 def test_ctrl_c_leaves_the_workers_alone(folder):
     """it reaches the whole group of a terminal; the run finishes its step and saves, and for that it needs its rewards"""
     p = drive(folder, """
+        put("sleep 0.2", "sleep 0.2")                 # so that both have started: one of them may have done all before
+        drain()
         put("sleep 0.7", "sleep 0.7")
         rewards.get()
         print(json.dumps(pids), flush=True)

@@ -414,13 +414,16 @@ def test_resumed_equals_never_stopped(own, monkeypatch, mode):
 
 
 def test_two_ranks_equal_one(own, ranks):
-    """rung 9 with a race: the same rounds and, after a whole period, the same weights"""
-    own += ["--tail-batching", "prompt", "--steps", "5"]
+    """rung 9 with a race: the same rounds, gradients and, after a whole period, weights. At a small rate: Adam's first steps turn the
+    rounding of a gradient near zero into a step of +-lr, and at 1e-3 that is enough to flip a token of the rounds after it"""
+    own += ["--tail-batching", "prompt", "--steps", "5", "--lr", "1e-4"]
     nanorl.main([*own, "--name", "one"])
     ranks(2, "import sys, nanorl; nanorl.main(sys.argv[1:])", *own, "--name", "two")
     one, two = weights("runs/one/ckpt/step_5"), weights("runs/two/ckpt/step_5")
     assert all(torch.allclose(one[k], two[k], atol=5e-5) for k in one)
-    assert [m.get("queue") for m in metrics("one")] == [m.get("queue") for m in metrics("two")]
+    one, two = metrics("one"), metrics("two")
+    assert [m.get("queue") for m in one] == [m.get("queue") for m in two]
+    assert [m["grad_norm"] for m in one[1:]] == pytest.approx([m["grad_norm"] for m in two[1:]], rel=1e-4)
 
 
 def test_a_problem_that_comes_up_while_it_waits_is_put_off():
