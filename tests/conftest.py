@@ -1,4 +1,5 @@
 """what every test shares: the repo root first on the path (the scripts are not installed), one thread, no stray torchrun variables"""
+import json
 import os
 import socket
 import subprocess
@@ -52,3 +53,24 @@ def one_process(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
     return go
+
+
+@pytest.fixture
+def tiny_base(tmp_path, monkeypatch):
+    """tiny_base(prompts): a random tiny model in ./base; and so many prompts of one's own, with a reward that has variance (digits)"""
+    def make(prompts=0):
+        import data
+        from train_gpt import GPT, GPTConfig
+        tok = data.tokenizer("chars")
+        g = torch.Generator().manual_seed(0)
+        model = GPT(GPTConfig(tok.vocab_size, 2, 2, 1, 16, 32, 48, 256, 10000.0)).init_weights(0)
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
+        model.save_hf(tmp_path / "base", tok)
+        if prompts:
+            rows = [json.dumps(dict(prompt=f"question {i}:")) + "\n" for i in range(prompts)]
+            (tmp_path / "my.jsonl").write_text("".join(rows))
+            (tmp_path / "my.py").write_text("def score(problem, text):\n    return sum(c in '0123456789' for c in text) / 8\n")
+        monkeypatch.chdir(tmp_path)
+    return make

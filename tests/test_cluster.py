@@ -9,27 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-import data
 import nanorl
-from train_gpt import GPT, GPTConfig
+from train_gpt import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def flags(tmp_path, monkeypatch):
-    tok = data.tokenizer("chars")
-    model = GPT(GPTConfig(tok.vocab_size, 2, 2, 1, 16, 32, 48, 256, 10000.0)).init_weights(0)
-    g = torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        if p.ndim == 2:
-            p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
-    model.save_hf(tmp_path / "base", tok)
-    (tmp_path / "my.jsonl").write_text("".join(json.dumps(dict(prompt=f"question {i}:")) + "\n" for i in range(60)))
-    (tmp_path / "my.py").write_text("def score(problem, text):\n    return sum(c in '0123456789' for c in text) / 8\n")
-    monkeypatch.chdir(tmp_path)
+def flags(tiny_base):
+    tiny_base(60)
     return ("--init base --data my.jsonl --reward my.py:score --device cpu --threads 1 --prompts 5 --n 4 --max-new 10 --steps 2 --lr 1e-2 "
             "--eval-n 4 --final-n 4 --eval-every 0 --save-every 1 --warmup 1 --workers 1 --row-tokens 128 --muon-lr 1e-2").split()
 

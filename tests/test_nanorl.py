@@ -16,7 +16,7 @@ import nanorl
 from bench import algorithms
 from examples import darling
 from nanorl import Config, warnings
-from train_gpt import GPT, GPTConfig
+from train_gpt import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,17 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    tok = data.tokenizer("chars")
-    g = torch.Generator().manual_seed(0)
-    model = GPT(GPTConfig(tok.vocab_size, 2, 2, 1, 16, 32, 48, 256, 10000.0)).init_weights(0)
-    for p in model.parameters():
-        if p.ndim == 2:
-            p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
-    model.save_hf(tmp_path / "base", tok)
-    (tmp_path / "my.jsonl").write_text("".join(json.dumps(dict(prompt=f"question {i}:")) + "\n" for i in range(60)))
-    (tmp_path / "my.py").write_text("def score(problem, text):\n    return sum(c in '0123456789' for c in text) / 8\n")
-    monkeypatch.chdir(tmp_path)
+def own(tiny_base):
+    tiny_base(60)
     return ("--init base --data my.jsonl --reward my.py:score --device cpu --threads 1 --prompts 5 --n 4 --max-new 10 --steps 4 "
             "--row-tokens 128 "
             "--eval-n 4 --final-n 4 --eval-every 2 --save-every 2 --lr 1e-2 --warmup 1 --workers 1").split()

@@ -20,7 +20,7 @@ from bench import simulate
 from common.reward import Rewards
 from common.run import gather
 from pack import Rounds, as_they_come, longer
-from train_gpt import GPT, GPTConfig
+from train_gpt import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -369,18 +369,9 @@ def test_a_rank_that_raises_is_named(ranks, tmp_path, rank):
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def own(tiny_base):
     """a random tiny model, prompts and a reward of one's own"""
-    tok = data.tokenizer("chars")
-    g = torch.Generator().manual_seed(0)
-    model = GPT(GPTConfig(tok.vocab_size, 2, 2, 1, 16, 32, 48, 256, 10000.0)).init_weights(0)
-    for p in model.parameters():
-        if p.ndim == 2:
-            p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
-    model.save_hf(tmp_path / "base", tok)
-    (tmp_path / "my.jsonl").write_text("".join(json.dumps(dict(prompt=f"question {i}:")) + "\n" for i in range(23)))
-    (tmp_path / "my.py").write_text("def score(problem, text):\n    return sum(c in '0123456789' for c in text) / 8\n")
-    monkeypatch.chdir(tmp_path)
+    tiny_base(23)
     return ("--init base --data my.jsonl --reward my.py:score --device cpu --threads 1 --prompts 4 --n 4 --max-new 120 --steps 6 "
             "--row-tokens 512 --eval-n 4 --final-n 4 --eval-every 0 --save-every 9 --lr 1e-3 --warmup 1 --workers 1").split()
 

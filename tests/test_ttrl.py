@@ -14,7 +14,7 @@ import nanorl
 import ttrl
 from data import Problem
 from ttrl import Config, Graders, configure, ended, idle, lot, means, record, remember, rewards, take, votes
-from train_gpt import GPT, GPTConfig
+from train_gpt import GPT
 
 
 class Fractions:
@@ -241,15 +241,8 @@ ARGV = ("--init base --task letters --device cpu --threads 1 --questions 10 --un
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    tok = data.tokenizer("chars")
-    model = GPT(GPTConfig(tok.vocab_size, 2, 2, 1, 16, 32, 48, 256, 10000.0)).init_weights(0)
-    g = torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        if p.ndim == 2:
-            p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
-    model.save_hf(tmp_path / "base", tok)
-    monkeypatch.chdir(tmp_path)
+def own(tiny_base, monkeypatch):
+    tiny_base()
     letters_only(monkeypatch.setattr)
     return ARGV
 
