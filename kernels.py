@@ -631,7 +631,6 @@ def _logprob(hidden_ND, weight_VD, ids_NK, temperature):
     assert temperature > 0, f"temperature {temperature}: a softmax needs one above 0"
     if fused(hidden_ND) and N and K <= 64:                       # beyond, a row's (K, K) comparison no longer fits its program
         return _LogprobFused.apply(hidden_ND, weight_VD, ids_NK, temperature)
-    N = ids_NK.shape[0]
     more = spare(N, hidden_ND)
     if more:
         hidden_ND, ids_NK = F.pad(hidden_ND, (0, 0, 0, more)), F.pad(ids_NK, (0, 0, 0, more))

@@ -542,6 +542,12 @@ def groups_of(rl, at, want):
     return until_all(), at
 
 
+def share_visits(rl):
+    """Every rank knows the visits of every problem: it may meet another rank next time."""
+    for part in gather(rl.visits):
+        rl.visits = {k: max(rl.visits.get(k, 0), part.get(k, 0)) for k in rl.visits | part}
+
+
 def everyone(rl, groups):
     """The groups of all ranks, by their address: the same list everywhere, however many ranks there are."""
     begin = time.perf_counter()
@@ -885,8 +891,7 @@ def main(argv=None):
             sampled += rl.rounds.wasted if rl.rounds and env.master else 0
         stats = learn(rl, groups, ahead if config.stream else None)
         rl.spent += all_sum(sampled)
-        for part in gather(rl.visits):                           # a problem may meet another rank next time
-            rl.visits = {k: max(rl.visits.get(k, 0), part.get(k, 0)) for k in rl.visits | part}
+        share_visits(rl)
 
         # ---- log
         numbers = summary(rl, groups, dropped, stats, time.perf_counter() - clock)

@@ -48,7 +48,8 @@ from common.optim import Optimizer
 from common.run import Run, all_sum, die, flags, gather, progress
 from evaluate import evaluate, prompt_ids, words
 from kernels import linear_logprob, linear_logprob_at, linear_topk
-from nanorl import BASELINES, address, collect, next_problems, predicting, sample_rows, setup, step, summary, update, warnings
+from nanorl import (BASELINES, address, collect, next_problems, predicting, sample_rows, setup, share_visits, step, summary, update,
+                    warnings)
 from opd_check import load_teacher, log_softmax, look, looked, repeated, stop_class
 from rollout import Sample, Sampler
 from ttrl import keep
@@ -660,8 +661,7 @@ def main(argv=None):
         stats |= step(rl)
         rl.spent += all_sum(sum(len(s.tokens) for g in groups for s in g))
         for side in (rl, writer) if writer else (rl,):
-            for part in gather(side.visits):
-                side.visits = {k: max(side.visits.get(k, 0), part.get(k, 0)) for k in side.visits | part}
+            share_visits(side)
 
         # ---- log
         numbers = summary(rl, groups, 0, stats, time.perf_counter() - clock) | diagnosis(stats, rl.model.config.d_model)

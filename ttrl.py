@@ -47,7 +47,7 @@ import nanorl
 from common import hf, view
 from common.run import Run, all_max, barrier, die, flags, gather, progress
 from evaluate import completion, evaluate, words
-from nanorl import advantage, collect, make_loss, next_problems, sample_rows, setup, step, summary, update, warnings
+from nanorl import advantage, collect, make_loss, next_problems, sample_rows, setup, share_visits, step, summary, update, warnings
 
 
 @dataclass
@@ -519,8 +519,7 @@ def main(argv=None):
         at += len(todo)
         stats = update(rl, trained, loss)
         stats |= step(rl)
-        for part in gather(rl.visits):
-            rl.visits = {k: max(rl.visits.get(k, 0), part.get(k, 0)) for k in rl.visits | part}
+        share_visits(rl)
         rows = [remember(rl.task, memory, row) for row in sorted((r for part in gather(rows) for r in part), key=lambda r: r["problem"])]
 
         # ---- log

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402  (a script in a folder of its own finds the rest of the house one floor up)
 import nanorl  # noqa: E402
 from common import view  # noqa: E402
-from common.run import Run, all_sum, die, flags, gather  # noqa: E402
+from common.run import Run, all_sum, die, flags  # noqa: E402
 from evaluate import completion, evaluate, words  # noqa: E402
 
 
@@ -113,8 +113,7 @@ def main(argv=None):
             factors += [d for d, r in zip(factor, rewards) if r > 0.5]
             groups.append(group)
         stats = nanorl.learn(rl, groups)
-        for part in gather(rl.visits):
-            rl.visits = {k: max(rl.visits.get(k, 0), part.get(k, 0)) for k in rl.visits | part}
+        nanorl.share_visits(rl)
 
         # ---- log
         numbers = nanorl.summary(rl, groups, 0, stats, time.perf_counter() - clock)
