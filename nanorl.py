@@ -414,29 +414,45 @@ def next_problems(rl, at, count):
 def collect(rl, problems, n):
     """Yields the groups of this rank as they finish, rewards in. Rewards run in worker processes while sampling goes on."""
     c, sampler, clock = rl.config, rl.sampler, rl.clock
-    by_id, groups, scored = {p.id: p for p in problems}, {}, {}
+    by_id, groups, scored = {p.id: p for p in problems}, {}, {}  # scored: the indices whose reward is in, and that may be nan
     ids = list(by_id)
-    mine, more = sampler.deal([c.max_new] * len(ids), ids), True
-    while more or groups:
+    mine, more, left = sampler.deal([c.max_new] * len(ids), ids), True, True
+
+    def score(s):
+        rl.workers.put((s.problem, s.index, s.visit), by_id[s.problem], completion(s, rl.tok))
+
+    def submit(id, n, resume=()):
+        sampler.submit(id, prompt_ids(by_id[id], rl.tok), n, c.max_new, seed=c.seed, visit=rl.visits.get(id, 0), temperature=c.temperature,
+                       top_p=c.top_p, resume=resume)
+        scored[id] = {s.index for s in groups[id] if not math.isnan(s.reward)}
+        for s in groups[id]:                                     # a group that began on another rank
+            if s.index not in scored[id]:
+                score(s)
+
+    while more or groups or left:
         begin = time.perf_counter()
         while more and sampler.live < sampler.slots + n:         # no further ahead: another rank may be free sooner
             i = next(mine, None)
             more = i is not None
             if more:
-                groups[ids[i]], scored[ids[i]] = [], 0
-                sampler.submit(ids[i], prompt_ids(by_id[ids[i]], rl.tok), n, c.max_new, seed=c.seed, visit=rl.visits.get(ids[i], 0),
-                               temperature=c.temperature, top_p=c.top_p)
+                groups[ids[i]] = []
+                submit(ids[i], n)
         sampling = sampler.live > 0
+        # with --stream a rank without rows has better to do than to wait for some
+        left = more or ((sampling or not c.stream) and sampler.even(mine, groups, n, submit))
         for s in sampler.step() if sampling else ():
             groups[s.problem].append(s)
-            rl.workers.put((s.problem, s.index), by_id[s.problem], completion(s, rl.tok))
+            score(s)
         now = time.perf_counter()
-        clock["rollout"] += now - begin
-        for (problem, index), reward, _ in rl.workers.get(block=not sampling and bool(groups)):
+        clock["rollout" if sampling else "idle"] += now - begin
+        for (problem, index, visit), reward, _ in rl.workers.get(block=not sampling and bool(groups)):
+            if problem not in groups or visit != rl.visits.get(problem, 0):
+                continue                                         # the group has moved, and is scored where it is now
             next(s for s in groups[problem] if s.index == index).reward = reward
-            scored[problem] += 1
-            if scored[problem] == n:
+            scored[problem].add(index)
+            if len(scored[problem]) == n:
                 rl.visits[problem] = rl.visits.get(problem, 0) + 1
+                mine.end()
                 yield sorted(groups.pop(problem), key=lambda s: s.index)
         clock["reward"] += time.perf_counter() - now
 

@@ -18,7 +18,9 @@ Deleted from the usual recipe, and why:
 """
 
 import math
+import pickle
 import sys
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -127,6 +129,60 @@ class Row:
 def causal(queries, keys, device):
     """The mask of the last `queries` of `keys` positions."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+# -----------------------------------------------------------------------------
+# the prompts of a call, dealt to the ranks. Repeatable: in turn. Otherwise each takes the next one from a counter that all share; and
+# when that has run out, a rank without rows asks, and gets half of the groups of one that has several. Noise is addressed, so a sample
+# goes on anywhere: its tokens travel, its keys are computed again.
+#
+#   taken 256   prompts               ended 251    of them, groups that need nothing more: when all have ended nobody waits any longer
+#   asked 3     ranks with no rows    given 2      of them that a busy rank has answered: number 2 finds its groups under parcel/2
+
+
+class Deal:
+    """An iterator over the prompts that this rank samples, and the store where ranks meet. No store: each `world`-th, and no parcels."""
+
+    def __init__(self, order, store=None, name="", rank=0, world=1):
+        self.order, self.store, self.name, self.number = order, store, name, 0
+        self.turns = iter(order[rank::world])
+
+    def count(self, what, n):
+        return self.store.add(f"{self.name}/{what}", n)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.store is None:
+            return next(self.turns)
+        at = self.count("taken", 1) - 1
+        if at >= len(self.order):
+            raise StopIteration
+        return self.order[at]
+
+    def end(self, n=1):
+        """So many of this rank's groups need nothing more."""
+        if self.store is not None and n:
+            self.count("ended", n)
+
+    def asked(self):
+        return self.store is not None and self.count("given", 0) < self.count("asked", 0)
+
+    def give(self, groups):
+        number = self.count("given", 1)          # if another rank was quicker, the next one to ask finds this: all ask in the end
+        self.store.set(f"{self.name}/parcel/{number}", pickle.dumps(groups))
+
+    def ask(self):
+        """-> the groups that came, none as yet: [], or None: there is nothing left to wait for."""
+        if self.store is None:
+            return None
+        self.number = self.number or self.count("asked", 1)
+        key = f"{self.name}/parcel/{self.number}"
+        if self.store.check([key]):
+            self.number = 0
+            return pickle.loads(self.store.get(key))
+        return [] if self.count("ended", 0) < len(self.order) else None
 
 
 # -----------------------------------------------------------------------------
@@ -438,6 +494,7 @@ class Pool:
 TOKEN, POSITION, COUNT, AT, ALIVE, END, ADDRESS, TOP_K = range(8)         # AT: where the next token is written down
 TEMPERATURE, TOP_P = range(2)
 FAR = 1 << 40
+EVERY = 8                                # steps between two looks whether another rank has run out of rows
 AHEAD = 8                                # on a CPU uniform numbers are made for so many steps at once
 M32 = 0xFFFFFFFF
 
@@ -901,59 +958,87 @@ class Sampler:
         return self._stream(prompts, n, limits, ids, visits, bar, settings)
 
     def _stream(self, prompts, n, limits, ids, visits, bar, settings):
-        mine, found, place = self.deal(limits, ids), {}, {id: i for i, id in enumerate(ids)}
+        mine, found, place = self.deal(limits, ids), {}, {id: i for i, id in enumerate(ids)}     # found: problem -> its finished samples
         bar = progress(None, "rollout") if bar or (bar is None and sys.stderr.isatty() and n * sum(limits) > 50_000) else None
-        finished, more = 0, True
+        finished, more, left = 0, True, True
         ahead = int(self.deterministic)  # one waits for the next free slot; but not if another rank may be free sooner
         if bar is not None:
             bar.unit = " tokens"
+
+        def submit(problem, n, resume=()):
+            i = place[problem]
+            self.submit(problem, prompts[i], n, limits[i], visit=visits[i], resume=resume, **settings)
+
         try:
-            while more or found:
+            while more or found or left:
                 while more and len(self.waiting) < max(ahead, self.free.left):
                     i = next(mine, None)
                     more = i is not None
                     if more:
-                        found[i] = []
-                        self.submit(ids[i], prompts[i], n, limits[i], visit=visits[i], **settings)
+                        found[ids[i]] = []
+                        submit(ids[i], n)
+                left = more or self.even(mine, found, n, submit)
                 rows = len(self.rows)
                 for sample in self.step():
-                    i = place[sample.problem]
-                    found[i].append(sample)
+                    found[sample.problem].append(sample)
                     finished += 1
-                    if len(found[i]) == n:
-                        group = sorted(found.pop(i), key=lambda s: s.index)
-                        self.expected[ids[i]] = sum(len(s.tokens) for s in group) / n
-                        yield i, group
+                    if len(found[sample.problem]) == n:
+                        group = sorted(found.pop(sample.problem), key=lambda s: s.index)
+                        self.expected[sample.problem] = sum(len(s.tokens) for s in group) / n
+                        mine.end()
+                        yield place[sample.problem], group
                 if bar is not None:
                     bar.update(max(rows, len(self.rows)))
                     bar.set_postfix(live=len(self.rows), finished=finished, refresh=False)
         except KeyboardInterrupt:
             for i in mine:
-                found[i] = []
+                found[ids[i]] = []
             for sample in self._salvage():
-                found[place[sample.problem]].append(sample)
-            for i, samples in sorted(found.items()):
-                there = {s.index for s in samples}
-                samples += [Sample(list(prompts[i]), [], [], "aborted", ids[i], j, visits[i]) for j in range(n) if j not in there]
+                found[sample.problem].append(sample)
+            mine.end(len(found))
+            for problem, samples in sorted(found.items(), key=lambda item: place[item[0]]):
+                i, there = place[problem], {s.index for s in samples}
+                samples += [Sample(list(prompts[i]), [], [], "aborted", problem, j, visits[i]) for j in range(n) if j not in there]
                 yield i, sorted(samples, key=lambda s: s.index)
             found = {}
         finally:
-            for i in found:
-                self.abort(ids[i])
+            mine.end(len(found))
+            for problem in found:
+                self.abort(problem)
             if bar is not None:
                 bar.close()
 
     def deal(self, limits, ids):
-        """-> an iterator over the prompts that this rank samples."""
+        """-> the Deal of these prompts: the longest expected first, where that is not fixed."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        call = next(calls)
+        name = f"rollout/{next(calls)}"
         if self.deterministic or (world == 1 and self.store is None):
-            yield from range(rank, len(ids), world)
-            return
+            return Deal(range(len(ids)), rank=rank, world=world)
         order = sorted(range(len(ids)), key=lambda i: -self.expected.get(ids[i], limits[i]))
-        store = self.store or dist.distributed_c10d._get_default_store()
-        while (at := store.add(f"rollout/{call}", 1) - 1) < len(order):
-            yield order[at]
+        return Deal(order, self.store or dist.distributed_c10d._get_default_store(), name)
+
+    def even(self, mine, groups, n, submit):
+        """No prompt is left to take. A rank with rows looks now and then whether one without has asked, and parts with half of its
+        groups; a rank without asks. groups: problem -> its finished samples, of n; submit(problem, n, resume) lets in what came.
+        -> whether there may be something left to do"""
+        if self.live:
+            if self.steps_done % EVERY == 0 and mine.asked():
+                if self.batch is not None:
+                    self._look(self.batch)
+                late = {s.problem for s in self.ended}           # the next step() hands them back, so their groups stay
+                parcel = [(p, groups[p], self.abort(p)) for p in [p for p in groups if len(groups[p]) < n and p not in late][1::2]]
+                if parcel:
+                    mine.give(parcel)
+                for problem, _, _ in parcel:
+                    del groups[problem]
+            return True
+        parcel = mine.ask()
+        for problem, ended, unfinished in parcel or ():
+            groups[problem] = ended
+            submit(problem, len(unfinished), unfinished)
+        if parcel == []:
+            time.sleep(0.001)
+        return parcel is not None
 
     def generate(self, prompts, n=8, max_new=256, temperature=1.0, top_p=1.0, top_k=0, seed=0, ids=None, visits=None, stop_strings=(),
                  bar=None):

@@ -26,7 +26,7 @@ import torch
 from bench import alternate, finish, peer, ratio, show
 from common.run import flags
 from kernels import backend
-from rollout import Sampler
+from rollout import Deal, Sampler
 from train_gpt import GPT, GPTConfig
 
 
@@ -235,36 +235,42 @@ def shared(config):
 
 
 def ranks(config, rounds=20):
-    """Two samplers in turn, a step each, over one counter: what two processes do, without the noise of their clocks. A tiny model
+    """Two samplers in turn, a step each, over one store: what two processes do, without the noise of their clocks. A tiny model
     with forced lengths, for what is counted is steps."""
     shape = GPTConfig(vocab_size=64, n_layer=1, n_head=1, n_kv_head=1, head_dim=16, d_model=16, d_ff=32, **LLAMA)
     model = GPT(shape).init_weights(0).requires_grad_(False)
-    shares = {("counter", 32): [], ("round-robin", 32): [], ("counter", 16): []}
+    shares = {("in turn", 32): [], ("counter", 32): [], ("counter", 16): []}
     for r in range(rounds):
         rng = random.Random(config.seed + r)
         limits = skewed(rng, 256)
         for (how, slots), found in shares.items():
-            taken, idle, steps = [0], 0, 0
-            pair = [SimpleNamespace(sampler=Sampler(model, stop=(), slots=slots, exact=False), next=rank) for rank in range(2)]
-            while True:
-                for rank, p in enumerate(pair):
-                    s = p.sampler
-                    while len(s.waiting) < slots - len(s.rows):
-                        i = taken[0] if how == "counter" else p.next
-                        if i >= 256:
-                            break
-                        taken[0], p.next = taken[0] + (how == "counter"), p.next + 2
-                        s.submit(i, [1 + rank], 1, limits[i])
-                live = [p.sampler.live > 0 for p in pair]
-                if not any(live):
-                    break
-                steps, idle = steps + 1, idle + (not all(live))
+            store, idle, steps = torch.distributed.HashStore(), 0, 0
+            pair = [SimpleNamespace(sampler=Sampler(model, stop=(), slots=slots, exact=False), groups={}, more=True, left=True,
+                                    deal=Deal(range(256), store, how) if how == "counter" else Deal(range(256), rank=rank, world=2))
+                    for rank in range(2)]
+            while any(p.left for p in pair):
                 for p in pair:
-                    p.sampler.step()
+                    s = p.sampler
+
+                    def submit(i, n, resume=(), s=s):
+                        s.submit(i, [1], n, limits[i], resume=resume)  # noqa: B023
+                    while p.more and len(s.waiting) < slots - len(s.rows):
+                        i = next(p.deal, None)
+                        p.more = i is not None
+                        if p.more:
+                            p.groups[i] = []
+                            submit(i, 1)
+                    p.left = p.more or s.even(p.deal, p.groups, 1, submit)
+                live = [p.sampler.live > 0 for p in pair]
+                steps, idle = steps + any(live), idle + (any(live) and not all(live))
+                for p in pair:
+                    for sample in p.sampler.step():
+                        del p.groups[sample.problem]
+                        p.deal.end()
             found.append(idle / steps)
-    result = {f"{how}_{slots}": statistics.median(found) for (how, slots), found in shares.items()}
+    result = {f"{how.replace(' ', '_')}_{slots}": statistics.median(found) for (how, slots), found in shares.items()}
     print(f"(e) two ranks, {rounds} rounds, lengths unknown: steps in which one rank has no row, in the median (bar: 10%)\n"
-          f"  32 slots a rank {result['counter_32']:.1%}, dealt round-robin {result['round-robin_32']:.1%}; "
+          f"  32 slots a rank {result['counter_32']:.1%}, dealt in turn {result['in_turn_32']:.1%}; "
           f"16 slots a rank {result['counter_16']:.1%}")
     return result
 

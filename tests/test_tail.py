@@ -466,7 +466,7 @@ def test_a_rank_with_nothing_left_streams(own, ranks, more):
             "def late(self):\n    time.sleep(0.01 * int(os.environ.get('RANK', '0')))\n    return step(self)\n"
             "rollout.Sampler.step = late\n"
             "rank, world = int(os.environ.get('RANK', '0')), int(os.environ.get('WORLD_SIZE', '1'))\n"
-            "rollout.Sampler.deal = lambda self, limits, ids: iter(range(rank, len(ids), world))\n"
+            "rollout.Sampler.deal = lambda self, limits, ids: rollout.Deal(range(len(ids)), rank=rank, world=world)\n"
             "nanorl.main(sys.argv[1:])")
     own += ["--steps", "1", "--prompts", "6", *more, "--more-prompts", "1"]
     nanorl.main([*own, "--name", "one"])
@@ -474,6 +474,23 @@ def test_a_rank_with_nothing_left_streams(own, ranks, more):
     assert metrics("two")[-1]["streamed"] > 0
     one, two, base = weights("runs/one/ckpt/step_1"), weights("runs/two/ckpt/step_1"), weights("base")
     assert all(torch.allclose(one[k], two[k], atol=5e-5) for k in one) and any(not torch.equal(one[k], base[k]) for k in one)
+
+
+def test_groups_that_move_to_a_rank_without_rows(own, ranks):
+    """two ranks on the shared counter, one of which samples slowly: half of what one has goes to the other, samples scored here and there,
+    and the step is that of one process"""
+    slow = ("import os, sys, time, rollout, nanorl\nstep, give = rollout.Sampler.step, rollout.Deal.give\n"
+            "def late(self):\n    time.sleep(0.01 * int(os.environ.get('RANK', '0')))\n    return step(self)\n"
+            "def told(self, groups):\n    print('gives', len(groups))\n    give(self, groups)\n"
+            "rollout.Sampler.step, rollout.Deal.give = late, told\n"
+            "nanorl.main(sys.argv[1:])")
+    own += ["--steps", "1", "--prompts", "6"]
+    nanorl.main([*own, "--name", "one"])
+    said = ranks(2, slow, *own, "--name", "two", "--no-deterministic")
+    assert any("gives" in out for out in said)
+    one, two, base = weights("runs/one/ckpt/step_1"), weights("runs/two/ckpt/step_1"), weights("base")
+    assert all(torch.allclose(one[k], two[k], atol=5e-5) for k in one) and any(not torch.equal(one[k], base[k]) for k in one)
+    assert metrics("one")[-1]["reward"] == pytest.approx(metrics("two")[-1]["reward"], abs=1e-6)
 
 
 # -----------------------------------------------------------------------------
