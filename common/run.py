@@ -49,6 +49,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 
@@ -274,6 +275,7 @@ def _watch(rank, world):
 
 
 ONEDNN = torch.backends.mkldnn.is_available()
+PRODUCT = torch.ops.mkldnn._linear_pointwise.default if ONEDNN else None         # the overload: to find it costs as much as an addition
 FEW = 4                                                # rows of x: with fewer the BLAS reads w faster,
 LARGE = 1 << 20                                        # unless w is so large: one row by 32,000 x 288 takes it 2.4 times as long
 
@@ -287,9 +289,9 @@ def spare(rows, like):
 def times(x, w):
     """x w^T. Two fp32 matrices on a CPU go to oneDNN: the BLAS that torch links takes its AVX2 path on AMD, and oneDNN is 1.3 to
     2.4 times as fast there. It also sums each row in the same order whatever the number of rows. No autograd: see kernels.linear."""
-    if ONEDNN and x.dtype == w.dtype == torch.float32 and x.is_cpu and (x.shape[0] >= FEW or w.numel() > LARGE):
-        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    return x @ w.t()
+    if ONEDNN and x.is_cpu and (len(x) >= FEW or w.numel() > LARGE) and x.dtype == w.dtype == torch.float32:
+        return PRODUCT(x, w, None, "none", [], "")
+    return F.linear(x, w)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
