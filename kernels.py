@@ -1013,7 +1013,7 @@ def draw_torch(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
     if seen - {0.0, 1.0}:
         z = z / torch.where(greedy_N, 1.0, temperature_N).to(z.dtype).unsqueeze(1)
     p = whole = z.softmax(1)                                     # (N, V), one pass; a drawn token's log is as exact as its weight
-    kept_N = torch.zeros_like(z[:, 0])
+    kept_N = z.new_zeros(len(z))
     if top_k_N is not None or top_p_N is not None:
         sorted_p, order = p.sort(dim=1, descending=True, stable=True)
         before = sorted_p.cumsum(1).sub_(sorted_p)               # mass strictly ahead of each token

@@ -138,13 +138,13 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self):                                       # (V, D), tied or not
-        return self.embed.weight if self.head is None else self.head.weight
+        return weight(self, "embed" if self.config.tie_embeddings else "head")
 
     def forward(self, tokens_T, positions_T, attend):
         if self._rope is None or self._rope[0].device != tokens_T.device:
             inv_freq, scale = rope_frequencies(self.config)
             self._rope = inv_freq.to(tokens_T.device), scale
-        x_TD, T = self.embed(tokens_T), len(tokens_T)
+        x_TD, T = F.embedding(tokens_T, weight(self, "embed")), len(tokens_T)
         more = spare(T, x_TD)                                    # rows of zeros that no sequence sees
         if more:
             x_TD, positions_T, inner = F.pad(x_TD, (0, 0, 0, more)), F.pad(positions_T, (0, more)), attend

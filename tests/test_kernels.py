@@ -467,3 +467,26 @@ def test_the_few_operations_of_sampling_are_the_trainers_functions():
         for a, b, one in zip(plain, few, zip(*alone)):
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
             assert torch.equal(torch.cat(one), b)
+
+
+def test_products_the_other_way_round_are_the_same_bits():
+    """For 16, 32, ... rows the sampler multiplies as w x^T. If that summed in another order, a row would be rounded by how many others
+    there happen to be, and a sample could not be replayed alone."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(64, 96, generator=g), torch.randn(200, 96, generator=g)
+    with torch.inference_mode():
+        plain = kernels.linear(x[:20], w)
+        for rows in (4, 12, *kernels.TILES):
+            turned = kernels.linear(x[:rows], w, rows=False)
+            assert turned.shape == (rows, 200) and torch.equal(turned[:20], plain[:rows])
+            assert torch.equal(turned, kernels.linear(x[:rows], w))
+        torch.testing.assert_close(plain, x[:20] @ w.t())
+
+
+def test_greedy_takes_the_first_of_equals():
+    """On a CPU numpy looks for the largest; torch's rule, the first one on a tie and nan above all, must hold there too."""
+    z = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0], [-1.0, -2.0, -1.0, -3.0], [1.0, math.nan, 9.0, math.nan]])
+    with torch.inference_mode():
+        sampled = kernels.draw(z, torch.rand(4), torch.zeros(4))
+    assert sampled[0].tolist() == z.argmax(1).tolist() == [1, 0, 0, 1]
+    assert sampled[0].tolist() == kernels.draw(z, torch.rand(4), torch.zeros(4))[0].tolist()
