@@ -276,8 +276,8 @@ def _watch(rank, world):
 
 ONEDNN = torch.backends.mkldnn.is_available()
 PRODUCT = torch.ops.mkldnn._linear_pointwise.default if ONEDNN else None         # the overload: to find it costs as much as an addition
-FEW = 4                                                # rows of x: with fewer the BLAS reads w faster,
-LARGE = 1 << 20                                        # unless w is so large: one row by 32,000 x 288 takes it 2.4 times as long
+FEW = 4                                                # rows of x: with fewer the BLAS starts sooner,
+LARGE = 1 << 18                                        # which weighs less than how slowly it reads a w of so many numbers from memory
 
 
 def spare(rows, like):
@@ -289,7 +289,7 @@ def spare(rows, like):
 def times(x, w):
     """x w^T. Two fp32 matrices on a CPU go to oneDNN: the BLAS that torch links takes its AVX2 path on AMD, and oneDNN is 1.3 to
     2.4 times as fast there. It also sums each row in the same order whatever the number of rows. No autograd: see kernels.linear."""
-    if ONEDNN and x.is_cpu and (len(x) >= FEW or w.numel() > LARGE) and x.dtype == w.dtype == torch.float32:
+    if ONEDNN and x.is_cpu and (len(x) >= FEW or w.numel() >= LARGE) and x.dtype == w.dtype == torch.float32:
         return PRODUCT(x, w, None, "none", [], "")
     return F.linear(x, w)
 
