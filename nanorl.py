@@ -177,9 +177,9 @@ class Config:
     stream: bool = False                 # a rank that has nothing left to sample learns from its complete groups meanwhile
     workers: int = 2                     # reward processes of each rank
     eval_every: int = 50                 # steps between evaluations; 0: only before and after
-    eval_n: int = 200                    # held-out problems of one
+    eval_n: int = 200                    # problems of one, of the valid split
     eval_k: int = 4                      # samples of each
-    final_n: int = 1000                  # held-out problems of the last evaluation
+    final_n: int = 1000                  # problems of the evaluations before and after, of the test split
     save_every: int = 50                 # steps between checkpoints
     seed: int = 0                        # problems and samples
     checkpoint: bool = False             # recompute blocks in the backward: memory for time
@@ -849,8 +849,10 @@ def main(argv=None):
     if not own:
         run.log(f"on {expected}")
 
-    def test(problems, k):
-        return evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, k, config.max_new)
+    def test(name, problems, said):
+        result = evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, config.eval_k, config.max_new)
+        run.log(f"{said}: {words(result)}")
+        return {f"{name}/{k}": v for k, v in result.items()}
 
     def save(done):
         run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
@@ -860,10 +862,9 @@ def main(argv=None):
 
     # ---- the loop
     if begin == 0:
-        run.log(f"before: {words(test(rl.test, config.eval_k))}")
-        before = test(rl.valid, config.eval_k)
-        rl.best = before["avg"]
-        run.metrics(0, **{f"eval/{k}": v for k, v in before.items()})
+        before = test("test", rl.test, "before") | test("eval", rl.valid, "  held out")
+        rl.best = before["eval/avg"]
+        run.metrics(0, **before)
     bar = progress(config.steps, "rl")
     bar.update(begin)
     now, over = begin, lambda: now >= config.steps or 0 < config.tokens <= rl.spent
@@ -909,14 +910,11 @@ def main(argv=None):
             run.log(f"  warning: {warning}")
         last = over()
         if config.eval_every and now % config.eval_every == 0 and not last:
-            result = test(rl.valid, config.eval_k)
-            run.log(f"  held out: {words(result)}")
-            numbers |= {f"eval/{k}": v for k, v in result.items()}
-            rl.best, rl.stalled = (result["avg"], 0) if result["avg"] > rl.best else (rl.best, rl.stalled + 1)
+            numbers |= test("eval", rl.valid, "  held out")
+            avg = numbers["eval/avg"]
+            rl.best, rl.stalled = (avg, 0) if avg > rl.best else (rl.best, rl.stalled + 1)
         if last:
-            result = test(rl.test, config.eval_k)
-            run.log(f"after: {words(result)}")
-            numbers |= {f"eval/{k}": v for k, v in result.items()}
+            numbers |= test("test", rl.test, "after")
         if (config.reset_every and now % config.reset_every == 0) or (config.reset_patience and rl.stalled >= config.reset_patience):
             reset(rl)
             rl.best, rl.stalled = -math.inf, 0

@@ -218,9 +218,9 @@ class Config:
     slots: int = 0                       # rows the sampler decodes at a time; 0: from the device
     workers: int = 2                     # reward processes of each rank
     eval_every: int = 10                 # steps between evaluations; 0: only before and after
-    eval_n: int = 200                    # held-out problems of one
+    eval_n: int = 200                    # problems of one, of the valid split
     eval_k: int = 4                      # samples of each
-    final_n: int = 1000                  # held-out problems of the first and the last
+    final_n: int = 1000                  # problems of the evaluations before and after, of the test split
     save_every: int = 20                 # steps between checkpoints
     seed: int = 0                        # problems and samples
     checkpoint: bool = False             # recompute blocks in the backward: memory for time
@@ -331,7 +331,7 @@ def wake(teacher, config, env):
 def make_loss(config, model, teacher, stop=(), special=(), contexts=None, reference=None, told=None):
     """-> loss(batch, hidden_ND, head_VD) -> (sum to be minimised, stats as sums). Samples with index below 0 are gold: learned as they are.
     batch.advantage_N: what the task's reward or a control adds; the teacher's part is made here. told: a dict that takes what it said
-    of every token, log q - log p, by address."""
+    of every token, log q - log p, by (problem, index)."""
     c, D = config, model.config.d_model
     told = {} if told is None else told
 
@@ -386,7 +386,8 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
                               look_all=look(p.hidden_ND, p.head_VD, q.hidden_ND, q.head_VD, batch.sample_N, c.look_k, list(stop),
                                             c.temperature).flatten())
                 lengths = torch.bincount(batch.sample_N, minlength=len(batch.samples)).tolist()
-                told.update({address(x): part.tolist() for x, part in zip(batch.samples, (-r_N).cpu().split(lengths))})
+                told_N = (-r_N).cpu().double().round(decimals=4)
+                told.update({(x.problem, x.index): part.tolist() for x, part in zip(batch.samples, told_N.split(lengths))})
         if hidden_ND.requires_grad:                              # filled in by the backward: do the tokens pull in one direction?
             stats |= dict(pull_all=torch.zeros(D, device=device), pulls=torch.zeros((), device=device))
 
@@ -608,8 +609,10 @@ def main(argv=None):
     run.log(f"{config.control or config.loss} on {config.data or config.task}: student {config.init}, teacher {name}, {config.prompts} x "
             f"{config.n} samples a step, {env.world} x {env.device}")
 
-    def test(problems):
-        return evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, config.eval_k, config.max_new)
+    def test(name, problems, said):
+        result = evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, config.eval_k, config.max_new)
+        run.log(f"{said}: {words(result)}")
+        return {f"{name}/{k}": v for k, v in result.items()}
 
     def save(done):
         run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
@@ -618,10 +621,9 @@ def main(argv=None):
 
     # ---- before
     if begin == 0:
-        run.log(f"before: {words(test(rl.test))}")
-        before = test(rl.valid)
-        run.metrics(0, spent=0, **{f"eval/{k}": v for k, v in before.items()})
-        best = dict(step=0, avg=before["avg"])
+        before = test("test", rl.test, "before") | test("eval", rl.valid, "  held out")
+        run.metrics(0, spent=0, **before)
+        best = dict(step=0, avg=before["eval/avg"])
         keep(rl, run.folder, 0)
 
     # ---- the loop
@@ -654,9 +656,7 @@ def main(argv=None):
             bar.close()
             rl.workers.close()
             die(f"step {now}: the teacher's log-probs are nan at every token. The last good state is {run.latest()[0]}")
-        for part in gather(told):                                # for samples.jsonl: what each token was told
-            for s in (s for g in groups for s in g if address(s) in part):
-                s.advantage = [round(x, 4) for x in part[address(s)]]
+        said = {k: v for part in gather(told) for k, v in part.items()}
         told.clear()
         stats |= step(rl)
         rl.spent += all_sum(sum(len(s.tokens) for g in groups for s in g))
@@ -678,11 +678,9 @@ def main(argv=None):
         reason = guard(history, config)
         last = over() or bool(reason)
         if config.eval_every and now % config.eval_every == 0 and not last:
-            result = test(rl.valid)
-            run.log(f"  held out: {words(result)}")
-            numbers |= {f"eval/{k}": v for k, v in result.items()}
-            if result["avg"] > best["avg"]:
-                best = dict(step=now, avg=result["avg"])
+            numbers |= test("eval", rl.valid, "  held out")
+            if numbers["eval/avg"] > best["avg"]:
+                best = dict(step=now, avg=numbers["eval/avg"])
                 keep(rl, run.folder, now)
         if reason:
             kept = Path(run.folder, "best", f"step_{best['step']}")
@@ -690,11 +688,9 @@ def main(argv=None):
             rl.optimizer, history = fresh(rl), []                # masters and moments are those of the state that is left
             run.log(f"stopped after step {now}: {reason}. Back to the best state, of step {best['step']}")
         if last:
-            result = test(rl.test)
-            run.log(f"after: {words(result)}")
-            numbers |= {f"eval/{k}": v for k, v in result.items()} | {f"valid/{k}": v for k, v in test(rl.valid).items()}
+            numbers |= test("test", rl.test, "after") | test("eval", rl.valid, "  held out")
         run.metrics(now, **numbers)
-        run.samples(sample_rows(rl, now, groups))
+        run.samples([row | {"disagreement": said.get((row["problem"], row["index"]))} for row in sample_rows(rl, now, groups)])
         stopping = run.stopping()
         if now % config.save_every == 0 or last or stopping:
             save(now)

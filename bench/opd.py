@@ -100,7 +100,7 @@ def finished(folder, last):
     rows, there = metrics(folder), newest(folder)
     if not rows or there is None or there[1] != rows[-1]["step"]:
         return False
-    return rows[-1]["step"] >= last if last else "valid/avg" in rows[-1]
+    return rows[-1]["step"] >= last if last else rows[-1]["step"] > 0 and "test/avg" in rows[-1]
 
 
 def job(script, config, name, last, words):
@@ -154,16 +154,14 @@ def distil(config, name, student, teacher, words, seed=0):
 
 
 def ends(folder):
-    """-> accuracy before and after on the test split, its error, tokens sampled."""
+    """-> accuracy after the run on the test split, its error, tokens sampled, the metrics."""
     rows = metrics(folder)
-    return SimpleNamespace(after=rows[-1]["eval/avg"], se=rows[-1]["eval/avg_se"], tokens=rows[-1]["spent"], rows=rows)
+    return SimpleNamespace(after=rows[-1]["test/avg"], se=rows[-1]["test/avg_se"], tokens=rows[-1]["spent"], rows=rows)
 
 
 def curve(rows):
-    """-> tokens sampled, accuracy on the valid split. The last row of opd.py has both splits."""
-    held = [(row.get("spent", 0), row.get("valid/avg", row.get("eval/avg"))) for row in rows
-            if "valid/avg" in row or ("eval/avg" in row and row is not rows[-1])]
-    return np.array(held, float).T
+    """-> tokens sampled, accuracy on the valid split."""
+    return np.array([(row.get("spent", 0), row["eval/avg"]) for row in rows if "eval/avg" in row], float).T
 
 
 def reached(rows, target):
@@ -258,7 +256,7 @@ def losses(config, found, cache):
             closed = (after - before[0]) / (best[0] - before[0])
             # RL that never gets there counts as its whole budget
             spent = statistics.fmean(r.tokens for r in runs)
-            same = min(reached(rl, statistics.fmean(r.rows[-1]["valid/avg"] for r in runs)), budget) / spent
+            same = min(reached(rl, statistics.fmean(r.rows[-1]["eval/avg"] for r in runs)), budget) / spent
             fewer = min(rl_needs, budget) / need
             lines.append(f"| {row} | {after:.1%} +-{se:.1%} | {closed:.0%} | {spent:,.0f} | {same:.1f} x | "
                          f"{f'{need:,.0f}' if math.isfinite(need) else 'never'} | {fewer:.1f} x | {direction[row]:.3f} | "

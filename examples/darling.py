@@ -91,13 +91,13 @@ def main(argv=None):
     run = Run(f"runs/{config.name}", config, rl.env, sources=[__file__, nanorl.__file__])
     at, history = 0, []
 
-    def test(problems):
+    def test(name, problems):
         result = evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, config.eval_k, config.max_new)
-        run.log(f"held out: {words(result)}")
-        return {f"eval/{k}": v for k, v in result.items()}
+        run.log(f"{name}: {words(result)}")
+        return {f"{name}/{k}": v for k, v in result.items()}
 
     # ---- the loop
-    run.metrics(0, **test(rl.valid))
+    run.metrics(0, **test("eval", rl.valid))
     for now in range(1, config.steps + 1):
         clock, groups, ways, factors = time.perf_counter(), [], [], []
         problems, at = nanorl.next_problems(rl, at, config.prompts)
@@ -125,7 +125,7 @@ def main(argv=None):
             run.log(f"  warning: {warning}")
         last = now == config.steps
         if last or (config.eval_every and now % config.eval_every == 0):
-            numbers |= test(rl.test if last else rl.valid)
+            numbers |= test("test", rl.test) if last else test("eval", rl.valid)
         run.metrics(now, **numbers, grad_norm=stats["grad_norm"])
         run.samples(nanorl.sample_rows(rl, now, groups))
         if last or run.stopping():
