@@ -41,7 +41,7 @@ import train_gpt
 from common import hf, view
 from common.optim import Optimizer
 from common.reward import Rewards, check
-from common.run import Run, all_sum, barrier, die, flags, gather, newest, progress, start
+from common.run import Run, all_sum, barrier, die, flags, gather, newest, positive, progress, start
 from evaluate import completion, evaluate, prompt_ids, words
 from kernels import linear_logprob, packed_attention
 from rollout import Sampler
@@ -359,6 +359,18 @@ def rehearse(model, optimizer, reference, config, need):
         reference.to("cpu")
 
 
+def restore(rl, run):
+    """Weights and optimizer as the run's last checkpoint has them. -> the rest of its state, as rank 0 saved it; None: the run was stopped
+    before its first, and begins again."""
+    found = run.latest()
+    run.rewind(found[1] if found else -1)
+    if found:
+        rl.model.load_hf(found[0])
+        states = run.load(found[0])
+        rl.optimizer.load_state_dict([s["optimizer"] for s in states])
+        return states[0]
+
+
 COUNTERS = ("visits", "late", "updates", "spent", "best", "stalled")     # of rl, kept in checkpoints
 CLOCKS = ("rollout", "reward", "pack", "train", "opt", "idle")
 
@@ -379,6 +391,7 @@ def with_algorithm(config):
     for wrong, why in [
         (c.epochs < 1, "--epochs is 0: give at least 1"),
         (c.minibatch > c.prompts, f"--minibatch {c.minibatch} is above --prompts {c.prompts}, and an update holds no more than a rollout"),
+        (c.overlong > c.max_new, f"--overlong {c.overlong} is above --max-new {c.max_new}"),
         (not c.temperature, "--temperature 0 samples the same answer again and again: groups need variety, give a number above 0"),
         (c.clip_low and c.clip_low > 1, f"--clip-low {c.clip_low}: a ratio is never below 0, so give at most 1"),
         (0 < c.tis < 1, f"--tis {c.tis} would cut the weight where sampler and trainer agree: give 1 or more, or 0 for no weight"),
@@ -810,11 +823,7 @@ def main(argv=None):
     settings, expected = HARDWARE[kind]
     own = any(word.split("=")[0] in ("--init", "--task", "--data") for word in argv)
     config = flags(Config, argv if own else settings.split() + argv, __doc__)
-    for flag in ("steps", "prompts", "n", "max_new", "problems", "row_tokens", "eval_n", "eval_k", "final_n", "save_every", "workers"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
-    if config.overlong > config.max_new:
-        die(f"--overlong {config.overlong} is above --max-new {config.max_new}")
+    positive(config, "steps prompts n max_new problems row_tokens eval_n eval_k final_n save_every workers")
     if config.n < 2:
         die("--n is 1: a group of one has no baseline, so no advantage; give at least 2")
 
@@ -830,19 +839,14 @@ def main(argv=None):
               sources=[m.__file__ for m in (sys.modules[__name__], rollout, pack)])
     rl.workers.log = run.log
     begin, at, history = 0, 0, []                                # at: how many problems were taken from the endless list
-    found = run.latest() if config.resume else None
-    if found:
-        hf.load(found[0], asdict(rl.model.config), dict(rl.model.named_parameters()))
-        states = run.load(found[0])
-        rl.optimizer.load_state_dict([s["optimizer"] for s in states])
-        begin, at, history = (states[0][k] for k in ("step", "at", "history"))
-        vars(rl).update({k: states[0][k] for k in COUNTERS})
+    state = restore(rl, run) if config.resume else None
+    if state:
+        begin, at, history = (state[k] for k in ("step", "at", "history"))
+        vars(rl).update({k: state[k] for k in COUNTERS})
         if rl.reference:
-            rl.reference.load_state_dict(states[0]["reference"])
+            rl.reference.load_state_dict(state["reference"])
         if rl.rounds:
-            rl.rounds.load_state_dict(states[0]["rounds"])
-    if config.resume:
-        run.rewind(begin if found else -1)                       # stopped before its first checkpoint: from the start
+            rl.rounds.load_state_dict(state["rounds"])
     size = sum(p.numel() for p in rl.model.parameters()) / 1e6
     run.log(f"{config.algo} on {config.data or config.task} from {config.init}: {size:.2f}M parameters, {config.prompts} x "
             f"{config.n} samples a step, {env.world} x {env.device}, {kernels.backend(env.device)}")

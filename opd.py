@@ -29,7 +29,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -43,13 +43,13 @@ import kernels
 import nanorl
 import opd_check
 import pack
-from common import hf, view
+from common import view
 from common.optim import Optimizer
-from common.run import Run, all_sum, die, flags, gather, progress
+from common.run import Run, all_sum, die, flags, gather, positive, progress
 from evaluate import evaluate, prompt_ids, words
 from kernels import linear_logprob, linear_logprob_at, linear_topk
-from nanorl import (BASELINES, address, collect, next_problems, predicting, sample_rows, setup, share_visits, step, summary, update,
-                    warnings)
+from nanorl import (BASELINES, address, collect, next_problems, predicting, restore, sample_rows, setup, share_visits, step, summary,
+                    update, warnings)
 from opd_check import load_teacher, log_softmax, look, looked, repeated, stop_class
 from rollout import Sample, Sampler
 from ttrl import keep
@@ -240,10 +240,7 @@ SHARED = ("name init task data reward kl_coef tis steps tokens prompts n max_new
 def configure(argv):
     """-> (config, the nanorl.Config that its stages read). What does not go together is refused, with the reason."""
     c = flags(Config, argv, __doc__)
-    for flag in ("k", "look_k", "prompts", "n", "steps", "max_new", "row_tokens", "eval_n", "eval_k", "final_n", "save_every", "workers",
-                 "repeat_n"):
-        if getattr(c, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(c, flag)}: give at least 1")
+    positive(c, "k look_k prompts n steps max_new row_tokens eval_n eval_k final_n save_every workers repeat_n")
     for wrong, why in [
         (not c.teacher and not c.context and c.control != "fixed_negative", "no --teacher: give a model, or --context gold, or --control"),
         (c.control == "fixed_negative" and (c.teacher or c.context), "--control fixed_negative is the run without a teacher: leave it out"),
@@ -316,11 +313,10 @@ def wake(teacher, config, env):
         teacher.to(env.device)
         return
     for p in teacher.parameters():
-        parts = [torch.empty_like(p.data) for _ in range(env.world)]
+        parts = [p.data]
         if env.world > 1:
+            parts = [torch.empty_like(p.data) for _ in range(env.world)]
             torch.distributed.all_gather(parts, p.data)
-        else:
-            parts = [p.data]
         p.data = torch.cat(parts)[:p.whole.numel()].view(p.whole)
 
 
@@ -340,8 +336,9 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
         if N == 0:                                               # a rank out of work
             return linear_logprob(hidden_ND, head_VD, batch.targets_N)[0].sum(), {}
         taught = c.control == ""
-        p, q, bad_N = sides(model, teacher, batch, hidden_ND, head_VD, contexts) if taught else (None, None, None)
-        p = p or SimpleNamespace(hidden_ND=hidden_ND, head_VD=head_VD)
+        p = SimpleNamespace(hidden_ND=hidden_ND, head_VD=head_VD)
+        if taught:
+            p, q, bad_N = sides(model, teacher, batch, hidden_ND, head_VD, contexts)
         s = SimpleNamespace(targets_N=batch.targets_N, temperature=c.temperature, k=c.k, baseline=c.baseline_k, bound=c.bound,
                             divergence=c.divergence, beta=c.beta, stop=torch.tensor(stop, device=device) if len(stop) > 1 else None)
         s.logp_N, entropy_N = of_target(p, s)
@@ -375,8 +372,8 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
         with torch.no_grad():
             drawn_N = ~gold_N
             stats = dict(tokens=N, entropy=entropy_N.sum(), sampler_kl=(apart_N.expm1() - apart_N).sum(),
-                         sampler_far=(apart_N.abs() > 0.1).sum(), sampler_max=apart_N.abs().max(), clipped=0.0, reference_kl=k3_N.sum(),
-                         weight_all=(apart_N + batch.kept_N).exp(), drawn=drawn_N.sum(), gold=gold_N.sum(), value=value_N.sum())
+                         sampler_far=(apart_N.abs() > 0.1).sum(), sampler_max=apart_N.abs().max(), reference_kl=k3_N.sum(),
+                         weight_all=(apart_N + batch.kept_N).exp(), drawn=drawn_N.sum(), gold=gold_N.sum())
             if taught:
                 r_N = torch.where(live_N, s.logp_N - s.logq_N, 0.0)
                 again_N = repeated(batch.targets_N, batch.sample_N, c.repeat_n) & live_N
@@ -541,11 +538,6 @@ def status(at, config, m):
             f"length {m['length']:.1f}  entropy {m['entropy']:.3f}  {taught}rollout {m['t_rollout']:.2f}s  update {m['t_train']:.2f}s")
 
 
-def fresh(rl):
-    c = rl.config
-    return Optimizer(rl.model, lr=c.lr, muon_lr=c.muon_lr or None, weight_decay=c.weight_decay, clip=c.clip)
-
-
 # -----------------------------------------------------------------------------
 
 
@@ -594,17 +586,12 @@ def main(argv=None):
               sources=[m.__file__ for m in (sys.modules[__name__], opd_check, nanorl)])
     rl.workers.log = run.log
     begin, at, history, best = 0, 0, [], dict(step=0, avg=-1.0)
-    found = run.latest() if config.resume else None
-    if found:
-        hf.load(found[0], asdict(rl.model.config), dict(rl.model.named_parameters()))
-        states = run.load(found[0])
-        rl.optimizer.load_state_dict([s["optimizer"] for s in states])
-        begin, at, history, best, rl.visits, rl.updates, rl.spent, visits = (states[0][k] for k in (
-            "step", "at", "history", "best", "visits", "updates", "spent", "writer"))
+    state = restore(rl, run) if config.resume else None
+    if state:
+        begin, at, history, best, rl.visits, rl.updates, rl.spent = (state[k] for k in (
+            "step", "at", "history", "best", "visits", "updates", "spent"))
         if writer:
-            writer.visits = visits
-    if config.resume:
-        run.rewind(begin if found else -1)
+            writer.visits = state["writer"]
     name = config.teacher or ("none" if teacher is None else "the student as it starts")
     run.log(f"{config.control or config.loss} on {config.data or config.task}: student {config.init}, teacher {name}, {config.prompts} x "
             f"{config.n} samples a step, {env.world} x {env.device}")
@@ -684,8 +671,9 @@ def main(argv=None):
                 keep(rl, run.folder, now)
         if reason:
             kept = Path(run.folder, "best", f"step_{best['step']}")
-            hf.load(kept, asdict(rl.model.config), dict(rl.model.named_parameters()))
-            rl.optimizer, history = fresh(rl), []                # masters and moments are those of the state that is left
+            rl.model.load_hf(kept)
+            history = []                                         # masters and moments are those of the state that is left: new ones
+            rl.optimizer = Optimizer(rl.model, config.lr, config.muon_lr or None, weight_decay=config.weight_decay, clip=config.clip)
             run.log(f"stopped after step {now}: {reason}. Back to the best state, of step {best['step']}")
         if last:
             numbers |= test("test", rl.test, "after") | test("eval", rl.valid, "  held out")

@@ -31,7 +31,7 @@ import numpy as np
 
 from bench import ROOT, finish
 from common import view
-from common.run import die, flags, newest
+from common.run import die, flags, newest, positive
 from nanorl import ALGORITHMS
 
 
@@ -194,9 +194,7 @@ def main(argv=None):
             die(f"--rows: no row {row!r}; known: {', '.join(ALGORITHMS)}")
     if len(limits) != len(tasks) or not all(x.isdigit() and int(x) for x in limits):
         die(f"--max-new {config.max_new}: give one number for each of the {len(tasks)} tasks")
-    for flag in ("seeds", "tokens", "updates", "prompts", "k", "parallel", "eval_every"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
+    positive(config, "seeds tokens updates prompts k parallel eval_every")
     if config.k < 2 or config.k & (config.k - 1):
         die(f"--k {config.k}: give a power of two, 2 or more: pass@k is known at those")
     if not Path(config.init, "config.json").exists():

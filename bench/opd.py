@@ -41,7 +41,7 @@ from bench import ROOT, alternate, finish, peer, ratio, show
 from bench.algorithms import metrics, run_all
 from common import hf
 from common.reward import Rewards
-from common.run import die, flags, newest
+from common.run import die, flags, newest, positive
 from evaluate import SEED, evaluate, prompt_ids
 from kernels import linear_logprob
 from nanorl import address, predicting
@@ -419,9 +419,7 @@ def main(argv=None):
     for part in parts:
         if part not in PARTS:
             die(f"--parts: no part {part!r}; known: {', '.join(PARTS)}")
-    for flag in ("seeds", "steps", "prompts", "n", "rl_steps", "eval_n", "final_n", "check_n", "parallel", "repeats"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
+    positive(config, "seeds steps prompts n rl_steps eval_n final_n check_n parallel repeats")
     for flag in ("base", "teacher", "chars_base", "chars_teacher"):
         if getattr(config, flag):
             try:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402  (a script in a folder of its own finds the rest of the house one floor up)
 import nanorl  # noqa: E402
 from common import view  # noqa: E402
-from common.run import Run, all_sum, die, flags  # noqa: E402
+from common.run import Run, all_sum, die, flags, positive  # noqa: E402
 from evaluate import completion, evaluate, words  # noqa: E402
 
 
@@ -79,9 +79,7 @@ def right_ways(task, texts, rewards):
 def main(argv=None):
     # ---- config and init
     config = flags(Config, argv, __doc__)
-    for flag in ("steps", "prompts", "max_new", "row_tokens", "eval_n", "eval_k", "ngram"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
+    positive(config, "steps prompts max_new row_tokens eval_n eval_k ngram")
     if config.n < 2:
         die("--n is 1: a sample without siblings is like nobody; give at least 2")
     rl = nanorl.setup(nanorl.Config(**{k: v for k, v in asdict(config).items() if k in nanorl.Config.__dataclass_fields__}))
