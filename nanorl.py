@@ -312,8 +312,8 @@ def setup(config, problems=None):
         reward = config.reward or config.task
         check(reward)
         problems = problems or task.problems("train", config.problems, config.seed)
-        held = task.problems("valid", config.eval_n, config.seed), task.problems("test", config.final_n, config.seed)
-        need = max(len(prompt_ids(p, tok)) for p in [*problems, *held[0], *held[1]]) + config.max_new
+        valid, test = task.problems("valid", config.eval_n, config.seed), task.problems("test", config.final_n, config.seed)
+        need = max(len(prompt_ids(p, tok)) for p in [*problems, *valid, *test]) + config.max_new
         if need > config.row_tokens:
             raise ValueError(f"--row-tokens {config.row_tokens} is below one sample: a prompt and --max-new take {need}")
         if need > model.config.max_len:
@@ -335,7 +335,7 @@ def setup(config, problems=None):
     except torch.cuda.OutOfMemoryError:
         die(f"an update of --row-tokens {config.row_tokens} does not fit on the GPU: lower it, or give --checkpoint (--dry-run lists what "
             "a run needs)")
-    return SimpleNamespace(config=config, env=env, model=model, tok=tok, task=task, problems=problems, valid=held[0], test=held[1],
+    return SimpleNamespace(config=config, env=env, model=model, tok=tok, task=task, problems=problems, valid=valid, test=test,
                            sampler=sampler, optimizer=optimizer, workers=Rewards(reward, workers=config.workers),
                            reference=reference, rounds=None, normaliser=0.0, updates=0.0, spent=0, best=-math.inf, stalled=0, visits={},
                            late=[], clock=dict.fromkeys(CLOCKS, 0.0))
