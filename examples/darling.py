@@ -6,7 +6,7 @@ more when few siblings gave it: reward * (G - its class) / (G - 1), where its cl
 
     a a a b c x        rewards 1 1 1 1 1 0, G = 6:   3/5 3/5 3/5 5/5 5/5 0
 
-What differs from nanorl.py is `distinctness` and the three lines of the loop that call it; everything else is imported. Deleted from
+What differs from nanorl.py is `distinctness` and the lines of the loop around `advantage`; everything else is imported. Deleted from
 the paper: its learned judge of what is "the same". Equal are answers that the task calls equal (--same classes: 3*12 is 12*3);
 where a task has no answers to compare, a response is as distinct as the share of its n-grams that no sibling has (--same ngrams).
 The deviation stays out of the advantage (dr_grpo): a group whose right answers are all one answer would otherwise be blown up.
