@@ -700,22 +700,21 @@ def varied(group):
 
 def summary(rl, groups, dropped, stats, seconds):
     """The numbers of a step, over all ranks."""
-    mine = [s for g in groups for s in g]
-    rows = [(s.reward, s.finished == "length", len(s.tokens), repeats(completion(s, rl.tok))) for s in mine]
+    mine = [(s.reward, s.finished == "length", len(s.tokens), repeats(completion(s, rl.tok))) for g in groups for s in g]
+    every = [row for part in gather(mine) for row in part]
+    reward, truncated, length, repetition = (float(np.mean(column)) for column in zip(*every)) if every else [math.nan] * 4
+    sampled = sum(n for _, _, n, _ in every)
     tokens = max(1.0, stats.get("tokens", 0.0))
     low, middle, high = np.quantile(weight, (0.01, 0.5, 0.99)) if len(weight := stats.get("weight_all", ())) else [math.nan] * 3
-    every = [row for part in gather(rows) for row in part]
     flat = all_sum(sum(not varied(g) for g in groups) + dropped)
     count = all_sum(len(groups) + dropped)
-    mean = lambda values: float(np.mean(list(values))) if every else math.nan  # noqa: E731
     clock = {f"t_{k}": v for k, v in rl.clock.items()}
     rl.clock.update(dict.fromkeys(CLOCKS, 0.0))
-    sampled = sum(row[2] for row in every)
-    return dict(reward=mean(r for r, _, _, _ in every), zero_var=flat / max(1, count), truncated=mean(t for _, t, _, _ in every),
-                length=mean(n for _, _, n, _ in every), entropy=stats.get("entropy", math.nan) / tokens if stats else math.nan,
+    return dict(reward=reward, zero_var=flat / max(1, count), truncated=truncated, length=length,
+                entropy=stats.get("entropy", math.nan) / tokens,
                 **{k: stats.get(k, 0.0) / tokens for k in ("sampler_kl", "sampler_far", "clipped", "reference_kl")},
                 sampler_max=stats.get("sampler_max", 0.0), weight_q01=low, weight_q50=middle, weight_q99=high,
-                repetition=mean(r for _, _, _, r in every), groups=count, tokens=sampled, trained_tokens=stats.get("tokens", 0.0),
+                repetition=repetition, groups=count, tokens=sampled, trained_tokens=stats.get("tokens", 0.0),
                 rollout_tok_s=sampled / rl.env.world / max(1e-9, clock["t_rollout"]),
                 train_tok_s=stats.get("tokens", 0.0) / rl.env.world / max(1e-9, clock["t_train"]), t_step=seconds, **clock)
 
@@ -751,6 +750,11 @@ def warnings(history, config):
     now = [c(history) for c, _ in conditions]
     before = [len(history) > 1 and c(history[:-1]) for c, _ in conditions]
     return [text for (_, text), a, b in zip(conditions, now, before) if a and not b]
+
+
+def recent(history):
+    """What a checkpoint keeps of it: the warnings look at the first step and at the last ones."""
+    return history[:1] + history[1:][-50:]
 
 
 def status(at, config, m):
@@ -860,7 +864,7 @@ def main(argv=None):
 
     def save(done):
         run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
-                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=history[-50:], **{k: getattr(rl, k) for k in COUNTERS},
+                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=recent(history), **{k: vars(rl)[k] for k in COUNTERS},
                       reference=rl.reference.state_dict() if rl.reference and env.master else None,
                       rounds=rl.rounds.state_dict() if rl.rounds and env.master else None))
 

@@ -48,8 +48,8 @@ from common.optim import Optimizer
 from common.run import Run, all_sum, die, flags, gather, positive, progress
 from evaluate import evaluate, prompt_ids, words
 from kernels import linear_logprob, linear_logprob_at, linear_topk
-from nanorl import (BASELINES, address, collect, next_problems, predicting, restore, sample_rows, setup, share_visits, step, summary,
-                    update, warnings)
+from nanorl import (BASELINES, address, collect, next_problems, predicting, recent, restore, sample_rows, setup, share_visits, step,
+                    summary, update, warnings)
 from opd_check import load_teacher, log_softmax, look, looked, repeated, stop_class
 from rollout import Sample, Sampler
 from ttrl import keep
@@ -603,7 +603,7 @@ def main(argv=None):
 
     def save(done):
         run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
-                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=history[-50:], best=best, visits=rl.visits,
+                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=recent(history), best=best, visits=rl.visits,
                       updates=rl.updates, spent=rl.spent, writer=writer.visits if writer else {}))
 
     # ---- before

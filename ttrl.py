@@ -47,8 +47,8 @@ import nanorl
 from common import view
 from common.run import Run, all_max, barrier, die, flags, gather, positive, progress
 from evaluate import completion, evaluate, words
-from nanorl import (advantage, collect, make_loss, next_problems, restore, sample_rows, setup, share_visits, step, summary, update,
-                    warnings)
+from nanorl import (advantage, collect, make_loss, next_problems, recent, restore, sample_rows, setup, share_visits, step, summary,
+                    update, warnings)
 
 
 @dataclass
@@ -474,7 +474,7 @@ def main(argv=None):
 
     def save(done):
         run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
-                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, spent=spent, history=history[-50:], memory=memory, seen=seen,
+                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, spent=spent, history=recent(history), memory=memory, seen=seen,
                       still=still, mute=mute, lowest=lowest, best=best, before=before, visits=rl.visits, updates=rl.updates))
 
     # ---- before

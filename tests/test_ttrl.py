@@ -342,7 +342,7 @@ def test_resumed_equals_never_stopped_bit_for_bit(own, monkeypatch):
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(own, monkeypatch):
     """the numbers before the first step were written twice: once by the run that died, once by the one that went on"""
-    own += ["--passes", "1", "--name", "again"]
+    own = [*own, "--passes", "1", "--name", "again"]
     with monkeypatch.context() as patch:
         patch.setattr(ttrl, "collect", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
