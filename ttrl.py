@@ -62,8 +62,8 @@ class Config:
     questions: int = 100                 # to learn on, at most
     unseen: str = ""                     # a task for the questions never trained on; empty: another split of --task
     unseen_n: int = 100                  # of those; 0: none
-    votes: int = 32                      # M: samples that vote
-    samples: int = 16                    # N: samples of these that are trained on
+    votes: int = 64                      # M: samples that vote
+    samples: int = 32                    # N: samples of these that are trained on
     min_votes: int = 4                   # a question with fewer readable answers is skipped
     reward: Literal["majority", "label", "random", "has_answer"] = "majority"  # the vote; or a control: true label, a coin, format
     judge: Literal["majority", "weighted", "soft", "abstain"] = "majority"  # how votes are counted; see the four functions
@@ -74,7 +74,7 @@ class Config:
     entropy_coef: float = 0.0            # bonus on the entropy of the policy; may be negative
     tis: float = 2.0                     # truncate the importance weight between sampler and trainer here; 0: no weight
     prompts: int = 25                    # questions a step, over all ranks
-    passes: int = 40                     # over the questions, at most
+    passes: int = 18                     # over the questions, at most
     budget: float = 0.0                  # stop before this many seconds of training, evaluation apart; 0: no limit
     patience: int = 3                    # stop after this many passes in a row that changed nothing (see idle); 0: never
     settled: float = 0.02                # that is: this share of the majorities, or fewer, flipped
