@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import data
 from common import hf
 from common.reward import Rewards
-from common.run import die, flags, gather, start
+from common.run import die, flags, gather, positive, start
 from rollout import Sampler
 from train_gpt import GPT
 
@@ -129,9 +129,7 @@ def words(result):
 def main(argv=None):
     # ---- config and init
     config = flags(Config, argv, __doc__)
-    for flag in ("n", "k", "max_new", "workers"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
+    positive(config, "n k max_new workers")
     env = start(config.device, config.dtype, config.threads)
     try:
         folder = hf.find(config.model)

@@ -41,7 +41,7 @@ import train_gpt
 from common import hf, view
 from common.optim import Optimizer
 from common.reward import Rewards, check
-from common.run import Run, all_sum, barrier, die, flags, gather, newest, progress, start
+from common.run import Run, all_sum, barrier, die, flags, gather, newest, positive, progress, start
 from evaluate import completion, evaluate, prompt_ids, words
 from kernels import linear_logprob, packed_attention
 from rollout import Sampler
@@ -177,9 +177,9 @@ class Config:
     stream: bool = False                 # a rank that has nothing left to sample learns from its complete groups meanwhile
     workers: int = 2                     # reward processes of each rank
     eval_every: int = 50                 # steps between evaluations; 0: only before and after
-    eval_n: int = 200                    # held-out problems of one
+    eval_n: int = 200                    # problems of one, of the valid split
     eval_k: int = 4                      # samples of each
-    final_n: int = 1000                  # held-out problems of the last evaluation
+    final_n: int = 1000                  # problems of the evaluations before and after, of the test split
     save_every: int = 50                 # steps between checkpoints
     seed: int = 0                        # problems and samples
     checkpoint: bool = False             # recompute blocks in the backward: memory for time
@@ -312,8 +312,8 @@ def setup(config, problems=None):
         reward = config.reward or config.task
         check(reward)
         problems = problems or task.problems("train", config.problems, config.seed)
-        held = task.problems("valid", config.eval_n, config.seed), task.problems("test", config.final_n, config.seed)
-        need = max(len(prompt_ids(p, tok)) for p in [*problems, *held[0], *held[1]]) + config.max_new
+        valid, test = task.problems("valid", config.eval_n, config.seed), task.problems("test", config.final_n, config.seed)
+        need = max(len(prompt_ids(p, tok)) for p in [*problems, *valid, *test]) + config.max_new
         if need > config.row_tokens:
             raise ValueError(f"--row-tokens {config.row_tokens} is below one sample: a prompt and --max-new take {need}")
         if need > model.config.max_len:
@@ -335,7 +335,7 @@ def setup(config, problems=None):
     except torch.cuda.OutOfMemoryError:
         die(f"an update of --row-tokens {config.row_tokens} does not fit on the GPU: lower it, or give --checkpoint (--dry-run lists what "
             "a run needs)")
-    return SimpleNamespace(config=config, env=env, model=model, tok=tok, task=task, problems=problems, valid=held[0], test=held[1],
+    return SimpleNamespace(config=config, env=env, model=model, tok=tok, task=task, problems=problems, valid=valid, test=test,
                            sampler=sampler, optimizer=optimizer, workers=Rewards(reward, workers=config.workers),
                            reference=reference, rounds=None, normaliser=0.0, updates=0.0, spent=0, best=-math.inf, stalled=0, visits={},
                            late=[], clock=dict.fromkeys(CLOCKS, 0.0))
@@ -359,6 +359,18 @@ def rehearse(model, optimizer, reference, config, need):
         reference.to("cpu")
 
 
+def restore(rl, run):
+    """Weights and optimizer as the run's last checkpoint has them. -> the rest of its state, as rank 0 saved it; None: the run was stopped
+    before its first, and begins again."""
+    found = run.latest()
+    run.rewind(found[1] if found else -1)
+    if found:
+        rl.model.load_hf(found[0])
+        states = run.load(found[0])
+        rl.optimizer.load_state_dict([s["optimizer"] for s in states])
+        return states[0]
+
+
 COUNTERS = ("visits", "late", "updates", "spent", "best", "stalled")     # of rl, kept in checkpoints
 CLOCKS = ("rollout", "reward", "pack", "train", "opt", "idle")
 
@@ -379,6 +391,7 @@ def with_algorithm(config):
     for wrong, why in [
         (c.epochs < 1, "--epochs is 0: give at least 1"),
         (c.minibatch > c.prompts, f"--minibatch {c.minibatch} is above --prompts {c.prompts}, and an update holds no more than a rollout"),
+        (c.overlong > c.max_new, f"--overlong {c.overlong} is above --max-new {c.max_new}"),
         (not c.temperature, "--temperature 0 samples the same answer again and again: groups need variety, give a number above 0"),
         (c.clip_low and c.clip_low > 1, f"--clip-low {c.clip_low}: a ratio is never below 0, so give at most 1"),
         (0 < c.tis < 1, f"--tis {c.tis} would cut the weight where sampler and trainer agree: give 1 or more, or 0 for no weight"),
@@ -703,22 +716,21 @@ def varied(group):
 
 def summary(rl, groups, dropped, stats, seconds):
     """The numbers of a step, over all ranks."""
-    mine = [s for g in groups for s in g]
-    rows = [(s.reward, s.finished == "length", len(s.tokens), repeats(completion(s, rl.tok))) for s in mine]
+    mine = [(s.reward, s.finished == "length", len(s.tokens), repeats(completion(s, rl.tok))) for g in groups for s in g]
+    every = [row for part in gather(mine) for row in part]
+    reward, truncated, length, repetition = (float(np.mean(column)) for column in zip(*every)) if every else [math.nan] * 4
+    sampled = sum(n for _, _, n, _ in every)
     tokens = max(1.0, stats.get("tokens", 0.0))
     low, middle, high = np.quantile(weight, (0.01, 0.5, 0.99)) if len(weight := stats.get("weight_all", ())) else [math.nan] * 3
-    every = [row for part in gather(rows) for row in part]
     flat = all_sum(sum(not varied(g) for g in groups) + dropped)
     count = all_sum(len(groups) + dropped)
-    mean = lambda values: float(np.mean(list(values))) if every else math.nan  # noqa: E731
     clock = {f"t_{k}": v for k, v in rl.clock.items()}
     rl.clock.update(dict.fromkeys(CLOCKS, 0.0))
-    sampled = sum(row[2] for row in every)
-    return dict(reward=mean(r for r, _, _, _ in every), zero_var=flat / max(1, count), truncated=mean(t for _, t, _, _ in every),
-                length=mean(n for _, _, n, _ in every), entropy=stats.get("entropy", math.nan) / tokens if stats else math.nan,
+    return dict(reward=reward, zero_var=flat / max(1, count), truncated=truncated, length=length,
+                entropy=stats.get("entropy", math.nan) / tokens,
                 **{k: stats.get(k, 0.0) / tokens for k in ("sampler_kl", "sampler_far", "clipped", "reference_kl")},
                 sampler_max=stats.get("sampler_max", 0.0), weight_q01=low, weight_q50=middle, weight_q99=high,
-                repetition=mean(r for _, _, _, r in every), groups=count, tokens=sampled, trained_tokens=stats.get("tokens", 0.0),
+                repetition=repetition, groups=count, tokens=sampled, trained_tokens=stats.get("tokens", 0.0),
                 rollout_tok_s=sampled / rl.env.world / max(1e-9, clock["t_rollout"]),
                 train_tok_s=stats.get("tokens", 0.0) / rl.env.world / max(1e-9, clock["t_train"]), t_step=seconds, **clock)
 
@@ -754,6 +766,11 @@ def warnings(history, config):
     now = [c(history) for c, _ in conditions]
     before = [len(history) > 1 and c(history[:-1]) for c, _ in conditions]
     return [text for (_, text), a, b in zip(conditions, now, before) if a and not b]
+
+
+def recent(history):
+    """What a checkpoint keeps of it: the warnings look at the first step and at the last ones."""
+    return history[:1] + history[1:][-50:]
 
 
 def status(at, config, m):
@@ -826,11 +843,7 @@ def main(argv=None):
     settings, expected = HARDWARE[kind]
     own = any(word.split("=")[0] in ("--init", "--task", "--data") for word in argv)
     config = flags(Config, argv if own else settings.split() + argv, __doc__)
-    for flag in ("steps", "prompts", "n", "max_new", "problems", "row_tokens", "eval_n", "eval_k", "final_n", "save_every", "workers"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
-    if config.overlong > config.max_new:
-        die(f"--overlong {config.overlong} is above --max-new {config.max_new}")
+    positive(config, "steps prompts n max_new problems row_tokens eval_n eval_k final_n save_every workers")
     if config.n < 2:
         die("--n is 1: a group of one has no baseline, so no advantage; give at least 2")
 
@@ -846,40 +859,36 @@ def main(argv=None):
               sources=[m.__file__ for m in (sys.modules[__name__], rollout, pack)])
     rl.workers.log = run.log
     begin, at, history = 0, 0, []                                # at: how many problems were taken from the endless list
-    found = run.latest() if config.resume else None
-    if found:
-        hf.load(found[0], asdict(rl.model.config), dict(rl.model.named_parameters()))
-        states = run.load(found[0])
-        rl.optimizer.load_state_dict([s["optimizer"] for s in states])
-        begin, at, history = (states[0][k] for k in ("step", "at", "history"))
-        vars(rl).update({k: states[0][k] for k in COUNTERS})
+    state = restore(rl, run) if config.resume else None
+    if state:
+        begin, at, history = (state[k] for k in ("step", "at", "history"))
+        vars(rl).update({k: state[k] for k in COUNTERS})
         if rl.reference:
-            rl.reference.load_state_dict(states[0]["reference"])
+            rl.reference.load_state_dict(state["reference"])
         if rl.rounds:
-            rl.rounds.load_state_dict(states[0]["rounds"])
-    if config.resume:
-        run.rewind(begin if found else -1)                       # stopped before its first checkpoint: from the start
+            rl.rounds.load_state_dict(state["rounds"])
     size = sum(p.numel() for p in rl.model.parameters()) / 1e6
     run.log(f"{config.algo} on {config.data or config.task} from {config.init}: {size:.2f}M parameters, {config.prompts} x "
             f"{config.n} samples a step, {env.world} x {env.device}, {kernels.backend(env.device)}")
     if not own:
         run.log(f"on {expected}")
 
-    def test(problems, k):
-        return evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, k, config.max_new)
+    def test(name, problems, said):
+        result = evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, config.eval_k, config.max_new)
+        run.log(f"{said}: {words(result)}")
+        return {f"{name}/{k}": v for k, v in result.items()}
 
     def save(done):
         run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
-                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=history[-50:], **{k: getattr(rl, k) for k in COUNTERS},
+                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=recent(history), **{k: vars(rl)[k] for k in COUNTERS},
                       reference=rl.reference.state_dict() if rl.reference and env.master else None,
                       rounds=rl.rounds.state_dict() if rl.rounds and env.master else None))
 
     # ---- the loop
     if begin == 0:
-        run.log(f"before: {words(test(rl.test, config.eval_k))}")
-        before = test(rl.valid, config.eval_k)
-        rl.best = before["avg"]
-        run.metrics(0, **{f"eval/{k}": v for k, v in before.items()})
+        before = test("test", rl.test, "before") | test("eval", rl.valid, "  held out")
+        rl.best = before["eval/avg"]
+        run.metrics(0, **before)
     bar = progress(config.steps, "rl")
     bar.update(begin)
     now, over = begin, lambda: now >= config.steps or 0 < config.tokens <= rl.spent
@@ -925,14 +934,11 @@ def main(argv=None):
             run.log(f"  warning: {warning}")
         last = over()
         if config.eval_every and now % config.eval_every == 0 and not last:
-            result = test(rl.valid, config.eval_k)
-            run.log(f"  held out: {words(result)}")
-            numbers |= {f"eval/{k}": v for k, v in result.items()}
-            rl.best, rl.stalled = (result["avg"], 0) if result["avg"] > rl.best else (rl.best, rl.stalled + 1)
+            numbers |= test("eval", rl.valid, "  held out")
+            avg = numbers["eval/avg"]
+            rl.best, rl.stalled = (avg, 0) if avg > rl.best else (rl.best, rl.stalled + 1)
         if last:
-            result = test(rl.test, config.eval_k)
-            run.log(f"after: {words(result)}")
-            numbers |= {f"eval/{k}": v for k, v in result.items()}
+            numbers |= test("test", rl.test, "after")
         if (config.reset_every and now % config.reset_every == 0) or (config.reset_patience and rl.stalled >= config.reset_patience):
             reset(rl)
             rl.best, rl.stalled = -math.inf, 0

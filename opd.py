@@ -29,7 +29,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -43,13 +43,13 @@ import kernels
 import nanorl
 import opd_check
 import pack
-from common import hf, view
+from common import view
 from common.optim import Optimizer
-from common.run import Run, all_sum, die, flags, gather, progress
+from common.run import Run, all_sum, die, flags, gather, positive, progress
 from evaluate import evaluate, prompt_ids, words
 from kernels import linear_logprob, linear_logprob_at, linear_topk
-from nanorl import (BASELINES, address, collect, next_problems, predicting, sample_rows, setup, share_visits, step, summary, update,
-                    warnings)
+from nanorl import (BASELINES, address, collect, next_problems, predicting, recent, restore, sample_rows, setup, share_visits, step,
+                    summary, update, warnings)
 from opd_check import load_teacher, log_softmax, look, looked, repeated, stop_class
 from rollout import Sample, Sampler
 from ttrl import keep
@@ -218,9 +218,9 @@ class Config:
     slots: int = 0                       # rows the sampler decodes at a time; 0: from the device
     workers: int = 2                     # reward processes of each rank
     eval_every: int = 10                 # steps between evaluations; 0: only before and after
-    eval_n: int = 200                    # held-out problems of one
+    eval_n: int = 200                    # problems of one, of the valid split
     eval_k: int = 4                      # samples of each
-    final_n: int = 1000                  # held-out problems of the first and the last
+    final_n: int = 1000                  # problems of the evaluations before and after, of the test split
     save_every: int = 20                 # steps between checkpoints
     seed: int = 0                        # problems and samples
     checkpoint: bool = False             # recompute blocks in the backward: memory for time
@@ -240,10 +240,7 @@ SHARED = ("name init task data reward kl_coef tis steps tokens prompts n max_new
 def configure(argv):
     """-> (config, the nanorl.Config that its stages read). What does not go together is refused, with the reason."""
     c = flags(Config, argv, __doc__)
-    for flag in ("k", "look_k", "prompts", "n", "steps", "max_new", "row_tokens", "eval_n", "eval_k", "final_n", "save_every", "workers",
-                 "repeat_n"):
-        if getattr(c, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(c, flag)}: give at least 1")
+    positive(c, "k look_k prompts n steps max_new row_tokens eval_n eval_k final_n save_every workers repeat_n")
     for wrong, why in [
         (not c.teacher and not c.context and c.control != "fixed_negative", "no --teacher: give a model, or --context gold, or --control"),
         (c.control == "fixed_negative" and (c.teacher or c.context), "--control fixed_negative is the run without a teacher: leave it out"),
@@ -316,11 +313,10 @@ def wake(teacher, config, env):
         teacher.to(env.device)
         return
     for p in teacher.parameters():
-        parts = [torch.empty_like(p.data) for _ in range(env.world)]
+        parts = [p.data]
         if env.world > 1:
+            parts = [torch.empty_like(p.data) for _ in range(env.world)]
             torch.distributed.all_gather(parts, p.data)
-        else:
-            parts = [p.data]
         p.data = torch.cat(parts)[:p.whole.numel()].view(p.whole)
 
 
@@ -331,7 +327,7 @@ def wake(teacher, config, env):
 def make_loss(config, model, teacher, stop=(), special=(), contexts=None, reference=None, told=None):
     """-> loss(batch, hidden_ND, head_VD) -> (sum to be minimised, stats as sums). Samples with index below 0 are gold: learned as they are.
     batch.advantage_N: what the task's reward or a control adds; the teacher's part is made here. told: a dict that takes what it said
-    of every token, log q - log p, by address."""
+    of every token, log q - log p, by (problem, index)."""
     c, D = config, model.config.d_model
     told = {} if told is None else told
 
@@ -340,8 +336,9 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
         if N == 0:                                               # a rank out of work
             return linear_logprob(hidden_ND, head_VD, batch.targets_N)[0].sum(), {}
         taught = c.control == ""
-        p, q, bad_N = sides(model, teacher, batch, hidden_ND, head_VD, contexts) if taught else (None, None, None)
-        p = p or SimpleNamespace(hidden_ND=hidden_ND, head_VD=head_VD)
+        p = SimpleNamespace(hidden_ND=hidden_ND, head_VD=head_VD)
+        if taught:
+            p, q, bad_N = sides(model, teacher, batch, hidden_ND, head_VD, contexts)
         s = SimpleNamespace(targets_N=batch.targets_N, temperature=c.temperature, k=c.k, baseline=c.baseline_k, bound=c.bound,
                             divergence=c.divergence, beta=c.beta, stop=torch.tensor(stop, device=device) if len(stop) > 1 else None)
         s.logp_N, entropy_N = of_target(p, s)
@@ -375,8 +372,8 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
         with torch.no_grad():
             drawn_N = ~gold_N
             stats = dict(tokens=N, entropy=entropy_N.sum(), sampler_kl=(apart_N.expm1() - apart_N).sum(),
-                         sampler_far=(apart_N.abs() > 0.1).sum(), sampler_max=apart_N.abs().max(), clipped=0.0, reference_kl=k3_N.sum(),
-                         weight_all=(apart_N + batch.kept_N).exp(), drawn=drawn_N.sum(), gold=gold_N.sum(), value=value_N.sum())
+                         sampler_far=(apart_N.abs() > 0.1).sum(), sampler_max=apart_N.abs().max(), reference_kl=k3_N.sum(),
+                         weight_all=(apart_N + batch.kept_N).exp(), drawn=drawn_N.sum(), gold=gold_N.sum())
             if taught:
                 r_N = torch.where(live_N, s.logp_N - s.logq_N, 0.0)
                 again_N = repeated(batch.targets_N, batch.sample_N, c.repeat_n) & live_N
@@ -386,7 +383,8 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
                               look_all=look(p.hidden_ND, p.head_VD, q.hidden_ND, q.head_VD, batch.sample_N, c.look_k, list(stop),
                                             c.temperature).flatten())
                 lengths = torch.bincount(batch.sample_N, minlength=len(batch.samples)).tolist()
-                told.update({address(x): part.tolist() for x, part in zip(batch.samples, (-r_N).cpu().split(lengths))})
+                told_N = (-r_N).cpu().double().round(decimals=4)
+                told.update({(x.problem, x.index): part.tolist() for x, part in zip(batch.samples, told_N.split(lengths))})
         if hidden_ND.requires_grad:                              # filled in by the backward: do the tokens pull in one direction?
             stats |= dict(pull_all=torch.zeros(D, device=device), pulls=torch.zeros((), device=device))
 
@@ -540,11 +538,6 @@ def status(at, config, m):
             f"length {m['length']:.1f}  entropy {m['entropy']:.3f}  {taught}rollout {m['t_rollout']:.2f}s  update {m['t_train']:.2f}s")
 
 
-def fresh(rl):
-    c = rl.config
-    return Optimizer(rl.model, lr=c.lr, muon_lr=c.muon_lr or None, weight_decay=c.weight_decay, clip=c.clip)
-
-
 # -----------------------------------------------------------------------------
 
 
@@ -593,35 +586,31 @@ def main(argv=None):
               sources=[m.__file__ for m in (sys.modules[__name__], opd_check, nanorl)])
     rl.workers.log = run.log
     begin, at, history, best = 0, 0, [], dict(step=0, avg=-1.0)
-    found = run.latest() if config.resume else None
-    if found:
-        hf.load(found[0], asdict(rl.model.config), dict(rl.model.named_parameters()))
-        states = run.load(found[0])
-        rl.optimizer.load_state_dict([s["optimizer"] for s in states])
-        begin, at, history, best, rl.visits, rl.updates, rl.spent, visits = (states[0][k] for k in (
-            "step", "at", "history", "best", "visits", "updates", "spent", "writer"))
+    state = restore(rl, run) if config.resume else None
+    if state:
+        begin, at, history, best, rl.visits, rl.updates, rl.spent = (state[k] for k in (
+            "step", "at", "history", "best", "visits", "updates", "spent"))
         if writer:
-            writer.visits = visits
-    if config.resume:
-        run.rewind(begin if found else -1)
+            writer.visits = state["writer"]
     name = config.teacher or ("none" if teacher is None else "the student as it starts")
     run.log(f"{config.control or config.loss} on {config.data or config.task}: student {config.init}, teacher {name}, {config.prompts} x "
             f"{config.n} samples a step, {env.world} x {env.device}")
 
-    def test(problems):
-        return evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, config.eval_k, config.max_new)
+    def test(name, problems, said):
+        result = evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, config.eval_k, config.max_new)
+        run.log(f"{said}: {words(result)}")
+        return {f"{name}/{k}": v for k, v in result.items()}
 
     def save(done):
         run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
-                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=history[-50:], best=best, visits=rl.visits,
+                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=recent(history), best=best, visits=rl.visits,
                       updates=rl.updates, spent=rl.spent, writer=writer.visits if writer else {}))
 
     # ---- before
     if begin == 0:
-        run.log(f"before: {words(test(rl.test))}")
-        before = test(rl.valid)
-        run.metrics(0, spent=0, **{f"eval/{k}": v for k, v in before.items()})
-        best = dict(step=0, avg=before["avg"])
+        before = test("test", rl.test, "before") | test("eval", rl.valid, "  held out")
+        run.metrics(0, spent=0, **before)
+        best = dict(step=0, avg=before["eval/avg"])
         keep(rl, run.folder, 0)
 
     # ---- the loop
@@ -654,9 +643,7 @@ def main(argv=None):
             bar.close()
             rl.workers.close()
             die(f"step {now}: the teacher's log-probs are nan at every token. The last good state is {run.latest()[0]}")
-        for part in gather(told):                                # for samples.jsonl: what each token was told
-            for s in (s for g in groups for s in g if address(s) in part):
-                s.advantage = [round(x, 4) for x in part[address(s)]]
+        said = {k: v for part in gather(told) for k, v in part.items()}
         told.clear()
         stats |= step(rl)
         rl.spent += all_sum(sum(len(s.tokens) for g in groups for s in g))
@@ -678,23 +665,20 @@ def main(argv=None):
         reason = guard(history, config)
         last = over() or bool(reason)
         if config.eval_every and now % config.eval_every == 0 and not last:
-            result = test(rl.valid)
-            run.log(f"  held out: {words(result)}")
-            numbers |= {f"eval/{k}": v for k, v in result.items()}
-            if result["avg"] > best["avg"]:
-                best = dict(step=now, avg=result["avg"])
+            numbers |= test("eval", rl.valid, "  held out")
+            if numbers["eval/avg"] > best["avg"]:
+                best = dict(step=now, avg=numbers["eval/avg"])
                 keep(rl, run.folder, now)
         if reason:
             kept = Path(run.folder, "best", f"step_{best['step']}")
-            hf.load(kept, asdict(rl.model.config), dict(rl.model.named_parameters()))
-            rl.optimizer, history = fresh(rl), []                # masters and moments are those of the state that is left
+            rl.model.load_hf(kept)
+            history = []                                         # masters and moments are those of the state that is left: new ones
+            rl.optimizer = Optimizer(rl.model, config.lr, config.muon_lr or None, weight_decay=config.weight_decay, clip=config.clip)
             run.log(f"stopped after step {now}: {reason}. Back to the best state, of step {best['step']}")
         if last:
-            result = test(rl.test)
-            run.log(f"after: {words(result)}")
-            numbers |= {f"eval/{k}": v for k, v in result.items()} | {f"valid/{k}": v for k, v in test(rl.valid).items()}
+            numbers |= test("test", rl.test, "after") | test("eval", rl.valid, "  held out")
         run.metrics(now, **numbers)
-        run.samples(sample_rows(rl, now, groups))
+        run.samples([row | {"disagreement": said.get((row["problem"], row["index"]))} for row in sample_rows(rl, now, groups)])
         stopping = run.stopping()
         if now % config.save_every == 0 or last or stopping:
             save(now)

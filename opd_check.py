@@ -31,7 +31,7 @@ import data
 import pack
 from common import hf
 from common.reward import Rewards
-from common.run import die, flags, gather, start
+from common.run import die, flags, gather, positive, start
 from evaluate import SEED, completion, prompt_ids
 from kernels import linear_logprob
 from nanorl import CLOCKS, collect, predicting
@@ -193,7 +193,7 @@ def looked(sums):
 def repeated(tokens_N, sample_N, n):
     """Which tokens end an n-gram that their response has had before?"""
     at = places(sample_N)
-    key, mixed = tokens_N.clone(), sample_N
+    mixed = sample_N
     for back in range(n):                                        # wraps around like any hash, over the n tokens and whose they are
         mixed = mixed * 1_000_003 + (tokens_N.roll(back) + 1)
     _, key = mixed.unique(return_inverse=True)
@@ -237,7 +237,7 @@ def scored(model, teacher, batches, k, stop, device):
     return looked(torch.stack([s for part in parts for s in part[0]])), max(p[1] for p in parts), sum(p[2] for p in parts)
 
 
-def rollouts(config, env, model, tok, workers, sampler, problems):
+def rollouts(config, model, tok, workers, sampler, problems):
     """-> the groups of all ranks, rewards in."""
     rl = SimpleNamespace(config=SimpleNamespace(max_new=config.max_new, seed=SEED, temperature=1.0, top_p=1.0), model=model, tok=tok,
                          sampler=sampler, workers=workers, visits={}, clock=dict.fromkeys(CLOCKS, 0.0))
@@ -295,9 +295,7 @@ def verdict(config, m):
 def main(argv=None):
     # ---- config
     config = flags(Config, argv, __doc__)
-    for flag in ("n", "samples", "max_new", "k", "cuts", "tokens", "row_tokens", "workers"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
+    positive(config, "n samples max_new k cuts tokens row_tokens workers")
     env = start(config.device, config.dtype, config.threads)
 
     def say(text):
@@ -340,9 +338,9 @@ def main(argv=None):
 
     # ---- rollouts of both, and the student's as the teacher sees them
     begin = time.perf_counter()
-    groups = rollouts(config, env, model, tok, workers, sampler, problems)
+    groups = rollouts(config, model, tok, workers, sampler, problems)
     sampling = time.perf_counter() - begin
-    taught = rollouts(config, env, teacher, tok, workers, better, problems)
+    taught = rollouts(config, teacher, tok, workers, better, problems)
     gain, gain_se = mean_se([statistics.fmean(t.reward for t in b) - statistics.fmean(s.reward for s in a) for a, b in zip(groups, taught)])
     one, two = (mean_se([statistics.fmean(s.reward for s in g) for g in gs]) for gs in (groups, taught))
     say(f"accuracy: student {one[0]:.1%} +-{one[1]:.1%}, teacher {two[0]:.1%} +-{two[1]:.1%}, paired {gain:+.1%} +-{gain_se:.1%}")

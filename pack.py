@@ -37,7 +37,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common.run import die, flags, gather
+from common.run import die, flags, gather, positive
 
 # -----------------------------------------------------------------------------
 # bins: best fit decreasing
@@ -559,13 +559,12 @@ def picture(path, lengths, bins, budget, loads):
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     config = flags(Config, argv if not argv or argv[0].startswith("-") else ["--lengths", *argv], __doc__)
+    positive(config, "ranks")
     try:
         lengths = json.loads(Path(config.lengths).read_text())
         if not isinstance(lengths, list) or not lengths or any(type(n) is not int for n in lengths):
             raise ValueError("it must hold a JSON list of lengths, like [12, 340, 7]")
         bins = pack(lengths, config.row_tokens)
-        if config.ranks < 1:
-            raise ValueError("--ranks is 0: there must be one to deal to")
     except (OSError, ValueError) as error:
         die(f"{config.lengths}: {getattr(error, 'strerror', None) or error}")
     costs = [cost(SHAPE, n) for n in lengths]

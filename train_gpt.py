@@ -34,7 +34,7 @@ import data
 import kernels
 from common import hf, view
 from common.optim import Optimizer
-from common.run import Run, all_sum, barrier, die, flags, progress, spare, start
+from common.run import Run, all_sum, barrier, die, flags, positive, progress, spare, start
 from kernels import linear, linear_logprob, packed_attention, qk_norm_rope, rms_norm, rope_tables, swiglu, uniform
 from pack import pack
 
@@ -179,6 +179,10 @@ class GPT(nn.Module):
         model = model.to(dtype or torch.float32).to_empty(device=device)
         hf.load(folder, c, dict(model.named_parameters()))
         return model
+
+    def load_hf(self, folder):
+        """The weights of a folder, in place: whoever reads these tensors reads the new ones."""
+        hf.load(folder, asdict(self.config), dict(self.named_parameters()))
 
     def save_hf(self, folder, tokenizer=None):
         dtype = self.embed.weight.dtype
@@ -455,10 +459,7 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     config = flags(Config, argv, __doc__)
     config = flags(Config, PRESETS[config.preset].split() + argv, __doc__)
-    for flag in ("steps", "batch", "row_tokens", "seq_len", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "eval_every",
-                 "save_every"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
+    positive(config, "steps batch row_tokens seq_len n_layer n_head n_kv_head d_model d_ff eval_every save_every")
     if config.n_head % config.n_kv_head:
         die(f"--n-head {config.n_head} is not a multiple of --n-kv-head {config.n_kv_head}")
     if config.head_dim % 2:
@@ -471,7 +472,7 @@ def main(argv=None):
               sources=[__file__, kernels.__file__])
     begin, found = 0, run.latest() if config.resume else None
     if found:
-        hf.load(found[0], asdict(model.config), dict(model.named_parameters()))
+        model.load_hf(found[0])
     optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr if config.muon else None, weight_decay=config.weight_decay,
                           clip=config.clip)
     if found:

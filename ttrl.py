@@ -44,10 +44,11 @@ import numpy as np
 
 import data
 import nanorl
-from common import hf, view
-from common.run import Run, all_max, barrier, die, flags, gather, progress
+from common import view
+from common.run import Run, all_max, barrier, die, flags, gather, positive, progress
 from evaluate import completion, evaluate, words
-from nanorl import advantage, collect, make_loss, next_problems, sample_rows, setup, share_visits, step, summary, update, warnings
+from nanorl import (advantage, collect, make_loss, next_problems, recent, restore, sample_rows, setup, share_visits, step, summary,
+                    update, warnings)
 
 
 @dataclass
@@ -61,8 +62,8 @@ class Config:
     questions: int = 100                 # to learn on, at most
     unseen: str = ""                     # a task for the questions never trained on; empty: another split of --task
     unseen_n: int = 100                  # of those; 0: none
-    votes: int = 32                      # M: samples that vote
-    samples: int = 16                    # N: samples of these that are trained on
+    votes: int = 64                      # M: samples that vote
+    samples: int = 32                    # N: samples of these that are trained on
     min_votes: int = 4                   # a question with fewer readable answers is skipped
     reward: Literal["majority", "label", "random", "has_answer"] = "majority"  # the vote; or a control: true label, a coin, format
     judge: Literal["majority", "weighted", "soft", "abstain"] = "majority"  # how votes are counted; see the four functions
@@ -73,7 +74,7 @@ class Config:
     entropy_coef: float = 0.0            # bonus on the entropy of the policy; may be negative
     tis: float = 2.0                     # truncate the importance weight between sampler and trainer here; 0: no weight
     prompts: int = 25                    # questions a step, over all ranks
-    passes: int = 40                     # over the questions, at most
+    passes: int = 18                     # over the questions, at most
     budget: float = 0.0                  # stop before this many seconds of training, evaluation apart; 0: no limit
     patience: int = 3                    # stop after this many passes in a row that changed nothing (see idle); 0: never
     settled: float = 0.02                # that is: this share of the majorities, or fewer, flipped
@@ -83,7 +84,7 @@ class Config:
     eval_k: int = 16                     # samples of a question in the evaluation before and after
     eval_temperature: float = 1.0        # of these
     eval_top_p: float = 1.0              # of these
-    tail_batching: str = "off"           # rounds of the sampler; a round that keeps what is short is refused
+    tail_batching: str = "off"           # nothing else: rounds that end early would let the short answers elect the label
     lr: float = 1e-3                     # AdamW
     muon_lr: float = 0.0                 # Muon for the matrices of the blocks, with this learning rate; 0: AdamW for all
     warmup: int = 5                      # steps of linear warm-up
@@ -423,9 +424,7 @@ def configure(argv):
     preset = flags(Config, argv, __doc__).preset
     config = flags(Config, PRESETS.get(preset, "").split() + argv, __doc__)
     config.name = config.name or f"ttrl_{config.reward}"
-    for flag in ("questions", "votes", "min_votes", "prompts", "passes", "max_new", "eval_k", "save_every", "workers", "row_tokens"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
+    positive(config, "questions votes min_votes prompts passes max_new eval_k save_every workers row_tokens")
     if config.samples < 2:
         die(f"--samples is {config.samples}: a group of one has no baseline, so no advantage; give at least 2")
     if config.votes < config.samples:
@@ -459,15 +458,10 @@ def main(argv=None):
     rl.workers.workers.log = run.log
     begin, at, spent, history, memory, seen = 0, 0, 0.0, [], {}, []
     still, mute, lowest, best, before = 0, False, math.inf, dict(step=0, consensus=-1.0), None
-    found = run.latest() if config.resume else None
-    if found:
-        hf.load(found[0], asdict(rl.model.config), dict(rl.model.named_parameters()))
-        states = run.load(found[0])
-        rl.optimizer.load_state_dict([s["optimizer"] for s in states])
-        begin, at, spent, history, memory, seen, still, mute, lowest, best, before, rl.visits, rl.updates = (states[0][k] for k in (
+    state = restore(rl, run) if config.resume else None
+    if state:
+        begin, at, spent, history, memory, seen, still, mute, lowest, best, before, rl.visits, rl.updates = (state[k] for k in (
             "step", "at", "spent", "history", "memory", "seen", "still", "mute", "lowest", "best", "before", "visits", "updates"))
-    if config.resume:
-        run.rewind(begin)
     judge = f" ({config.judge})" if config.reward == "majority" and config.judge != "majority" else ""
     run.log(f"reward {config.reward}{judge}, on {len(asked)} questions of {config.data or config.task} from {config.init}: "
             f"{config.votes} votes, {config.samples} trained on, {config.prompts} questions a step, at most {config.passes} passes, "
@@ -480,7 +474,7 @@ def main(argv=None):
 
     def save(done):
         run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
-                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, spent=spent, history=history[-50:], memory=memory, seen=seen,
+                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, spent=spent, history=recent(history), memory=memory, seen=seen,
                       still=still, mute=mute, lowest=lowest, best=best, before=before, visits=rl.visits, updates=rl.updates))
 
     # ---- before
@@ -561,7 +555,7 @@ def main(argv=None):
         run.log(f"stopped after step {now}: {end}")
     kept = Path(run.folder, "best", f"step_{best['step']}")
     if kept.exists():
-        hf.load(kept, asdict(rl.model.config), dict(rl.model.named_parameters()))
+        rl.model.load_hf(kept)
         run.log(f"evaluating the state kept after step {best['step']} of {now}, the one that agreed most with all votes: {kept}")
     results = {"trained": (before["trained"], test(rl, config, asked)), "unseen": (before["unseen"], test(rl, config, unseen))}
     rl.workers.close()

@@ -31,7 +31,7 @@ import numpy as np
 
 from bench import ROOT, finish
 from common import view
-from common.run import die, flags, newest
+from common.run import die, flags, newest, positive
 from nanorl import ALGORITHMS
 
 
@@ -78,7 +78,7 @@ def done(folder, config):
     """A run is over when its tokens are spent, so that its last row has a test score; the checkpoint comes after the row."""
     rows = metrics(folder)
     last = newest(folder)
-    return last is not None and rows[-1].get("spent", 0) >= config.tokens and "eval/avg" in rows[-1] and last[1] == rows[-1]["step"]
+    return last is not None and rows[-1].get("spent", 0) >= config.tokens and "test/avg" in rows[-1] and last[1] == rows[-1]["step"]
 
 
 def run_all(jobs, config):
@@ -124,7 +124,7 @@ def run_all(jobs, config):
 
 def curve(rows):
     """-> tokens sampled so far and held-out accuracy, at every evaluation on the valid split."""
-    held = [row for row in rows[:-1] if "eval/avg" in row]       # the last evaluation is on the test split
+    held = [row for row in rows if "eval/avg" in row]
     return np.array([row.get("spent", 0) for row in held], float), np.array([row["eval/avg"] for row in held])
 
 
@@ -143,11 +143,11 @@ def reached(grid, accuracy, target):
 def cell(runs, config):
     """The numbers of one row on one task, from the metrics of its seeds."""
     ends = [rows[-1] for rows in runs]
-    avg = [end["eval/avg"] for end in ends]
+    avg = [end["test/avg"] for end in ends]
     tail = [row for rows in runs for row in rows[1:][-5:]]
     known = [row["entropy"] for row in tail if row["entropy"] is not None]
     return dict(accuracy=statistics.fmean(avg), se=statistics.stdev(avg) / len(avg) ** 0.5 if len(avg) > 1 else math.nan,
-                pass_k=statistics.fmean(end[f"eval/pass@{config.k}"] for end in ends),
+                pass_k=statistics.fmean(end[f"test/pass@{config.k}"] for end in ends),
                 drop=statistics.fmean(float(curve(rows)[1].max() - curve(rows)[1][-1]) for rows in runs),
                 entropy=statistics.fmean(known) if known else math.nan, length=statistics.fmean(row["length"] or 0 for row in tail),
                 seconds=statistics.fmean(sum(row["t_step"] for row in rows[1:]) for rows in runs), runs=len(runs))
@@ -194,9 +194,7 @@ def main(argv=None):
             die(f"--rows: no row {row!r}; known: {', '.join(ALGORITHMS)}")
     if len(limits) != len(tasks) or not all(x.isdigit() and int(x) for x in limits):
         die(f"--max-new {config.max_new}: give one number for each of the {len(tasks)} tasks")
-    for flag in ("seeds", "tokens", "updates", "prompts", "k", "parallel", "eval_every"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
+    positive(config, "seeds tokens updates prompts k parallel eval_every")
     if config.k < 2 or config.k & (config.k - 1):
         die(f"--k {config.k}: give a power of two, 2 or more: pass@k is known at those")
     if not Path(config.init, "config.json").exists():

@@ -35,7 +35,7 @@ import nanorl
 from bench import finish, peer, ratio, show
 from common import hf
 from common.reward import Rewards
-from common.run import die, flags
+from common.run import die, flags, positive
 from evaluate import evaluate
 from kernels import packed_attention
 from rollout import Sampler
@@ -354,9 +354,7 @@ def to_accuracy(config, trl):
 
 def main(argv=None):
     config = flags(Config, argv, __doc__)
-    for flag in ("repeats", "prompts", "cap", "equal", "seeds", "their_prompts", "eval_n"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
+    positive(config, "repeats prompts cap equal seeds their_prompts eval_n")
     torch.set_num_threads(1)
     trl = peer("trl.trainer.grpo_trainer") and peer("trl.trainer")
     if trl:

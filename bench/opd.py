@@ -41,7 +41,7 @@ from bench import ROOT, alternate, finish, peer, ratio, show
 from bench.algorithms import metrics, run_all
 from common import hf
 from common.reward import Rewards
-from common.run import die, flags, newest
+from common.run import die, flags, newest, positive
 from evaluate import SEED, evaluate, prompt_ids
 from kernels import linear_logprob
 from nanorl import address, predicting
@@ -100,7 +100,7 @@ def finished(folder, last):
     rows, there = metrics(folder), newest(folder)
     if not rows or there is None or there[1] != rows[-1]["step"]:
         return False
-    return rows[-1]["step"] >= last if last else "valid/avg" in rows[-1]
+    return rows[-1]["step"] >= last if last else rows[-1]["step"] > 0 and "test/avg" in rows[-1]
 
 
 def job(script, config, name, last, words):
@@ -154,16 +154,14 @@ def distil(config, name, student, teacher, words, seed=0):
 
 
 def ends(folder):
-    """-> accuracy before and after on the test split, its error, tokens sampled."""
+    """-> accuracy after the run on the test split, its error, tokens sampled, the metrics."""
     rows = metrics(folder)
-    return SimpleNamespace(after=rows[-1]["eval/avg"], se=rows[-1]["eval/avg_se"], tokens=rows[-1]["spent"], rows=rows)
+    return SimpleNamespace(after=rows[-1]["test/avg"], se=rows[-1]["test/avg_se"], tokens=rows[-1]["spent"], rows=rows)
 
 
 def curve(rows):
-    """-> tokens sampled, accuracy on the valid split. The last row of opd.py has both splits."""
-    held = [(row.get("spent", 0), row.get("valid/avg", row.get("eval/avg"))) for row in rows
-            if "valid/avg" in row or ("eval/avg" in row and row is not rows[-1])]
-    return np.array(held, float).T
+    """-> tokens sampled, accuracy on the valid split."""
+    return np.array([(row.get("spent", 0), row["eval/avg"]) for row in rows if "eval/avg" in row], float).T
 
 
 def reached(rows, target):
@@ -258,7 +256,7 @@ def losses(config, found, cache):
             closed = (after - before[0]) / (best[0] - before[0])
             # RL that never gets there counts as its whole budget
             spent = statistics.fmean(r.tokens for r in runs)
-            same = min(reached(rl, statistics.fmean(r.rows[-1]["valid/avg"] for r in runs)), budget) / spent
+            same = min(reached(rl, statistics.fmean(r.rows[-1]["eval/avg"] for r in runs)), budget) / spent
             fewer = min(rl_needs, budget) / need
             lines.append(f"| {row} | {after:.1%} +-{se:.1%} | {closed:.0%} | {spent:,.0f} | {same:.1f} x | "
                          f"{f'{need:,.0f}' if math.isfinite(need) else 'never'} | {fewer:.1f} x | {direction[row]:.3f} | "
@@ -421,9 +419,7 @@ def main(argv=None):
     for part in parts:
         if part not in PARTS:
             die(f"--parts: no part {part!r}; known: {', '.join(PARTS)}")
-    for flag in ("seeds", "steps", "prompts", "n", "rl_steps", "eval_n", "final_n", "check_n", "parallel", "repeats"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
+    positive(config, "seeds steps prompts n rl_steps eval_n final_n check_n parallel repeats")
     for flag in ("base", "teacher", "chars_base", "chars_teacher"):
         if getattr(config, flag):
             try:

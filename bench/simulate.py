@@ -26,7 +26,7 @@ import numpy as np
 
 from bench import finish
 from common import view
-from common.run import die, flags
+from common.run import die, flags, positive
 from pack import Rounds
 
 
@@ -318,9 +318,7 @@ def picture(path, clusters, table):
 
 def main(argv=None):
     config = flags(Config, argv, __doc__)
-    for flag in ("gpus", "prompts", "n", "cap", "rounds", "slots"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag} is {getattr(config, flag)}: give at least 1")
+    positive(config, "gpus prompts n cap rounds slots")
     if not 0 <= config.between <= 1 or min(config.more_prompts, config.more_samples) < 1 or config.more_samples > 4:
         die("--between is a share, from 0 to 1; --more-prompts and --more-samples are 1 or more, --more-samples at most 4")
     law, cost = make_law(config), make_cost(config)

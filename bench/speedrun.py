@@ -14,7 +14,7 @@ import data
 from bench import finish
 from common import hf, view
 from common.reward import Rewards
-from common.run import die, flags, start
+from common.run import die, flags, positive, start
 from evaluate import evaluate
 from rollout import Sampler
 from train_gpt import GPT
@@ -143,9 +143,7 @@ def picture(rows, config, path):
 
 def main(argv=None):
     config = flags(Config, argv, __doc__)
-    for flag in ("n", "k"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag} is {getattr(config, flag)}: give at least 1")
+    positive(config, "n k")
     env = start(config.device, threads=config.threads)
     try:
         rows = stages(config, env)

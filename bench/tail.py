@@ -100,7 +100,7 @@ def command(config, mode, ranks, seed):
 
 
 def done(folder, config):
-    return len(rows(folder, 0)) >= config.steps and "eval/avg" in metrics(folder)[-1]
+    return len(rows(folder, 0)) >= config.steps and "test/avg" in metrics(folder)[-1]
 
 
 # -----------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def main(argv=None):
             noted=[row for f in runs for r in range(ranks) for row in rows(f, r).values()], runs=len(runs),
             lengths=[g for run in noted for row in run for g in row["lengths"]],
             idle=[sum(row["idle"] for run in c for row in run) / sum(row["wall"] for run in c for row in run) for c in clocks],
-            avg=[m[-1]["eval/avg"] for m in lasts], wasted=statistics.fmean(row.get("wasted", 0) for m in lasts for row in m[1:]),
+            avg=[m[-1]["test/avg"] for m in lasts], wasted=statistics.fmean(row.get("wasted", 0) for m in lasts for row in m[1:]),
             bias=lasts[0][-1].get("length_bias", 0.0) or 0.0)
     for ranks in sorted({r for _, r in found}):
         if ("off", ranks) not in found:

@@ -13,7 +13,7 @@ import torch
 import data
 from bench import alternate, finish, peer, ratio, show
 from common.optim import Optimizer
-from common.run import die, flags
+from common.run import flags, positive
 from train_gpt import GPT, GPTConfig, forward, packed_rows
 
 
@@ -52,8 +52,7 @@ def padded_batches(docs, size):
 
 def main(argv=None):
     config = flags(Config, argv, __doc__)
-    if config.docs < 1 or config.padded < 1:
-        die("--docs and --padded: give at least 1")
+    positive(config, "docs padded")
     torch.set_num_threads(config.threads)
     tok = data.tokenizer("chars")
     model = GPT(GPTConfig(tok.vocab_size, 5, 4, 2, 32, 128, 384, 4096, 10000.0)).init_weights(0)

@@ -102,12 +102,11 @@ class Optimizer:
             load[owner[n]] += p.numel()
         self.shards = [Shard(n, p, owner.get(n), self.rank, self.world) for n, p in named]
         self.buckets = buckets(self.shards, self.world)
-        self.hooks = []
         if reduce == "step":                                     # half-precision gradients are summed in fp32 as they appear
             for n, p in named:
                 if p.dtype != torch.float32:
                     p.grad32 = None
-                    self.hooks.append(p.register_post_accumulate_grad_hook(_fold))
+                    p.register_post_accumulate_grad_hook(_fold)
 
     # -------------------------------------------------------------------------
     # gradients

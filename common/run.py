@@ -162,10 +162,17 @@ def flags(Config, argv=None, doc=""):
     return Config(**values)
 
 
+def positive(config, names):
+    """refuses the first of these flags that is below 1"""
+    for name in names.split():
+        if getattr(config, name) < 1:
+            die(f"--{name.replace('_', '-')} is {getattr(config, name)}: give at least 1")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # device and process group
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def start(device="auto", dtype="auto", threads=0, deterministic=None):

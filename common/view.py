@@ -29,10 +29,13 @@ PANELS = [
     ("zero-variance, truncated (fraction)", ["zero_var", "truncated"], "linear"),
     ("length (tokens)", ["length"], "linear"),
     ("entropy (nats)", ["entropy"], "linear"),
+    ("votes: for the winner, winner right", ["majority_ratio", "label_acc"], "linear"),
+    ("student against teacher (KL)", ["kl"], "linear"),
     ("sampler against trainer (KL)", ["sampler_kl"], "log"),
     ("gradient norm", ["grad_norm"], "log"),
     ("tokens a second", ["tokens_per_second"], "linear"),
 ]
+HELD_OUT = {"eval": "eval: valid split", "test": "test: before and after"}
 COUNTS = {"n", "k", "length", "truncated", "no_answer"}        # of an evaluation: in metrics.jsonl, not beside accuracies
 STAGES = ["t_rollout", "t_reward", "t_pack", "t_train", "t_opt", "t_idle"]      # in the order of a step, from the bottom
 STROKES = ["-", "--", ":", "-."]
@@ -76,12 +79,16 @@ def line(ax, series, key, color, label, style="-", log=False):
     if log:      # 0 has no place there, and a step without signal has a gradient of 0
         steps, values = [s for s, v in zip(steps, values) if v > 0], [v for v in values if v > 0]
     few = {"marker": "o", "markersize": 3.5} if len(steps) < 25 else {}
+    error = dict(zip(*series.get(key + "_se", ((), ()))))
+    if error and len(steps) < 3:      # before and after: two points, and nothing is known of what lies between
+        ax.errorbar(steps, values, [error.get(s, 0.0) for s in steps], fmt="o", linestyle=":", color=color, label=label, linewidth=1.2,
+                    capsize=3, markersize=4)
+        return
     soft = smooth(values)
     if soft != values:
         ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
     ax.plot(steps, soft, style, color=color, label=label, linewidth=1.6, **few)
-    if key + "_se" in series:
-        error = dict(zip(*series[key + "_se"]))
+    if error:
         band = [(s, v, error[s]) for s, v in zip(steps, values) if s in error]
         ax.fill_between([s for s, _, _ in band], [v - e for _, v, e in band], [v + e for _, v, e in band], color=color, alpha=0.18,
                         linewidth=0)
@@ -100,10 +107,11 @@ def panels(runs):
     have = set().union(*runs.values())
     found = [(title, [k for k in keys if k in have], scale) for title, keys, scale in PANELS]
     drawn = {k for _, keys, _ in found for k in keys}
-    evals = sorted(k for k in have - drawn if k.startswith("eval/") and not k.endswith("_se") and k.rpartition("/")[2] not in COUNTS)
-    for task in dict.fromkeys(k.rpartition("/")[0] for k in evals):      # eval/countdown/avg@4 beside eval/countdown/pass@4
-        found.insert(1, (task.replace("/", " ") + " (band: standard error)" * any(k + "_se" in have for k in evals),
-                         [k for k in evals if k.rpartition("/")[0] == task], "linear"))
+    evals = sorted(k for k in have - drawn if k.startswith(("eval/", "test/")) and not k.endswith("_se")
+                   and k.rpartition("/")[2] not in COUNTS)
+    groups = dict.fromkeys(k.rpartition("/")[0] for k in evals)          # eval/trained/avg beside eval/trained/maj
+    found[1:1] = [(HELD_OUT.get(g, g.replace("/", " ")) + ", +- standard error" * any(k.startswith(g) and k + "_se" in have for k in evals),
+                    [k for k in evals if k.rpartition("/")[0] == g], "linear") for g in groups]
     return [panel for panel in found if panel[1]]
 
 
@@ -118,13 +126,13 @@ def draw(runs, path, title=""):
     lines = -(-count // columns)
     fig, axes = plt.subplots(lines, columns, figsize=(4.8 * columns, 3.1 * lines), squeeze=False, layout="constrained")
     for ax, (name, keys, scale) in zip(axes.flat, todo):
-        if len(runs) > 1 and keys[0].startswith("eval/"):      # one line a run, or nobody can tell them apart
-            keys, name = keys[:1], name.replace("eval", f"eval {keys[0].rpartition('/')[2]}", 1)
+        held_out = keys[0].startswith(("eval/", "test/"))
+        if len(runs) > 1 and held_out:      # one line a run, or nobody can tell them apart
+            keys, name = keys[:1], f"{keys[0].rpartition('/')[2]}, {name}"
         for i, (run, series) in enumerate(runs.items()):
             for j, key in enumerate(k for k in keys if k in series):
-                short = key.removeprefix(name.partition(" (")[0].replace(" ", "/") + "/")      # avg@4, in the panel "eval countdown"
                 if len(runs) == 1:
-                    line(ax, series, key, COLORS[j % len(COLORS)], short, log=scale == "log")
+                    line(ax, series, key, COLORS[j % len(COLORS)], key.rpartition("/")[2] if held_out else key, log=scale == "log")
                 else:      # the run is the color, the key is the stroke
                     line(ax, series, key, COLORS[i % len(COLORS)], run, STROKES[j % 4], log=scale == "log")
         if scale == "log" and any(v > 0 for s in runs.values() for k in keys if k in s for v in s[k][1]):
@@ -155,7 +163,7 @@ def draw(runs, path, title=""):
         ax.set_xlabel("step")
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.margins(x=0.01)
+        ax.margins(x=0.05 if ax.containers else 0.01)      # error bars at both ends
     for ax in axes.flat[count:]:
         ax.set_visible(False)
     if len(runs) == 1:

@@ -1,5 +1,5 @@
 """
-Tasks and corpora, one file each. A task is a plain object with six functions, and nothing else is asked of it:
+Tasks and corpora, one file each. A task is a plain object with these functions; problems and reward are enough to learn from:
 
     task = data.load("countdown:search")          # data/countdown.py; words after the colon choose the variant
     task.problems(split, n, seed) -> [Problem]    # n distinct ones; the first k of n are the list of k
@@ -9,9 +9,9 @@ Tasks and corpora, one file each. A task is a plain object with six functions, a
     task.answer(text) -> str | None               # the part that can be voted on; None: there is none
     task.canon(answer), task.same(a, b)           # a hashable normal form; equality where the normal form is not enough
 
-What was deleted: downloads, cached data sets, a registry. A new task is a new file in this folder with a function `task(*words)`;
-`load` finds it by its name. Problems are drawn from a seeded generator, and a hash of WHAT IS ASKED (never of how or when it was
-drawn) says whether a problem is train, valid or test. So splits are disjoint for any two seeds, and text for pretraining
+What was deleted: downloads behind your back, cached data sets, a registry. A new task is a new file in this folder with a function
+`task(*words)`; `load` finds it by its name. Problems are drawn from a seeded generator, and a hash of WHAT IS ASKED (never of how or
+when it was drawn) says whether a problem is train, valid or test. So splits are disjoint for any two seeds, and text for pretraining
 cannot leak a test problem, with no list of either kept anywhere.
 
     python -m data.countdown search        # a few documents and problems of a task, and the law of its lengths

@@ -7,17 +7,14 @@ AIME 2024, both papers: thirty problems, whole numbers from 0 to 999 as answers,
 Thirty problems are a coin that is thrown thirty times: one more solved is three points. Report avg@k with its standard error.
 """
 from data.download import command
-from data.questions import Questions, find, main, pick, rows
+from data.questions import Questions, find, main, triples
 
 VIEWER = "https://datasets-server.huggingface.co/rows?dataset=HuggingFaceH4/aime_2024&config=default&split=train&offset=0&length=100"
 SOURCES = {"test": ("aime/test.json", VIEWER)}
 
 
 def load(path):
-    loaded = [(pick(row, "problem", "prompt", "question"), row["answer"], str(row.get("solution") or "")) for row in rows(path, "answer")]
-    if any(question is None for question, _, _ in loaded):
-        raise ValueError(f"{path}: a row without a problem: is this AIME?")
-    return loaded
+    return triples(path, "AIME")
 
 
 def task(*words):

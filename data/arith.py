@@ -1,12 +1,12 @@
 """
 Arithmetic with a scratchpad: work out an expression in integers, one step at a time, and end with the answer.
 
-    A(12+7)*3-8=   12+7=19,19*3=57,57-8=49#49
+    A(2+3)*4-8=   2+3=5,5*4=20,20-8=12#12
 
-One right answer per question, so that votes make sense. The documents SLIP: now and then a step's result is off by a little, and the
-work goes on from there. A model that learns from them slips as often, each time somewhere else. So one sample in two is wrong
-while the majority is right: the gap that a majority vote, test-time training and a reward can all close. (Hard questions
-would make a model wrong in the same way every time, and there a vote has nothing to say.)
+One right answer per question, so that votes make sense. The documents SLIP: now and then a step's result is any number, and the work
+goes on from there. A model that learns from them slips as often, each time somewhere else. So one sample in two is wrong while
+the majority is right: the gap that a majority vote, test-time training and a reward can all close. (Hard sums, and slips to the
+numbers next to the right one, would make a model wrong in the same way every time, and there a vote has nothing to say.)
 
     python -m data.arith                   # or: python -m data.arith 5 (five numbers in each expression)
 """
@@ -17,10 +17,9 @@ from data import Problem, distinct, endless, show, split_of, stream, unknown_wor
 
 # difficulty
 LEAVES = (3, 4)          # numbers in an expression, from .. to, unless the variant says so
-LARGEST = 10             # of the numbers given: 1 .. LARGEST
-MAX_VALUE = 50           # of every result on the way; the smallest is 1, since nothing comes back from 0 in a product
-SLIP = 0.18              # the chance that a step of a document goes wrong
-SLIPS = (-10, -2, -1, 1, 2, 10)
+LARGEST = 9              # of the numbers given: 1 .. LARGEST
+MAX_VALUE = 20           # of every result on the way; the smallest is 1, since nothing comes back from 0 in a product
+SLIP = 0.18              # the chance that a step of a document comes out as any number
 
 INTEGER = re.compile("-?[0-9]{1,18}")
 
@@ -121,7 +120,7 @@ def work(order, rand):
         b, a = stack.pop(), stack.pop()
         result = calculate(a, x, b)
         if rand() < SLIP:
-            result = abs(result + SLIPS[int(rand() * len(SLIPS))])
+            result = 1 + int(rand() * MAX_VALUE)
         steps.append(f"{a}{x}{b}={result}")
         stack.append(result)
     return f"{','.join(steps)}#{stack[0]}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 
 from data import Problem, answers, endless, lines, split_of, unknown_word
+from data import load as load_task
 from data.download import fetch
 
 INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
@@ -133,6 +134,14 @@ def pick(row, *names):
     return next((row[name] for name in names if name in row), None)
 
 
+def triples(path, name):
+    """[(question, answer, solution)] of a file in the usual columns"""
+    found = [(pick(row, "problem", "prompt", "question"), row["answer"], str(row.get("solution") or "")) for row in rows(path, "answer")]
+    if any(question is None for question, _, _ in found):
+        raise ValueError(f"{path}: a row without a problem: is this {name}?")
+    return found
+
+
 def main(task, sources, load, argv=None):
     """
     python -m data.TASK                  downloads what is missing, says from where, shows a problem
@@ -167,8 +176,3 @@ def main(task, sources, load, argv=None):
             print(f"{split}: {error}")
     problem = made.problems("test" if "test" in given or not given else "train", 1, 0)[0]
     print(f"\n{problem.prompt}gold: {problem.gold}")
-
-
-def load_task(name):
-    from data import load
-    return load(name)

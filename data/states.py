@@ -1,11 +1,11 @@
 """
-Keeping track: five things stand in a row, pairs of them trade places one after the other; what is the row at the end?
+The shell game: a ball lies under one of four cups, two cups trade places, then another two; under which cup does it end?
 
-    Mcabed ad be ac:   ad cdbea,be cdeba,ac adebc#adebc      each trade again and the row after it; after "#" the answer
+    Mc:ad bc bd:    cad=c,cbc=b,bbd=d#d     where the ball is, the trade, where it is then; after "#" the answer
 
-Nothing to calculate and nothing to look up, only a state to carry: the smallest task that is not mathematics and has one right
-answer. (A scratchpad of rows alone is much harder: the model must also count which trade comes next.) As in arith.py the
-documents slip now and then (two other things trade places), each in its own way: a majority can put it right.
+Nothing to calculate, only a state to carry: the smallest task that is not mathematics and has one right answer. As in arith.py the
+documents slip now and then (the ball is lost sight of), each in its own way: a majority can put it right. (A state that is harder to
+carry, such as the whole row of cups, is learnt late and all at once, or with another seed not at all.)
 
     python -m data.states                  # or: python -m data.states 8 (eight trades in each problem)
 """
@@ -15,9 +15,9 @@ import sys
 from data import Problem, distinct, endless, show, split_of, stream, unknown_word
 
 # difficulty
-THINGS = "abcde"
-TRADES = (2, 4)          # from .. to, unless the variant says so
-SLIP = 0.12              # the chance that a trade of a document goes wrong
+CUPS = "abcd"
+TRADES = (3, 6)          # from .. to, unless the variant says so
+SLIP = 0.15              # the chance that after a trade of a document the ball is thought to be anywhere
 
 
 def task(*words):
@@ -38,28 +38,28 @@ class States:
         rand = stream(what, split, seed, i)
         low, high = self.trades
         while True:
-            things = list(THINGS)
-            row = "".join(things.pop(int(rand() * len(things))) for _ in THINGS)
+            ball = CUPS[int(rand() * len(CUPS))]
             trades = [pair(rand) for _ in range(low + int(rand() * (high - low + 1)))]
-            text = f"{row} {' '.join(trades)}"
+            text = f"{ball}:{' '.join(trades)}"
             if split_of(f"states {text}") == split:
-                return text, row, trades, rand
+                return text, ball, trades, rand
 
     def problems(self, split, n, seed):
         def one(j):
-            text, row, trades, _ = self.draw("states problem", split, seed, j)
+            text, ball, trades, _ = self.draw("states problem", split, seed, j)
             for two in trades:
-                row = trade(row, two)
-            return text, Problem(f"M{text}:", row, data={"task": self.name})
+                ball = trade(ball, two)
+            return text, Problem(f"M{text}:", ball, data={"task": self.name})
         return distinct(one, n)
 
     def document(self, split, seed, i):
-        text, row, trades, rand = self.draw("states document", split, seed, i)
-        rows = []
+        text, ball, trades, rand = self.draw("states document", split, seed, i)
+        steps = []
         for two in trades:
-            row = trade(row, pair(rand) if rand() < SLIP else two)
-            rows.append(f"{two} {row}")
-        return f"M{text}:", f"{','.join(rows)}#{row}"
+            after = CUPS[int(rand() * len(CUPS))] if rand() < SLIP else trade(ball, two)
+            steps.append(f"{ball}{two}={after}")
+            ball = after
+        return f"M{text}:", f"{','.join(steps)}#{ball}"
 
     def corpus(self, split, seed):
         return endless(self.document, split, seed)
@@ -80,13 +80,12 @@ class States:
 
 
 def pair(rand):
-    a = int(rand() * len(THINGS))
-    b = int(rand() * (len(THINGS) - 1))
-    return THINGS[a] + THINGS[b + (b >= a)]
+    a, b = int(rand() * len(CUPS)), int(rand() * (len(CUPS) - 1))
+    return "".join(sorted(CUPS[a] + CUPS[b + (b >= a)]))
 
 
-def trade(row, two):
-    return row.translate({ord(two[0]): two[1], ord(two[1]): two[0]})
+def trade(ball, two):
+    return two[1] if ball == two[0] else two[0] if ball == two[1] else ball
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ more when few siblings gave it: reward * (G - its class) / (G - 1), where its cl
 
     a a a b c x        rewards 1 1 1 1 1 0, G = 6:   3/5 3/5 3/5 5/5 5/5 0
 
-What differs from nanorl.py is `distinctness` and the three lines of the loop that call it; everything else is imported. Deleted from
+What differs from nanorl.py is `distinctness` and the lines of the loop around `advantage`; everything else is imported. Deleted from
 the paper: its learned judge of what is "the same". Equal are answers that the task calls equal (--same classes: 3*12 is 12*3);
 where a task has no answers to compare, a response is as distinct as the share of its n-grams that no sibling has (--same ngrams).
 The deviation stays out of the advantage (dr_grpo): a group whose right answers are all one answer would otherwise be blown up.
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402  (a script in a folder of its own finds the rest of the house one floor up)
 import nanorl  # noqa: E402
 from common import view  # noqa: E402
-from common.run import Run, all_sum, die, flags  # noqa: E402
+from common.run import Run, all_sum, die, flags, positive  # noqa: E402
 from evaluate import completion, evaluate, words  # noqa: E402
 
 
@@ -79,9 +79,7 @@ def right_ways(task, texts, rewards):
 def main(argv=None):
     # ---- config and init
     config = flags(Config, argv, __doc__)
-    for flag in ("steps", "prompts", "max_new", "row_tokens", "eval_n", "eval_k", "ngram"):
-        if getattr(config, flag) < 1:
-            die(f"--{flag.replace('_', '-')} is {getattr(config, flag)}: give at least 1")
+    positive(config, "steps prompts max_new row_tokens eval_n eval_k ngram")
     if config.n < 2:
         die("--n is 1: a sample without siblings is like nobody; give at least 2")
     rl = nanorl.setup(nanorl.Config(**{k: v for k, v in asdict(config).items() if k in nanorl.Config.__dataclass_fields__}))
@@ -91,13 +89,13 @@ def main(argv=None):
     run = Run(f"runs/{config.name}", config, rl.env, sources=[__file__, nanorl.__file__])
     at, history = 0, []
 
-    def test(problems):
+    def test(name, problems):
         result = evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, config.eval_k, config.max_new)
-        run.log(f"held out: {words(result)}")
-        return {f"eval/{k}": v for k, v in result.items()}
+        run.log(f"{name}: {words(result)}")
+        return {f"{name}/{k}": v for k, v in result.items()}
 
     # ---- the loop
-    run.metrics(0, **test(rl.valid))
+    run.metrics(0, **test("eval", rl.valid))
     for now in range(1, config.steps + 1):
         clock, groups, ways, factors = time.perf_counter(), [], [], []
         problems, at = nanorl.next_problems(rl, at, config.prompts)
@@ -125,7 +123,7 @@ def main(argv=None):
             run.log(f"  warning: {warning}")
         last = now == config.steps
         if last or (config.eval_every and now % config.eval_every == 0):
-            numbers |= test(rl.test if last else rl.valid)
+            numbers |= test("test", rl.test) if last else test("eval", rl.valid)
         run.metrics(now, **numbers, grad_norm=stats["grad_norm"])
         run.samples(nanorl.sample_rows(rl, now, groups))
         if last or run.stopping():

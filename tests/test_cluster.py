@@ -55,7 +55,7 @@ def test_two_nodes_equal_one_process(flags):
     for k in base:      # beside the way they went: where a gradient is nearly 0, both optimizers make whole steps of its rounding
         assert 0 < (one[k] - base[k]).norm() and (one[k] - two[k]).norm() < 0.01 * (one[k] - base[k]).norm(), k
     a, b = last("one"), last("two")
-    assert all(math.isclose(a[k], b[k], rel_tol=1e-4) for k in ("reward", "length", "entropy", "grad_norm", "eval/avg"))
+    assert all(math.isclose(a[k], b[k], rel_tol=1e-4) for k in ("reward", "length", "entropy", "grad_norm", "test/avg"))
 
 
 def test_the_page_names_flags_that_exist():

@@ -105,10 +105,11 @@ def asked_by(prompt):
         return Problem(prompt, data={"task": name, "numbers": list(map(int, numbers.split())), "target": int(target)})
     if prompt[0] == "A":
         return Problem(prompt, str(eval(prompt[1:-1])), data={"task": name})      # our own text, never a model's
-    row, *trades = prompt[1:-1].split()
-    for a, b in trades:
-        row = row.replace(a, "?").replace(b, a).replace("?", b)
-    return Problem(prompt, row, data={"task": name})
+    ball, trades = prompt[1:-1].split(":")
+    places = dict(zip(states.CUPS, states.CUPS))                        # where each cup stands, by where it stood at first
+    for a, b in trades.split():
+        places = {first: {a: b, b: a}.get(now, now) for first, now in places.items()}
+    return Problem(prompt, places[ball], data={"task": name})
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -339,10 +340,11 @@ def test_slips_are_as_frequent_as_stated_and_differ(name, module, monkeypatch):
 
 def test_states_example():
     task = data.load("states:3")
-    assert states.trade("cabed", "ad") == "cdbea" and states.trade("cdbea", "be") == "cdeba" and states.trade("cdeba", "ac") == "adebc"
-    problem = Problem("Mcabed ad be ac:", "adebc")
-    assert task.reward(problem, "cdbea,cdeba#adebc") == 1.0 and task.reward(problem, "cdbea,cdeba#adecb") == 0.0
-    assert task.reward(problem, "adebc") == 0.0 and task.answer("cdbea") is None
+    assert states.trade("c", "ad") == "c" and states.trade("c", "bc") == "b" and states.trade("b", "bd") == "d"
+    problem = Problem("Mc:ad bc bd:", "d")
+    assert asked_by(problem.prompt).gold == "d"
+    assert task.reward(problem, "cad=c,cbc=b,bbd=d#d") == 1.0 and task.reward(problem, "cad=c,cbc=b,bbd=d#b") == 0.0
+    assert task.reward(problem, "d") == 0.0 and task.answer("cad=c,cbc=b,bbd=d") is None
 
 
 def test_mixed_draws_by_its_shares_and_hands_on():

@@ -440,10 +440,10 @@ def test_the_student_comes_nearer(own, loss):
     m = metrics()
     assert m[-1]["kl"] < 0.7 * m[1]["kl"]
     for key in ("overlap p_mass q_mass gap covered agreed p_stop q_stop advantage advantage_repeated advantage_others repeated truncated "
-                "repetition coherence overlap/0 overlap/4 eval/avg spent").split():
+                "repetition coherence overlap/0 overlap/4 eval/avg test/avg spent").split():
         assert key in m[-1], key
     rows = [json.loads(line) for line in Path("runs/opd/samples.jsonl").read_text().splitlines()]
-    assert all(len(row["advantage"]) == len(row["pieces"]) for row in rows) and any(x < 0 for row in rows for x in row["advantage"])
+    assert all(len(row["disagreement"]) == len(row["pieces"]) for row in rows) and any(x < 0 for row in rows for x in row["disagreement"])
 
 
 def test_a_student_taught_by_itself_stays(own):

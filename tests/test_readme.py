@@ -229,8 +229,8 @@ def described():
 
 
 def plain(key):
-    """eval/trained/avg_se -> eval/avg, pass@16 -> pass@2, overlap/64 -> overlap"""
-    key = re.sub(r"^(eval/(trained|unseen)|valid)/", "eval/", key).removesuffix("_se")
+    """eval/trained/avg_se -> eval/avg, test/avg -> eval/avg, pass@16 -> pass@2, overlap/64 -> overlap"""
+    key = re.sub(r"^(eval/(trained|unseen)|test)/", "eval/", key).removesuffix("_se")
     return re.sub(r"/\d+$", "", re.sub(r"pass@\d+", "pass@2", key))
 
 

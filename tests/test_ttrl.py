@@ -340,6 +340,17 @@ def test_resumed_equals_never_stopped_bit_for_bit(own, monkeypatch):
     assert equal(best, Path("runs/parts/best") / best.name)
 
 
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(own, monkeypatch):
+    """the numbers before the first step were written twice: once by the run that died, once by the one that went on"""
+    own = [*own, "--passes", "1", "--name", "again"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ttrl, "collect", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ttrl.main(own)
+    ttrl.main([*own, "--resume"])
+    assert [m["step"] for m in metrics("again")].count(0) == 1
+
+
 def test_the_state_kept_is_the_one_that_agreed_most(own, monkeypatch, capsys):
     """the second of three epochs agrees most: its weights are the ones evaluated, and the only ones kept"""
     agreement, step = iter([0.5, 0.9, 0.4]), means

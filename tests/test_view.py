@@ -24,7 +24,9 @@ def rl(n=60, up=0.0):
         row = {"step": s, "reward": s / n + up, "loss": None if s == 3 else 0.1, "length": 10 + s, "entropy": 1 / s, "sampler_kl": 1e-6 * s,
                "zero_var": 0.5, "truncated": 0.0, "t_rollout": 1.0, "t_train": 0.5, "note": "a word"}
         if s % 20 == 0:
-            row |= {"eval/countdown/avg@4": 0.5, "eval/countdown/avg@4_se": 0.02, "eval/countdown/pass@4": 0.8}
+            row |= {"eval/avg": 0.5, "eval/avg_se": 0.02, "eval/pass@4": 0.8}
+        if s in (1, n):
+            row |= {"test/avg": 0.2 + s / n / 10, "test/avg_se": 0.02}
         yield row
 
 
@@ -35,8 +37,11 @@ def shape(path):
 def test_curves_of_an_rl_run(tmp_path):
     path = view.curves(run(tmp_path / "a", rl()))
     assert path == tmp_path / "a/curves.png" and shape(path)[0] > 300
-    titles = [t for t, _, _ in view.panels({"a": view.read(tmp_path / "a")})]
-    assert titles[0] == "reward" and titles[1].startswith("eval countdown") and "standard error" in titles[1]
+    found = view.panels({"a": view.read(tmp_path / "a")})
+    titles = [t for t, _, _ in found]
+    assert [k for _, k, _ in found[1:3]] == [["eval/avg", "eval/pass@4"], ["test/avg"]], "two sets of problems are two panels"
+    assert titles[0] == "reward" and titles[1].startswith("eval") and titles[2].startswith("test")
+    assert "standard error" in titles[1] and "standard error" in titles[2]
     assert "bits per byte" not in titles and "length (tokens)" in titles
 
 
@@ -90,6 +95,7 @@ def test_an_evaluations_size_is_not_drawn_beside_its_accuracy(tmp_path, monkeypa
     run = tmp_path / "run"
     run.mkdir()
     rows = [{"step": s, "reward": 0.1, "eval/avg": 0.5, "eval/avg_se": 0.01, "eval/n": 1000, "eval/k": 4, "eval/length": 300.0,
+             **({} if s == 2 else {"test/avg": 0.4, "test/avg_se": 0.01, "test/n": 1000}),
              "t_rollout": 1.0, "t_train": 2.0, "t_step": 700.0} for s in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     view.curves(run)
@@ -157,7 +163,7 @@ console.log(JSON.stringify({
 
 def awkward(folder):
     return paged(folder, [sample(1, 0, 1.0), sample(1, 1, 0.0), sample(2, 0, 1.0, "9+1=8", "length"),
-                          sample(3, 0, 0.0, "8", teacher_logprobs=[-0.5, None], advantage=[-0.25, 0.0])])
+                          sample(3, 0, 0.0, "8", disagreement=[-0.25, None], advantage=[0.0, 0.0])])
 
 
 def test_what_the_page_shows(tmp_path):
@@ -170,7 +176,7 @@ def test_what_the_page_shows(tmp_path):
     found = json.loads(done.stdout)
     assert (found["all"], found["step"], found["right"], found["wrong"]) == ([0, 1, 2, 3], [0, 1], [0, 2], [1, 3])
     assert (found["cut"], found["whole"], found["words"]) == ([2], [0, 1, 3], [2])
-    assert found["colours"] == ["advantage", "logprobs", "disagreement", "teacher_logprobs"]
+    assert found["colours"] == ["disagreement", "advantage", "logprobs"]
     assert found["one"] == [0.5] * 6, "one advantage of a sample is every token's"
     assert found["apart"] == [-0.25, None] and found["no_teacher"] == [None] * 6 and found["scale"] == 0.5
     blue, red, *nothing = found["tints"]
@@ -190,5 +196,5 @@ def test_the_page_in_a_browser(tmp_path):
         return done.stdout
 
     last, right = shown(""), shown("#step=&low=0.5&colour=logprobs")
-    assert last.count("<article>") == 1 and "1 of 4 samples" in last and "225 60 50" in last, "it opens at the last step"
+    assert last.count("<article>") == 1 and "1 of 4 samples" in last and "225 60 50" in last, "it opens at the last step, disagreement red"
     assert right.count("<article>") == 2 and "2 of 4 samples" in right and "truncated</span>" in right
