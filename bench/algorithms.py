@@ -43,7 +43,7 @@ class Config:
     tasks: str = "countdown:steps,countdown:search"  # what they learn
     max_new: str = "48,320"          # tokens of a sample, at most, for each task
     seeds: int = 3                   # runs of each row and task
-    tokens: int = 300_000            # sampled tokens of a run, dropped groups included
+    tokens: int = 240_000            # sampled tokens of a run, dropped groups included
     updates: int = 4                 # of a rollout
     prompts: int = 32                # a rollout
     n: int = 16                      # samples of a prompt
