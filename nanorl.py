@@ -458,7 +458,7 @@ def collect(rl, problems, n):
             score(s)
         now = time.perf_counter()
         clock["rollout" if sampling else "idle"] += now - begin
-        for (problem, index, visit), reward, _ in rl.workers.get(block=not sampling and bool(groups)):
+        for (problem, index, visit), reward, _ in rl.workers.get(block=not left and bool(groups)):      # left: of rows, here or elsewhere
             if problem not in groups or visit != rl.visits.get(problem, 0):
                 continue                                         # the group has moved, and is scored where it is now
             next(s for s in groups[problem] if s.index == index).reward = reward
@@ -468,6 +468,7 @@ def collect(rl, problems, n):
                 mine.end()
                 yield sorted(groups.pop(problem), key=lambda s: s.index)
         clock["reward"] += time.perf_counter() - now
+    rl.workers.forget()                                          # those of groups that moved
 
 
 def next_round(rl, at, want):
@@ -912,11 +913,11 @@ def main(argv=None):
                     continue
                 advantage(group, config)
                 groups.append(group)
+            share_visits(rl)                                     # the next try may draw a problem again, on another rank
             tries += 1
             sampled += rl.rounds.wasted if rl.rounds and env.master else 0
         stats = learn(rl, groups, ahead if config.stream else None)
         rl.spent += all_sum(sampled)
-        share_visits(rl)
 
         # ---- log
         numbers = summary(rl, groups, dropped, stats, time.perf_counter() - clock)

@@ -137,14 +137,18 @@ def causal(queries, keys, device):
 # goes on anywhere: its tokens travel, its keys are computed again.
 #
 #   taken 256   prompts               ended 251    of them, groups that need nothing more: when all have ended nobody waits any longer
-#   asked 3     ranks with no rows    given 2      of them that a busy rank has answered: number 2 finds its groups under parcel/2
+#   asked 3     ranks with no rows    given 2      parcels from busy ranks: whoever is without rows takes one that nobody has taken,
+#                                                  were it its own, so that a rank may leave while others wait
+
+
+PIECE = 1 << 22                          # bytes: a store breaks the connection over a value of more than 8 MB
 
 
 class Deal:
     """An iterator over the prompts that this rank samples, and the store where ranks meet. No store: each `world`-th, and no parcels."""
 
     def __init__(self, order, store=None, name="", rank=0, world=1):
-        self.order, self.store, self.name, self.number = order, store, name, 0
+        self.order, self.store, self.name, self.asking, self.seen = order, store, name, False, set()     # seen: numbers of parcels
         self.turns = iter(order[rank::world])
 
     def count(self, what, n):
@@ -170,18 +174,35 @@ class Deal:
         return self.store is not None and self.count("given", 0) < self.count("asked", 0)
 
     def give(self, groups):
-        number = self.count("given", 1)          # if another rank was quicker, the next one to ask finds this: all ask in the end
-        self.store.set(f"{self.name}/parcel/{number}", pickle.dumps(groups))
+        whole, key = pickle.dumps(groups), f"{self.name}/parcel/{self.count('given', 1)}"
+        pieces = range(0, len(whole), PIECE)
+        for i, at in enumerate(pieces):
+            self.store.set(f"{key}/{i}", whole[at : at + PIECE])
+        self.store.set(key, str(len(pieces)))
+
+    def take(self):
+        """-> the groups of a parcel that nobody has taken, or []."""
+        for number in range(1, self.count("given", 0) + 1) if self.store is not None else ():
+            key = f"{self.name}/parcel/{number}"
+            if number not in self.seen and self.store.check([key]):
+                self.seen.add(number)
+                if self.store.add(f"{key}/takers", 1) == 1:
+                    pieces = [f"{key}/{i}" for i in range(int(self.store.get(key)))]
+                    groups = pickle.loads(b"".join(self.store.get(piece) for piece in pieces))
+                    for piece in pieces:                         # or the store would grow with every call
+                        self.store.delete_key(piece)
+                    return groups
+        return []
 
     def ask(self):
         """-> the groups that came, none as yet: [], or None: there is nothing left to wait for."""
         if self.store is None:
             return None
-        self.number = self.number or self.count("asked", 1)
-        key = f"{self.name}/parcel/{self.number}"
-        if self.store.check([key]):
-            self.number = 0
-            return pickle.loads(self.store.get(key))
+        if not self.asking:
+            self.asking = self.count("asked", 1) > 0
+        if groups := self.take():
+            self.asking = False
+            return groups
         return [] if self.count("ended", 0) < len(self.order) else None
 
 
@@ -993,14 +1014,16 @@ class Sampler:
         except KeyboardInterrupt:
             for i in mine:
                 found[ids[i]] = []
+            while parcel := mine.take():                         # on the way to another rank, which may be leaving too
+                found |= {problem: ended + unfinished for problem, ended, unfinished in parcel}
             for sample in self._salvage():
                 found[sample.problem].append(sample)
             mine.end(len(found))
-            for problem, samples in sorted(found.items(), key=lambda item: place[item[0]]):
+            gone, found = found, {}
+            for problem, samples in sorted(gone.items(), key=lambda item: place[item[0]]):
                 i, there = place[problem], {s.index for s in samples}
                 samples += [Sample(list(prompts[i]), [], [], "aborted", problem, j, visits[i]) for j in range(n) if j not in there]
                 yield i, sorted(samples, key=lambda s: s.index)
-            found = {}
         finally:
             mine.end(len(found))
             for problem in found:
@@ -1014,9 +1037,14 @@ class Sampler:
         name = f"rollout/{next(calls)}"
         if self.deterministic or (world == 1 and self.store is None):
             return Deal(range(len(ids)), rank=rank, world=world)
-        order = sorted(range(len(ids)), key=lambda i: -self.expected.get(ids[i], limits[i]))
-        return Deal(order, self.store or dist.distributed_c10d._get_default_store(), name)
+        order, store = sorted(range(len(ids)), key=lambda i: -self.expected.get(ids[i], limits[i])), self.store
+        store = store or dist.distributed_c10d._get_default_store()
+        # a rank expects what it has sampled itself; but the counter is a place in one order, or prompts would be sampled twice or never
+        if store.add(f"{name}/came", 1) == 1:
+            store.set(f"{name}/order", pickle.dumps(order))
+        return Deal(pickle.loads(store.get(f"{name}/order")), store, name)
 
+    @torch.inference_mode()
     def even(self, mine, groups, n, submit):
         """No prompt is left to take. A rank with rows looks now and then whether one without has asked, and parts with half of its
         groups; a rank without asks. groups: problem -> its finished samples, of n; submit(problem, n, resume) lets in what came.
@@ -1037,7 +1065,7 @@ class Sampler:
             groups[problem] = ended
             submit(problem, len(unfinished), unfinished)
         if parcel == []:
-            time.sleep(0.001)
+            time.sleep(0.003)                                    # what is asked for takes EVERY steps to come
         return parcel is not None
 
     def generate(self, prompts, n=8, max_new=256, temperature=1.0, top_p=1.0, top_k=0, seed=0, ids=None, visits=None, stop_strings=(),

@@ -299,6 +299,10 @@ class Graders:
         blank, self.blank = self.blank, []
         return blank + self.workers.get(block=block and not blank)
 
+    def forget(self):
+        self.blank = []
+        self.workers.forget()
+
 
 # -----------------------------------------------------------------------------
 # the questions, and the state that is kept

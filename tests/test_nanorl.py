@@ -115,6 +115,32 @@ def test_two_ranks_equal_one(own, ranks, one_process, algo):
     assert all(math.isclose(a[k], b[k], rel_tol=1e-4) for k in ("reward", "length", "entropy", "zero_var", "grad_norm", "test/avg"))
 
 
+def test_rewards_of_a_group_that_moved_are_nobodys(own, monkeypatch):
+    """A group leaves while a sample of it is being scored, and is scored once more where it goes on. The first score must not reach
+    whoever uses the workers next, an evaluation or another sampler: it knows nothing of that sample."""
+    jobs = []                                                    # the newest first, one at a time, and none while rows are sampled
+
+    def get(block=False):
+        return [(jobs.pop(), 1.0, None)] if jobs and not rl.sampler.live else []
+
+    rl = nanorl.setup(nanorl.Config(init="base", data="my.jsonl", reward="my.py:score", device="cpu", threads=1, n=3, max_new=90,
+                                    row_tokens=512, eval_n=1, final_n=1, deterministic=False))
+    rl.workers.close()
+    rl.workers, store = SimpleNamespace(put=lambda key, *_: jobs.append(key), get=get, forget=jobs.clear), torch.distributed.HashStore()
+    rl.sampler.store = store
+    step = rl.sampler.step
+
+    def asked():                                                 # a rank asks, and is gone: what it asked for comes back
+        if rl.sampler.steps_done == 31:
+            store.add("rollout/5/asked", 1)
+        return step()
+    rl.sampler.step = asked
+    monkeypatch.setattr(nanorl.rollout, "calls", iter([5]))
+    groups = list(nanorl.collect(rl, rl.problems[:6], 3))
+    assert {g[0].problem for g in groups} == {p.id for p in rl.problems[:6]} and all([s.index for s in g] == [0, 1, 2] for g in groups)
+    assert store.add("rollout/5/given", 0) and not jobs and rl.sampler.live == 0
+
+
 def test_the_stop_token_gets_gradient(own):
     """three projects masked the stop token that was sampled, because its id is also the padding's: their models never learned to
     stop. Here a reward for ending early makes ending early likelier"""

@@ -398,6 +398,7 @@ def test_a_rank_without_rows_gets_half_of_anothers(model, monkeypatch, kind):
     whole = Sampler(model, (), slots=32, **kind).generate(PROMPTS, **settings)
     a, b = (Sampler(model, (), slots=32, deterministic=False, store=store, **kind) for _ in range(2))
     monkeypatch.setattr(rollout, "calls", iter([5, 5]))
+    monkeypatch.setattr(rollout, "PIECE", 1000)                  # as if a store took no more at once
     busy, moved = a.stream(PROMPTS, **settings), []
     results = [next(busy)]                                       # it has taken all ten by now
     other = threading.Thread(target=lambda: moved.extend(b.stream(PROMPTS, **settings)))
@@ -429,6 +430,78 @@ def test_a_stream_left_early_keeps_nobody_waiting(model, monkeypatch):
     stays.start()
     stays.join(60)
     assert not stays.is_alive() and 0 < len(others) < 9
+
+
+def lone(model, monkeypatch, given):
+    """a sampler whose other rank asks for groups at its fifth step, and is gone; given() is called when it has got them"""
+    import rollout
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(rollout, "calls", iter([5, 6]))
+    sampler = Sampler(model, (), slots=32, deterministic=False, store=store)
+    step = sampler.step
+
+    def asked():
+        if sampler.steps_done == 5:
+            store.add("rollout/5/asked", 1)
+        if store.add("rollout/5/given", 0):
+            given()
+        return step()
+    monkeypatch.setattr(sampler, "step", asked)
+    return store, sampler
+
+
+def test_what_a_rank_asked_for_that_is_gone_comes_back(model, monkeypatch):
+    """Groups under the number of one rank alone would wait for it for ever, and so would everybody."""
+    given, results = [], []
+    _, a = lone(model, monkeypatch, lambda: given.append(1))
+    stream = threading.Thread(target=lambda: results.extend(a.stream(PROMPTS, 2, 40)), daemon=True)
+    stream.start()
+    stream.join(60)
+    assert not stream.is_alive() and given
+    assert sorted(i for i, _ in results) == list(range(10)) and {i: [s.tokens for s in g] for i, g in results} == dict(
+        enumerate(tokens(Sampler(model, (), slots=32).generate(PROMPTS, 2, 40))))
+
+
+def test_an_interrupt_finds_the_groups_that_nobody_has_taken_yet(model, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+    store, a = lone(model, monkeypatch, interrupt)
+    groups = dict(a.stream(PROMPTS, 2, 40))
+    assert sorted(groups) == list(range(10)) and all([s.index for s in g] == [0, 1] for g in groups.values())
+    assert all(s.tokens and s.finished == "aborted" for g in groups.values() for s in g), "each has got some tokens, given away or not"
+    assert store.add("rollout/5/ended", 0) == 10
+
+
+def test_a_row_that_has_ended_when_groups_are_given_away(model):
+    """On a GPU the host looks every 8 steps; the look that comes before groups are given finds rows that ended since, and writes."""
+    from rollout import Deal
+    store, a, groups = torch.distributed.HashStore(), Sampler(model, (), slots=8, paged=True), {p: [] for p in range(4)}
+    deal, limits = Deal(range(4), store, "x"), (14, 17, 40, 60)
+    for p in range(3):
+        a.submit(p, PROMPTS[p], 2, limits[p])
+    ended = [s for _ in range(4) for s in a.step()]
+    a.submit(3, PROMPTS[3], 2, limits[3])                        # the batch is made anew, so its looks and those of even() fall apart
+    while a.steps_done < 16:
+        ended += a.step()
+    assert not ended and a.batch.age % 8
+    deal.count("asked", 1)
+    assert a.even(deal, groups, 2, a.submit) and set(groups) == {0, 1, 2}
+    ((problem, there, unfinished),) = deal.take()
+    assert problem == 3 and there == [] and [len(s.tokens) for s in unfinished] == [13, 13]
+    assert sorted((s.problem, s.index, len(s.tokens)) for s in a.step()) == [(0, 0, 14), (0, 1, 14), (1, 0, 17), (1, 1, 17)]
+
+
+def test_ranks_that_expect_different_lengths_deal_in_one_order(model, monkeypatch):
+    """Each rank knows the lengths of what it has sampled itself. With an order of its own each, the shared counter would point at
+    different prompts: some would be sampled twice, others never."""
+    import rollout
+    store = torch.distributed.HashStore()
+    a, b = (Sampler(model, (), slots=4, deterministic=False, store=store) for _ in range(2))
+    a.expected, b.expected = {0: 9.0, 1: 2.0, 2: 5.0}, {3: 8.0, 4: 1.0}
+    monkeypatch.setattr(rollout, "calls", iter([5, 5]))
+    one, two = (s.deal([7] * 6, list(range(6))) for s in (a, b))
+    taken = [i for pair in zip(one, two) for i in pair]
+    assert sorted(taken) == list(range(6)) and taken[0] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
