@@ -34,7 +34,7 @@ from pack import Rounds
 class Config:
     trace: str = ""                  # lengths of real responses: .csv with GeneratedTokens, or a JSON list (of lists: one a prompt)
     gpus: int = 128                  # GPUs
-    together: bool = False           # they meet every few steps, as ranks do with --deterministic
+    together: int = 0                # steps between two meetings of the GPUs, 16 for the ranks of nanorl.py; 0: none
     prompts: int = 128               # prompts of a round
     n: int = 8                       # samples of a prompt
     cap: int = 16384                 # the longest response
@@ -111,20 +111,22 @@ def read(path):
 
 
 # -----------------------------------------------------------------------------
-# what a step costs: (fixed part by live rows, part of each token in the cache, part of each sample that enters)
+# what a step costs: (fixed part by live rows, part of each token in the cache, part of each sample that enters); and what a meeting does
+
+FURTHER = ("token", "enter", "meet")     # seconds that a file of measured times may give beside those of its rows
 
 
 def make_cost(config):
     if config.cost:
         try:
             measured = json.loads(Path(config.cost).read_text())
-            rows, seconds, token, enter = measured["rows"], measured["seconds"], measured.get("token", 0.0), measured.get("enter", 0.0)
+            rows, seconds, (token, enter, meet) = measured["rows"], measured["seconds"], (measured.get(k, 0.0) for k in FURTHER)
         except (OSError, ValueError, KeyError) as e:
             die(f'--cost {config.cost}: {e}: it must hold {{"rows": [...], "seconds": [...]}}')
-        return (lambda n: float(np.interp(n, rows, seconds))), token, enter
+        return (lambda n: float(np.interp(n, rows, seconds))), token, enter, meet
     params = config.weights / 2
     step = lambda n: config.overhead + max(config.weights / config.bandwidth, 2 * params * n / config.flops)  # noqa: E731
-    return step, config.kv / config.bandwidth, 0.0
+    return step, config.kv / config.bandwidth, 0.0, 0.0
 
 
 # -----------------------------------------------------------------------------
@@ -148,12 +150,12 @@ class GPU:
 
 
 class Cluster:
-    def __init__(self, gpus, law, cost, slots, prompt=128, together=False):
-        """together: ranks that meet every few steps, so that a step takes as long as on the slowest."""
+    def __init__(self, gpus, law, cost, slots, prompt=128, together=0):
+        """together: steps between two meetings of the ranks, so that a step takes as long as on the slowest; 0: they do not meet."""
         self.gpus, self.law, self.slots, self.prompt = [GPU() for _ in range(gpus)], law, slots, prompt
-        self.step_cost, self.token_cost, self.enter_cost = cost
+        self.step_cost, self.token_cost, self.enter_cost, self.meet_cost = cost
         self.now, self.live, self.sampled, self.events, self.next = 0.0, 0, 0, [], itertools.count()
-        self.home, self.together = {}, together      # problem -> its GPU
+        self.home, self.together, self.since_start, self.last = {}, together, 0, 0.0         # problem -> its GPU
 
     def submit(self, problem, prompt, n, max_new, *, visit=0, resume=()):
         gpu = self.home[problem] = self.gpus[next(self.next) % len(self.gpus)]
@@ -181,10 +183,18 @@ class Cluster:
         k = min(s.length - len(s.tokens) for gpu in busy for s in gpu.rows)
         alone = [gpu.since - self.now + self.seconds(gpu, k) for gpu in busy]
         self.now += max(alone)
+        self.since_start, self.last = self.since_start + k, max(self.step_cost(len(gpu.rows)) for gpu in busy)
         for gpu, seconds in zip(busy, alone):
             gpu.busy -= max(alone) - seconds         # it waits for the slowest
             self._advance(gpu, k)
         return [s for gpu in busy for s in self._ended(gpu)]
+
+    def close(self):
+        """The end of a round: what decided it is known at the next meeting, and until then all go on."""
+        if self.together:
+            late = -self.since_start % self.together
+            self.now += late * self.last + (self.since_start + late) // self.together * self.meet_cost
+            self.since_start = 0
 
     def _ended(self, gpu):
         ended = [s for s in gpu.rows if len(s.tokens) == s.length]
@@ -260,6 +270,7 @@ def simulate(config, mode, law, cost, rounds=None):
         prompts = dict.fromkeys((l.id for l in round.launches), ())
         for group in state.run(cluster, round, prompts, config.cap):
             kept += [len(s.tokens) for s in group]
+        cluster.close()
         own += time.process_time() - clock
         times.append((cluster.now - begin, round.long))
         wasted += state.wasted

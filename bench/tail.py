@@ -40,7 +40,7 @@ class Config:
     prompts: int = 8                 # of a step
     n: int = 8                       # samples of a prompt
     max_new: int = 600               # tokens of a sample, at most
-    lr: float = 5e-4                 # small: lengths stay comparable, so that what differs is the scheduling
+    lr: float = 5e-5                 # small, or plain rollouts soon become shorter and races do not: then more differs than the scheduling
     final_n: int = 150               # held-out problems before and after
     minutes: float = 5.0             # of a run, before it is stopped with a checkpoint
     parallel: int = 2                # runs of one rank at a time
@@ -106,17 +106,23 @@ def done(folder, config):
 # -----------------------------------------------------------------------------
 # what the simulator needs to know of this machine
 
+EVERY = 16                           # steps between two meetings of the ranks (nanorl.py's groups_of)
 
-def step_times(noted):
-    """Seconds of a decode step by live rows, keys of the usual age included, and of a sample that enters: as the runs had them."""
+
+def step_times(plain, racing, meetings):
+    """Seconds of a decode step by live rows, keys of the usual age included, and of a sample that enters: as the runs had them. And of
+    a meeting of ranks: what a round takes beside its steps when it races, less what it does when not, over the meetings in it."""
+    def beside(rows):
+        return statistics.fmean(row["cpu"] - row["entered"][1] - sum(s for _, s in row["times"].values()) for row in rows)
+
     bins, entered = {}, np.zeros(2)
-    for row in noted:
+    for row in plain + racing:
         entered += row["entered"]
         for n, (count, seconds) in row["times"].items():
             bins.setdefault(int(math.log2(int(n)) * 4), []).append((int(n) * count, count, seconds))
     sums = [np.sum(part, 0) for _, part in sorted(bins.items())]
     return dict(rows=[n / count for n, count, _ in sums], seconds=[seconds / count for _, count, seconds in sums],
-                enter=entered[1] / max(1, entered[0]))
+                enter=entered[1] / max(1, entered[0]), meet=max(0.0, beside(racing) - beside(plain)) / meetings if meetings else 0.0)
 
 
 def predicted(config, path, lengths, ranks):
@@ -130,7 +136,7 @@ def predicted(config, path, lengths, ranks):
                between=between / (between + within), rounds=200, cost=str(path), slots=256)
     per = {}
     for mode in ("off", "race", "prompt", "continue"):           # ranks meet during a round of tail batching, and after a plain one
-        c = simulate.Config(**sim, together=ranks > 1 and mode != "off")
+        c = simulate.Config(**sim, together=EVERY if ranks > 1 and mode != "off" else 0)
         per[mode] = simulate.simulate(c, mode, simulate.make_law(c), simulate.make_cost(c))[0]["per_token"]
     return {mode: seconds / per["off"] for mode, seconds in per.items()}
 
@@ -197,7 +203,9 @@ def main(argv=None):
         if ("off", ranks) not in found:
             continue
         path = Path("runs", config.name, f"steps_{ranks}.json")
-        path.write_text(json.dumps(step_times([row for (_, r), f in found.items() if r == ranks for row in f["noted"]])))
+        racing = [row for (mode, r), f in found.items() if r == ranks and mode != "off" for row in f["noted"]]
+        steps = statistics.fmean(sum(count for count, _ in row["times"].values()) for row in racing) if racing and ranks > 1 else 0
+        path.write_text(json.dumps(step_times(found["off", ranks]["noted"], racing, steps / EVERY)))
         plain, expect = found["off", ranks], predicted(config, path, found["off", ranks]["lengths"], ranks)
         head = "mode,ms a kept token,over plain,simulated,apart,accuracy,tokens kept,wasted,bias,idle by rank,runs".split(",")
         print(f"\n{ranks} rank{'s' * (ranks > 1)}: {config.prompts} x {config.n} samples, {config.max_new} tokens, {config.steps} steps"
