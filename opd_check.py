@@ -239,8 +239,8 @@ def scored(model, teacher, batches, k, stop, device):
 
 def rollouts(config, model, tok, workers, sampler, problems):
     """-> the groups of all ranks, rewards in."""
-    rl = SimpleNamespace(config=SimpleNamespace(max_new=config.max_new, seed=SEED, temperature=1.0, top_p=1.0), model=model, tok=tok,
-                         sampler=sampler, workers=workers, visits={}, clock=dict.fromkeys(CLOCKS, 0.0))
+    how = SimpleNamespace(max_new=config.max_new, seed=SEED, temperature=1.0, top_p=1.0, stream=False)
+    rl = SimpleNamespace(config=how, model=model, tok=tok, sampler=sampler, workers=workers, visits={}, clock=dict.fromkeys(CLOCKS, 0.0))
     groups = list(collect(rl, problems, config.samples))
     return sorted((g for part in gather(groups) for g in part), key=lambda g: g[0].problem)
 
