@@ -5,7 +5,8 @@ records/readme.py: writes into README.md what is counted or recorded, so that no
 
     lines of the files     rounded to tens, in the map
     <!-- speedrun -->      records/speedrun.md, as `python -m bench speedrun` wrote it, and records/speedrun.png if it is there
-    <!-- bench -->         from records/bench/NAME.txt, what `python -m bench NAME | tee ...` printed: its command and its ratios
+    <!-- bench -->         from records/bench/NAME.txt, what `python -m bench NAME | tee ...` printed: its tables, or else its ratios;
+                           records/bench/NAME.png is shown with them
 """
 import json
 import re
@@ -35,17 +36,34 @@ def speedrun():
     return path.read_text().strip() + ("\n\n![the stages of the speedrun](records/speedrun.png)" if picture.is_file() else "")
 
 
+def tables(said):
+    """The tables that a benchmark printed, each under the line that says what it is."""
+    out, heading = [], ""
+    for line, before in zip(said, ["", *said]):
+        if line.startswith("|"):
+            out += [line] if before.startswith("|") else ["", heading, "", line]
+        elif line.strip():
+            heading = line
+    return out[1:]
+
+
 def benchmarks():
-    lines = []
+    """Tables as they were printed, with a picture if there is one; of a benchmark without tables its ratios."""
+    folded, lines = [], []
     for path in sorted((ROOT / "records/bench").glob("*.txt")):
         said = path.read_text().strip().splitlines()
         command = next((line[5:] for line in said if line.startswith("---- ")), path.stem)
+        found, picture = tables(said), path.with_suffix(".png")
+        if found:
+            folded += [f"<details><summary><code>python -m bench {command}</code></summary>", "", *found, ""]
+            folded += [f"![{path.stem}](records/bench/{picture.name})", ""] * picture.is_file() + ["</details>", ""]
+            continue
         for key, value in flat(json.loads(said[-1])):
             if RATIO.search(key):
                 lines.append(f"| `python -m bench {command}` | {key.replace('_', ' ')} | {value:.3g} |")
-    if not lines:
+    if not folded and not lines:
         return "No benchmark was recorded yet: `python -m bench NAME | tee records/bench/NAME.txt`."
-    return "\n".join(["| command | number | value |", "|---|---|---|", *lines])
+    return "\n".join(folded + (["| command | number | value |", "|---|---|---|", *lines] if lines else [])).strip()
 
 
 def filled(text):
