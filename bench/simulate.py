@@ -154,11 +154,11 @@ class Cluster:
         """together: steps between two meetings of the ranks, so that a step takes as long as on the slowest; 0: they do not meet."""
         self.gpus, self.law, self.slots, self.prompt = [GPU() for _ in range(gpus)], law, slots, prompt
         self.step_cost, self.token_cost, self.enter_cost, self.meet_cost = cost
-        self.now, self.live, self.sampled, self.events, self.next = 0.0, 0, 0, [], itertools.count()
+        self.now, self.live, self.sampled, self.events, self.next, self.turn = 0.0, 0, 0, [], itertools.count(), itertools.count()
         self.home, self.together, self.since_start, self.last = {}, together, 0, 0.0         # problem -> its GPU
 
     def submit(self, problem, prompt, n, max_new, *, visit=0, resume=()):
-        gpu = self.home[problem] = self.gpus[next(self.next) % len(self.gpus)]
+        gpu = self.home[problem] = self.gpus[next(self.turn) % len(self.gpus)]
         lengths, taken = self.law(problem, visit), {s.index for s in resume}
         new = [Sample(problem, i, visit, int(lengths[i]), range(0)) for i in range(n + len(taken)) if i not in taken][: n - len(resume)]
         self._advance(gpu)

@@ -614,3 +614,12 @@ def test_ranks_that_meet_go_on_to_their_next_meeting():
             cluster.step()
         cluster.close()
         assert cluster.now == seconds, together
+
+
+def test_prompts_go_to_all_simulated_gpus():
+    """The count that dealt prompts to GPUs once also numbered events, two for each prompt: every second GPU stood idle for ever."""
+    from bench import simulate
+    cluster = simulate.Cluster(4, lambda problem, visit: [5] * 8, (lambda n: 1.0, 0.0, 0.0, 0.0), 999)
+    for problem in range(8):
+        cluster.submit(problem, [1], 2, 99)
+    assert [len(gpu.rows) for gpu in cluster.gpus] == [4] * 4
