@@ -109,34 +109,40 @@ def done(folder, config):
 EVERY = 16                           # steps between two meetings of the ranks (nanorl.py's groups_of)
 
 
-def step_times(plain, racing, meetings):
-    """Seconds of a decode step by live rows, keys of the usual age included, and of a sample that enters: as the runs had them. And of
-    a meeting of ranks: what a round takes beside its steps when it races, less what it does when not, over the meetings in it."""
-    def beside(rows):
-        return statistics.fmean(row["cpu"] - row["entered"][1] - sum(s for _, s in row["times"].values()) for row in rows)
-
+def step_times(noted, meeting=0.0):
+    """Seconds of a decode step by live rows, keys of the usual age included, and of a sample that enters: as the runs had them."""
     bins, entered = {}, np.zeros(2)
-    for row in plain + racing:
+    for row in noted:
         entered += row["entered"]
         for n, (count, seconds) in row["times"].items():
             bins.setdefault(int(math.log2(int(n)) * 4), []).append((int(n) * count, count, seconds))
     sums = [np.sum(part, 0) for _, part in sorted(bins.items())]
     return dict(rows=[n / count for n, count, _ in sums], seconds=[seconds / count for _, count, seconds in sums],
-                enter=entered[1] / max(1, entered[0]), meet=max(0.0, beside(racing) - beside(plain)) / meetings if meetings else 0.0)
+                enter=entered[1] / max(1, entered[0]), meet=meeting)
 
 
-def predicted(config, path, lengths, ranks):
-    """-> {mode: seconds a kept token over plain}. lengths: of the groups of plain runs."""
+def meeting(plain, racing):
+    """Seconds of a meeting of ranks: what a round takes beside its steps when it races, less what it does when not, over its meetings."""
+    def beside(rows):
+        return statistics.fmean(row["cpu"] - row["entered"][1] - sum(s for _, s in row["times"].values()) for row in rows)
+
+    steps = statistics.fmean(sum(count for count, _ in row["times"].values()) for row in racing)
+    return max(0.0, beside(racing) - beside(plain)) / (steps / EVERY)
+
+
+def predicted(config, costs, lengths, modes, ranks):
+    """-> {mode: seconds a kept token over plain}. lengths: of the groups of plain runs. costs: files of step times, of plain runs and of the
+    others: a rank whose neighbour has ended its round, as it does in plain ones, has the memory for itself, and takes shorter steps."""
     logs = np.log(lengths)
     within = logs.var(1, ddof=1).mean()
     between = max(0.0, float(logs.mean(1).var(ddof=1) - within / config.n))
-    flat = Path(path).with_name("lengths.json")
+    flat = Path(costs[0]).with_name("lengths.json")
     flat.write_text(json.dumps([n for g in lengths for n in g]))
     sim = dict(trace=str(flat), gpus=ranks, prompts=config.prompts, n=config.n, cap=config.max_new,
-               between=between / (between + within), rounds=200, cost=str(path), slots=256)
+               between=between / (between + within), rounds=200, slots=256)
     per = {}
-    for mode in ("off", "race", "prompt", "continue"):           # ranks meet during a round of tail batching, and after a plain one
-        c = simulate.Config(**sim, together=EVERY if ranks > 1 and mode != "off" else 0)
+    for mode in modes:                                           # ranks meet during a round of tail batching, and after a plain one
+        c = simulate.Config(**sim, cost=str(costs[mode != "off"]), together=EVERY if ranks > 1 and mode != "off" else 0)
         per[mode] = simulate.simulate(c, mode, simulate.make_law(c), simulate.make_cost(c))[0]["per_token"]
     return {mode: seconds / per["off"] for mode, seconds in per.items()}
 
@@ -202,11 +208,11 @@ def main(argv=None):
     for ranks in sorted({r for _, r in found}):
         if ("off", ranks) not in found:
             continue
-        path = Path("runs", config.name, f"steps_{ranks}.json")
-        racing = [row for (mode, r), f in found.items() if r == ranks and mode != "off" for row in f["noted"]]
-        steps = statistics.fmean(sum(count for count, _ in row["times"].values()) for row in racing) if racing and ranks > 1 else 0
-        path.write_text(json.dumps(step_times(found["off", ranks]["noted"], racing, steps / EVERY)))
-        plain, expect = found["off", ranks], predicted(config, path, found["off", ranks]["lengths"], ranks)
+        plain, rest = found["off", ranks], [row for (mode, r), f in found.items() if r == ranks and mode != "off" for row in f["noted"]]
+        costs = [Path("runs", config.name, f"steps_{ranks}_{what}.json") for what in ("plain", "rounds")]
+        costs[0].write_text(json.dumps(step_times(plain["noted"])))
+        costs[1].write_text(json.dumps(step_times(rest, meeting(plain["noted"], rest) if ranks > 1 else 0.0) if rest else {}))
+        expect = predicted(config, costs, plain["lengths"], modes, ranks)
         head = "mode,ms a kept token,over plain,simulated,apart,accuracy,tokens kept,wasted,bias,idle by rank,runs".split(",")
         print(f"\n{ranks} rank{'s' * (ranks > 1)}: {config.prompts} x {config.n} samples, {config.max_new} tokens, {config.steps} steps"
               f"\n\n| {' | '.join(head)} |\n{'|---' * len(head)}|")
