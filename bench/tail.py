@@ -131,8 +131,8 @@ def meeting(plain, racing):
 
 
 def predicted(config, costs, lengths, modes, ranks):
-    """-> {mode: seconds a kept token over plain}. lengths: of the groups of plain runs. costs: files of step times, of plain runs and of the
-    others: a rank whose neighbour has ended its round, as it does in plain ones, has the memory for itself, and takes shorter steps."""
+    """-> {mode: seconds a kept token over plain}. lengths: of the groups of plain runs. costs: files of step times, of plain runs and of
+    the others: a rank whose neighbour has ended its round, as it does in plain ones, has the memory for itself, and takes shorter steps."""
     logs = np.log(lengths)
     within = logs.var(1, ddof=1).mean()
     between = max(0.0, float(logs.mean(1).var(ddof=1) - within / config.n))
