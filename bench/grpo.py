@@ -1,5 +1,5 @@
 """
-python -m bench grpo: reinforcement learning here against TRL's GRPOTrainer, same weights, same prompts, CPU seconds.
+python -m bench grpo: reinforcement learning here against TRL's GRPOTrainer, same weights, same prompts.
 
 (1) one step: rollout, rewards, advantages, update, optimizer. Twice: with lengths as RL meets them (most responses end early, a few
 ramble on to the cap), and with all lengths equal, where only the work itself counts. Both sides train on every response.
@@ -8,7 +8,8 @@ by default. One evaluator, ours, looks at all of them, off the clock, always wit
 
 What each side is given. TRL: its generate() backend (vLLM wants a GPU), a step in one batch (four micro-batches made a tenth of a
 difference at most), no gradient checkpointing, no logs, no files. Ours: as many slots as TRL's batch has rows, in (1) and where it runs
-TRL's settings. The clock is CPU time on one thread, the time of our reward workers included, neither side's start-up.
+TRL's settings. The clock is CPU time on one thread, the time of our reward workers included, neither side's start-up. With a GPU it is the
+wall clock, the model of (1) has Qwen3-0.6B's shape (but the small vocabulary) in bf16 on both sides, and (2) is left out unless asked for.
 
 TRL's settings in (2) are its defaults (dapo loss, groups of 8, no KL) but for what is meant for models a thousand times larger. Learning
 rate and prompts a step are the best of seven tried with TRL itself, one run each: 32 prompts at 1e-3, 2e-3, 3e-3; 16 at 1e-3, 2e-3; 8
@@ -45,7 +46,8 @@ from train_gpt import GPT, GPTConfig
 @dataclass
 class Config:
     base: str = "runs/base"          # (2) starts from this run or Hugging Face folder
-    parts: str = "12"                # which parts
+    parts: str = ""                  # which parts; empty: 12, on a GPU 1
+    device: str = "auto"             # cpu, cuda, auto
     cases: str = "skewed,equal"      # (1) which laws of lengths
     repeats: int = 3                 # (1) timed steps of each side, after one that is not
     prompts: int = 8                 # (1) prompts a step
@@ -57,8 +59,8 @@ class Config:
     their_lr: float = 1e-3           # (2) learning rate of TRL's settings
     their_prompts: int = 32          # (2) prompts a step of TRL's settings
     their_n: int = 8                 # (2) samples of a prompt of TRL's settings
-    every: float = 2.0               # (2) CPU seconds between two looks at the accuracy
-    minutes: float = 1.5             # (2) CPU minutes after which a run has not reached it
+    every: float = 2.0               # (2) seconds between two looks at the accuracy
+    minutes: float = 1.5             # (2) minutes after which a run has not reached it
     eval_n: int = 200                # (2) held-out problems of a look, 4 samples of each
     seed: int = 0                    # weights, problems, samples
 
@@ -67,31 +69,34 @@ class Config:
 # the two sides
 
 
-def cpu(workers):
-    """CPU seconds of this process and of the reward workers. Linux has every process's clock under a number made of its pid;
-    elsewhere the workers are left out (they were 1% of a step where they were measured)."""
+def clock(device, workers=()):
+    """Seconds: by the wall on a GPU, all its work done; else of the CPU, of this process and of the reward workers. Linux has every
+    process's clock under a number made of its pid; elsewhere the workers are left out (they were 1% of a step where they were measured)."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
     total = time.process_time()
-    for worker in workers.workers:
+    for worker in workers:
         with contextlib.suppress(OSError):                       # a worker that has just ended
             total += time.clock_gettime((~worker.proc.pid << 3) | 2)
     return total
 
 
-def our_side(folder, seed, **settings):
-    """-> rl, and go(problems) -> (groups, CPU seconds): one step of nanorl."""
-    rl = nanorl.setup(nanorl.Config(init=str(folder), seed=seed, device="cpu", threads=1, **settings))
+def our_side(folder, seed, device, **settings):
+    """-> rl, and go(problems) -> (groups, seconds): one step of nanorl."""
+    rl = nanorl.setup(nanorl.Config(init=str(folder), seed=seed, device=device, threads=int(device == "cpu"), **settings))
     loss = nanorl.make_loss(rl.config)
     torch.use_deterministic_algorithms(False)                    # setup turns it on; the peer is not to pay for it
 
     def go(problems):
         torch.use_deterministic_algorithms(rl.env.deterministic)
-        start = cpu(rl.workers)
+        start = clock(device, rl.workers.workers)
         groups = list(nanorl.collect(rl, problems, rl.config.n))
         for group in groups:
             nanorl.advantage(group, rl.config)
         nanorl.update(rl, groups, loss)
         nanorl.step(rl)
-        took = cpu(rl.workers) - start
+        took = clock(device, rl.workers.workers) - start
         torch.use_deterministic_algorithms(False)
         return groups, took
     return rl, go
@@ -112,8 +117,8 @@ def their_settings(config):
                 slots=config.their_prompts * config.their_n)
 
 
-def their_side(trl, folder, problems, score, after, prompts, n, max_new, lr, seed):
-    """Runs a GRPOTrainer over problems, in order. after(model, lengths of the responses, CPU seconds) -> go on? follows each step."""
+def their_side(trl, folder, problems, score, after, prompts, n, max_new, lr, seed, device):
+    """Runs a GRPOTrainer over problems, in order. after(model, lengths of the responses, seconds) -> go on? follows each step."""
     import datasets
     import transformers
     lengths, mark = [], 0.0
@@ -125,23 +130,23 @@ def their_side(trl, folder, problems, score, after, prompts, n, max_new, lr, see
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, model, **_):
             nonlocal mark
-            took = time.process_time() - mark                    # since the end of the last step: nothing of it is left out
+            took = clock(device) - mark                    # since the end of the last step: nothing of it is left out
             control.should_training_stop = not after(model, list(lengths), took)
             lengths.clear()
-            mark = time.process_time()
+            mark = clock(device)
 
     tok = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     tok.pad_token = "<|system|>"                                 # any token but the stop
     args = trl.grpo_config.GRPOConfig(
         f"{folder}/trl", per_device_train_batch_size=prompts * n, num_generations=n, max_completion_length=max_new, temperature=1.0,
         learning_rate=lr, lr_scheduler_type="constant_with_warmup", warmup_steps=5, max_steps=len(problems) // prompts, beta=0.0,
-        bf16=False, use_cpu=True, gradient_checkpointing=False, shuffle_dataset=False, report_to="none", save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, seed=seed)
+        bf16=device == "cuda", use_cpu=device == "cpu", gradient_checkpointing=False, shuffle_dataset=False, report_to="none",
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=seed)
     rows = datasets.Dataset.from_list([dict(prompt=p.prompt, index=i) for i, p in enumerate(problems)])
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     trainer = trl.grpo_trainer.GRPOTrainer(model, reward, args, rows, processing_class=tok, callbacks=[Watch()])
     trainer.remove_callback(transformers.PrinterCallback)
-    mark = time.process_time()
+    mark = clock(device)
     trainer.train()
 
 
@@ -149,15 +154,21 @@ def their_side(trl, folder, problems, score, after, prompts, n, max_new, lr, see
 # (1) one step
 
 
-def rambling(tok, seed, often=0.03, hazard=1 / 26):
+SHAPES = {                           # layers, heads, key heads, their size, d_model, d_ff
+    "cpu": (5, 4, 2, 32, 128, 384),
+    "cuda": (28, 16, 8, 128, 1024, 3072),
+}
+
+
+def rambling(tok, seed, shape=SHAPES["cpu"], often=0.03, hazard=1 / 26):
     """A random model whose responses have a known law of lengths: each token is the last with probability `hazard`; `often` as likely as
     that, the response wanders off into a set of tokens that has no way out, and runs to its cap. hazard 0: all run to it.
 
     Two coordinates of the residual stream are kept free of all else and say which of the two states the last token is in; the head
     reads them. The rest is noise and costs what it costs in any model."""
-    model = GPT(GPTConfig(tok.vocab_size, 5, 4, 2, 32, 128, 384, 4096, 10000.0)).init_weights(seed)
+    model = GPT(GPTConfig(tok.vocab_size, *shape, 4096, 10000.0)).init_weights(seed)
     c, g, (stop,) = model.config, torch.Generator().manual_seed(seed), tok.stop
-    lost, strength = slice(c.vocab_size - 90, c.vocab_size), 50.0
+    lost, strength = slice(c.vocab_size - 90, c.vocab_size), 50 * (c.d_model / 128) ** 0.5
     wander = often * hazard
     others = (c.vocab_size - 91) / (1 - hazard - wander)             # what the softmax sums to, where all others have logit 0
     unit = c.d_model**0.5                                            # what the final norm makes of a coordinate that outweighs the rest
@@ -203,12 +214,12 @@ def same_inputs(folder, model, tok, problems):
 def alternating(config, trl, folder, hazard, cap):
     """A step of TRL, a step of ours on the same prompts, and so on. -> seconds and lengths of each side, ours by stage."""
     tok = data.tokenizer("numbers")
-    model = rambling(tok, config.seed, hazard=hazard)
+    model = rambling(tok, config.seed, SHAPES[config.device], hazard=hazard)
     model.save_hf(folder, tok)
     Path(folder, "score.py").write_text(inspect.getsource(score))
-    rl, go = our_side(folder, config.seed, task="countdown", reward=f"{folder}/score.py:score", algo="dapo", clip_high=0.2, dynamic=False,
-                      prompts=config.prompts, n=config.n, max_new=cap, lr=1e-6, slots=config.prompts * config.n, problems=1024,
-                      eval_n=1, final_n=1)
+    rl, go = our_side(folder, config.seed, config.device, task="countdown", reward=f"{folder}/score.py:score", algo="dapo", clip_high=0.2,
+                      dynamic=False, prompts=config.prompts, n=config.n, max_new=cap, lr=1e-6, slots=config.prompts * config.n,
+                      problems=1024, eval_n=1, final_n=1)
     problems = in_order(rl, config.repeats + 1, config.prompts)
     seconds, lengths, stages = {"ours": [], "TRL": []}, {"ours": [], "TRL": []}, dict.fromkeys(nanorl.CLOCKS, 0.0)
 
@@ -226,7 +237,7 @@ def alternating(config, trl, folder, hazard, cap):
 
     if trl:
         same_inputs(folder, model, tok, problems)
-        their_side(trl, folder, problems, score, after, config.prompts, config.n, cap, 1e-6, config.seed)
+        their_side(trl, folder, problems, score, after, config.prompts, config.n, cap, 1e-6, config.seed, config.device)
     else:
         for _ in range(config.repeats + 1):
             after(None, [], 0.0)
@@ -302,12 +313,12 @@ def race(config, trl, side, folder, seed, look, target, start):
     """One side from the base to the target. -> Race"""
     run = Race(config, look, target, start)
     settings = {} if side == "ours, our defaults" else their_settings(config)
-    rl, go = our_side(folder, seed, task="countdown", eval_n=1, final_n=1, **settings)
+    rl, go = our_side(folder, seed, config.device, task="countdown", eval_n=1, final_n=1, **settings)
     if side == "TRL":                                            # the problems that ours would see, in the same order
         rl.workers.close()
         problems = in_order(rl, 1000, config.their_prompts)
         their_side(trl, folder, problems, rl.task.reward, lambda model, lengths, seconds: run.add(seconds, model),
-                   config.their_prompts, config.their_n, rl.config.max_new, config.their_lr, seed)
+                   config.their_prompts, config.their_n, rl.config.max_new, config.their_lr, seed, config.device)
         return run
     if settings:
         rl.optimizer.betas = (0.9, 0.999)                        # TRL's
@@ -339,7 +350,7 @@ def to_accuracy(config, trl):
                 if run.reached is None:
                     missed.add(side)
                 total[side] = total.get(side, 0.0) + (run.reached or run.seconds)
-                said = f"{run.reached:6.1f} CPU s" if run.reached else f"not in {run.seconds:.0f} CPU s"
+                said = f"{run.reached:6.1f} s" if run.reached else f"not in {run.seconds:.0f} s"
                 print(f"  {side:<22} {said}, {run.steps} steps of {run.seconds / run.steps:.2f} s:  "
                       + " ".join(f"{a:.1%}" for _, a in run.curve[1:]), flush=True)
     for side, seconds in total.items():
@@ -355,7 +366,13 @@ def to_accuracy(config, trl):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "repeats prompts cap equal seeds their_prompts eval_n")
-    torch.set_num_threads(1)
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device not in SHAPES or (config.device == "cuda" and not torch.cuda.is_available()):
+        die(f"--device {config.device}: " + ("no GPU is here" if config.device == "cuda" else f"one of auto, {', '.join(SHAPES)}"))
+    config.parts = config.parts or ("12" if config.device == "cpu" else "1")
+    if config.device == "cpu":
+        torch.set_num_threads(1)
     trl = peer("trl.trainer.grpo_trainer") and peer("trl.trainer")
     if trl:
         transformers = peer("transformers")
