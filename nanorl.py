@@ -373,6 +373,7 @@ def restore(rl, run):
 
 COUNTERS = ("visits", "late", "updates", "spent", "best", "stalled")     # of rl, kept in checkpoints
 CLOCKS = ("rollout", "reward", "pack", "train", "opt", "idle")
+EVERY = 16                               # decode steps between two meetings of ranks whose prompts race
 
 
 def with_algorithm(config):
@@ -533,7 +534,7 @@ def collect_round(rl, round, by_id):
         return [s for s in ended if not math.isnan(s.reward)] + rewarded(block=idle and world == 1)
 
     running = rl.rounds.run(sampler, round, {id: prompt_ids(p, rl.tok) for id, p in by_id.items()}, c.max_new, claim=claim, score=score,
-                            mine=range(rl.env.rank, len(ids), world), every=16 if world > 1 else 1, room=sampler.slots + c.n,
+                            mine=range(rl.env.rank, len(ids), world), every=EVERY if world > 1 else 1, room=sampler.slots + c.n,
                             seed=c.seed, temperature=c.temperature, top_p=c.top_p)
     while True:
         begin, other = time.perf_counter(), clock["idle"] + clock["reward"]

@@ -38,7 +38,7 @@ import opd_check
 import pack
 import train_gpt
 from bench import ROOT, alternate, finish, peer, ratio, show
-from bench.algorithms import metrics, run_all
+from bench.algorithms import curve, metrics, run_all
 from common import hf
 from common.reward import Rewards
 from common.run import die, flags, newest, positive
@@ -157,11 +157,6 @@ def ends(folder):
     """-> accuracy after the run on the test split, its error, tokens sampled, the metrics."""
     rows = metrics(folder)
     return SimpleNamespace(after=rows[-1]["test/avg"], se=rows[-1]["test/avg_se"], tokens=rows[-1]["spent"], rows=rows)
-
-
-def curve(rows):
-    """-> tokens sampled, accuracy on the valid split."""
-    return np.array([(row.get("spent", 0), row["eval/avg"]) for row in rows if "eval/avg" in row], float).T
 
 
 def reached(rows, target):

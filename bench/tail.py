@@ -106,8 +106,6 @@ def done(folder, config):
 # -----------------------------------------------------------------------------
 # what the simulator needs to know of this machine
 
-EVERY = 16                           # steps between two meetings of the ranks (nanorl.py's groups_of)
-
 
 def step_times(noted, meeting=0.0):
     """Seconds of a decode step by live rows, keys of the usual age included, and of a sample that enters: as the runs had them."""
@@ -127,7 +125,7 @@ def meeting(plain, racing):
         return statistics.fmean(row["cpu"] - row["entered"][1] - sum(s for _, s in row["times"].values()) for row in rows)
 
     steps = statistics.fmean(sum(count for count, _ in row["times"].values()) for row in racing)
-    return max(0.0, beside(racing) - beside(plain)) / (steps / EVERY)
+    return max(0.0, beside(racing) - beside(plain)) / (steps / nanorl.EVERY)
 
 
 def predicted(config, costs, lengths, modes, ranks):
@@ -142,7 +140,7 @@ def predicted(config, costs, lengths, modes, ranks):
                between=between / (between + within), rounds=200, slots=256)
     per = {}
     for mode in modes:                                           # ranks meet during a round of tail batching, and after a plain one
-        c = simulate.Config(**sim, cost=str(costs[mode != "off"]), together=EVERY if ranks > 1 and mode != "off" else 0)
+        c = simulate.Config(**sim, cost=str(costs[mode != "off"]), together=nanorl.EVERY if ranks > 1 and mode != "off" else 0)
         per[mode] = simulate.simulate(c, mode, simulate.make_law(c), simulate.make_cost(c))[0]["per_token"]
     return {mode: seconds / per["off"] for mode, seconds in per.items()}
 
