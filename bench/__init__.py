@@ -8,12 +8,14 @@ because the wall clock of a shared machine measures its other users.
 """
 import importlib
 import json
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")       # read when numpy is first imported; a benchmark's one thread is one thread
 
 
 def peer(name):

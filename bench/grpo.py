@@ -84,7 +84,7 @@ def clock(device, workers=()):
 
 def our_side(folder, seed, device, **settings):
     """-> rl, and go(problems) -> (groups, seconds): one step of nanorl."""
-    rl = nanorl.setup(nanorl.Config(init=str(folder), seed=seed, device=device, threads=int(device == "cpu"), **settings))
+    rl = nanorl.setup(nanorl.Config(**settings | dict(init=str(folder), seed=seed, device=device, threads=int(device == "cpu"))))
     loss = nanorl.make_loss(rl.config)
     torch.use_deterministic_algorithms(False)                    # setup turns it on; the peer is not to pay for it
 
@@ -312,15 +312,17 @@ class Race:
 def race(config, trl, side, folder, seed, look, target, start):
     """One side from the base to the target. -> Race"""
     run = Race(config, look, target, start)
-    settings = {} if side == "ours, our defaults" else their_settings(config)
-    rl, go = our_side(folder, seed, config.device, task="countdown", eval_n=1, final_n=1, **settings)
+    defaults = side == "ours, our defaults"
+    words = nanorl.HARDWARE[config.device][0].split() if defaults else []        # as `python nanorl.py` without flags
+    base = vars(flags(nanorl.Config, words)) | ({} if defaults else their_settings(config))
+    rl, go = our_side(folder, seed, config.device, **base | dict(task="countdown", eval_n=1, final_n=1))
     if side == "TRL":                                            # the problems that ours would see, in the same order
         rl.workers.close()
         problems = in_order(rl, 1000, config.their_prompts)
         their_side(trl, folder, problems, rl.task.reward, lambda model, lengths, seconds: run.add(seconds, model),
                    config.their_prompts, config.their_n, rl.config.max_new, config.their_lr, seed, config.device)
         return run
-    if settings:
+    if not defaults:
         rl.optimizer.betas = (0.9, 0.999)                        # TRL's
     going, at = True, 0
     while going:

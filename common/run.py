@@ -285,6 +285,9 @@ ONEDNN = torch.backends.mkldnn.is_available()
 PRODUCT = torch.ops.mkldnn._linear_pointwise.default if ONEDNN else None         # the overload: to find it costs as much as an addition
 FEW = 4                                                # rows of x: with fewer the BLAS starts sooner,
 LARGE = 1 << 18                                        # which weighs less than how slowly it reads a w of so many numbers from memory
+# numpy's BLAS multiplies one row up to twice as fast as both. Only where it was told to keep to one thread: its threads and torch's
+# wait for work by spinning, each on the cores of the other, and a step takes ten times as long
+ONE = os.environ.get("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS")) == "1"
 
 
 def spare(rows, like):
@@ -296,6 +299,8 @@ def spare(rows, like):
 def times(x, w):
     """x w^T. Two fp32 matrices on a CPU go to oneDNN: the BLAS that torch links takes its AVX2 path on AMD, and oneDNN is 1.3 to
     2.4 times as fast there. It also sums each row in the same order whatever the number of rows. No autograd: see kernels.linear."""
+    if ONE and len(x) == 1 and x.is_cpu and x.dtype == w.dtype == torch.float32 and torch.is_inference_mode_enabled():
+        return torch.from_numpy(x.numpy() @ w.detach().numpy().T)
     if ONEDNN and x.is_cpu and (len(x) >= FEW or w.numel() >= LARGE) and x.dtype == w.dtype == torch.float32:
         return PRODUCT(x, w, None, "none", [], "")
     return F.linear(x, w)

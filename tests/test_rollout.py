@@ -97,6 +97,25 @@ def test_alone_is_in_a_crowd(threads):
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_row_by_numpys_blas(monkeypatch, bias):
+    """With one thread, a lone row is multiplied by numpy: the same tokens as the uncached oracle, and an update is seen at once,
+    since numpy reads the trainer's own memory."""
+    monkeypatch.setattr("common.run.ONE", True)
+    model = tiny(qkv_bias=bias)
+    sampler = Sampler(model, {STOP}, slots=1, exact=False)
+    before = None
+    for scale in (1.0, 1.3):
+        with torch.no_grad():
+            model.blocks[1].qkv.weight.mul_(scale)
+        found = [sampler.generate([p], 1, 30, seed=1, ids=[i])[0][0] for i, p in enumerate(PROMPTS)]
+        wanted = [sample(model, p, 30, {STOP}, seed=1, problem=i) for i, p in enumerate(PROMPTS)]
+        for p, s, w in zip(PROMPTS, found, wanted):
+            same_or_tied(model, p, s.tokens, w, s, 1)
+        assert [s.tokens for s in found] != before
+        before = [s.tokens for s in found]
+
+
 def test_exact_where_the_sums_get_long():
     """A product over more than about 350 keys is summed in blocks, and the blocks depend on its length: a row that saw its own 300
     keys padded to its neighbour's 390 had another last bit. The length is the slab's, which depends on the row alone."""
