@@ -13,6 +13,9 @@ import run as attempts  # noqa: E402  (scripts of records/, as they find each ot
 import verify  # noqa: E402
 
 
+PROBLEMS = verify.problems_of
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(verify, "problems_of", lambda track: "these")
@@ -43,6 +46,15 @@ def test_a_record_and_its_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == ("| 302 +-1 s | 56.4% +-0.2% | 5 | 2 cores of a kind | newabc | "
                                                "[first.jsonl](laptop/first.jsonl) |")
     assert verify.faults(log(sides=("old", "new")), True) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "records").glob("*/*.jsonl")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_records_in_the_table(path, monkeypatch):
+    """Each log that is kept passes, on the problems as they are drawn today, and its row in the table is what it says."""
+    monkeypatch.setattr(verify, "problems_of", PROBLEMS)
+    runs = verify.read(path)
+    assert verify.faults(runs, any(run["side"] == "old" for run in runs)) == []
+    assert verify.line(runs, path) in (ROOT / "records" / "README.md").read_text().splitlines()
 
 
 @pytest.mark.parametrize("rows, others, words", [
