@@ -14,7 +14,7 @@ Deleted from the usual recipe, and why:
 
     python nanorl.py                                       a laptop: finds or trains the base, then learns Countdown in minutes
     torchrun --nproc_per_node=8 nanorl.py                  a node: a base of 100M, then Countdown with 4 numbers
-    python nanorl.py --algo gspo --minibatch 32            a row of the table, four updates a rollout
+    python nanorl.py --algo gspo --minibatch 16            a row of the table, four updates a rollout
     python nanorl.py --init DIR --task gsm8k --max-new 1024
     torchrun --nproc_per_node=8 -- nanorl.py --tail-batching prompt        no rank waits for the longest response (pack.py, rounds)
     python nanorl.py --data my.jsonl --reward my.py:score --init DIR
@@ -194,8 +194,8 @@ class Config:
 
 # what runs without flags, by what is found; flags given beside it win
 HARDWARE = {
-    "cpu": ("--prompts 128 --n 4 --slots 512 --steps 560",
-            "two CPU cores: the base in 2 minutes, then 560 steps in 3; held-out accuracy from about 36% to about 67%"),
+    "cpu": ("--prompts 64 --n 4 --slots 256 --steps 1120 --eval-every 100",
+            "two CPU cores: the base in 2 minutes, then 1,120 steps in 3; held-out accuracy from about 36% to about 67%"),
     "cuda": ("--init runs/mixed100m --task countdown:4 --prompts 128 --max-new 96 --row-tokens 16384 --lr 2e-4 --steps 300 --eval-every 50",
              "eight GPUs: a base of 100M in about 10 minutes, then 300 steps in about 15 (an estimate: nobody has measured it yet)"),
 }
@@ -302,6 +302,9 @@ def setup(config, problems=None):
         if env.master:
             print(f"no base in {source} yet: training it first (python train_gpt.py --preset {source[5:]})", flush=True)
         train_gpt.main(["--preset", source[5:]] + ["--resume"] * Path(source, "config.json").exists())
+        if env.device.type == "cuda":                            # what it held is neither this run's peak nor lost to its pool
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     try:
         folder = hf.find(source)
         tok = data.tokenizer(folder)
@@ -343,17 +346,27 @@ def setup(config, problems=None):
 
 
 def rehearse(model, optimizer, reference, config, need):
-    """One full row forward and backward, times zero, and its gradients summed over ranks and forgotten. After it the allocator holds
-    what an update needs, and what the card has left can go to the sampler's keys for good."""
+    """Full rows forward and backward, times zero, and their gradients summed over ranks and forgotten. After it the allocator holds
+    what an update needs, and what the card has left can go to the sampler's keys for good. Two rows: of responses alone, which has the
+    most predictions, and of the longest prompts shared by theirs, whose keys are read, and kept, once for each response."""
     device, n = model.head_weight.device, max(1, config.row_tokens // need)
-    samples = [rollout.Sample([0], [0] * (need - 1), [0.0] * (need - 1), "length", i, 0, 0, advantage=0.0) for i in range(n)]
-    (batch,) = pack.batches(samples, n * need, model.config, share=False)
-    batch = batch.to(device)
-    if reference:
-        with torch.no_grad():
-            linear_logprob(predicting(reference.to(device), batch), reference.head_weight, batch.targets_N)
-    logp_N, entropy_N = linear_logprob(predicting(model, batch), model.head_weight, batch.targets_N)
-    (0 * (logp_N.sum() + entropy_N.sum())).backward()
+    P = max(1, need - config.max_new)
+
+    def sample(P, i, j):
+        return rollout.Sample([0] * P, [0] * (need - P), [0.0] * (need - P), "length", i, j, 0, advantage=0.0)
+
+    rows = pack.batches([sample(1, i, 0) for i in range(n)], n * need, model.config, share=False)
+    k = min(config.n, (config.row_tokens - P) // (need - P))
+    if k > 1:
+        groups = [[sample(P, i, j) for j in range(k)] for i in range(config.row_tokens // (P + k * (need - P)))]
+        rows += pack.batches(groups, config.row_tokens, model.config, share=True)[:1]
+    for batch in rows:
+        batch = batch.to(device)
+        if reference:
+            with torch.no_grad():
+                linear_logprob(predicting(reference.to(device), batch), reference.head_weight, batch.targets_N)
+        logp_N, entropy_N = linear_logprob(predicting(model, batch), model.head_weight, batch.targets_N)
+        (0 * (logp_N.sum() + entropy_N.sum())).backward()
     optimizer.reduce_grads()
     optimizer.zero_grad()
     if reference:
@@ -808,6 +821,11 @@ def budget(shape, config, width, world, slots, longest, reference=False):
     # output, gate and up, their product
     kept = 4 * shape.d_model + 2 * (heads + 2 * kv_heads) + heads + 3 * shape.d_ff
     layers = shape.n_layer * shape.d_model + kept if config.checkpoint else shape.n_layer * kept
+    # a full row of the longest prompts, shared: the keys and values of a prompt are gathered once for each of its responses
+    P = max(1, longest - config.max_new)
+    k = min(config.n, (config.row_tokens - P) // config.max_new)
+    gathered = config.row_tokens + config.row_tokens // (P + k * config.max_new) * k * P if half and k > 1 else 0
+    gathered *= 2 * kv_heads * (1 if config.checkpoint else shape.n_layer)
     largest = shape.vocab_size * shape.d_model
     pages = slots * -(-(longest + rollout.Pool.horizon) // rollout.PAGE) + 1
     parts = {"weights": params * width,
@@ -815,17 +833,21 @@ def budget(shape, config, width, world, slots, longest, reference=False):
              "gradients": params * 4 + (largest * width if half else 0),
              "optimizer shard": params * (12 if half else 8) // world,           # fp32 master (where the weight is not it), two moments
              "KV cache": (pages * rollout.PAGE if half else slots * longest) * 2 * shape.n_layer * kv_heads * width,
-             "activations": config.row_tokens * layers * width,
+             "activations": (config.row_tokens * layers + gathered) * width,
              # a tile of logits and its gradient, and two sums of the hidden states' gradient; or logits, exponentials, gradient
-             "head": kernels.BACKWARD_TILE * 6 + 8 * config.row_tokens * shape.d_model if half else 3 * 4 * kernels.CHUNK}
+             "head": min(kernels.BACKWARD_TILE, config.row_tokens * shape.vocab_size) * 6 + 8 * config.row_tokens * shape.d_model if half
+                     else 3 * 4 * kernels.CHUNK}
     if reference:
         parts["reference"] = params * width
     return parts
 
 
 def memory(rl):
-    return budget(rl.model.config, rl.config, rl.model.head_weight.element_size(), rl.env.world, rl.sampler.slots, rl.sampler.max_len,
-                  bool(rl.reference))
+    parts = budget(rl.model.config, rl.config, rl.model.head_weight.element_size(), rl.env.world, rl.sampler.slots, rl.sampler.max_len,
+                   bool(rl.reference))
+    if rl.sampler.device.type == "cuda":                         # the pool is there, and was cut to what the card has
+        parts["KV cache"] = rl.sampler.storage.k.nbytes + rl.sampler.storage.v.nbytes
+    return parts
 
 
 def print_budget(rl):

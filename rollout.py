@@ -925,11 +925,13 @@ class Sampler:
     @torch.inference_mode()
     def _salvage(self):
         """After an interrupt that may have hit anywhere: every token that was written down, and a fresh engine."""
-        age = {slot: self.batch.age for slot in self.batch.order} if self.batch is not None else {}
-        samples = list(self.ended)
+        b, samples = self.batch, list(self.ended)
+        age = {slot: b.age for slot in b.order} if b is not None else {}
+        ends = dict(zip(b.order, b.end.tolist())) if b is not None else {}           # between two looks a row runs on behind its stop
         for row in {id(row): row for row in (*self.rows.values(), *self.waiting)}.values():
             if row.slot in self.rows:
-                got = slice(row.slot * self.width + len(row.tokens), row.slot * self.width + row.count + age.get(row.slot, 0))
+                count = min(row.count + age.get(row.slot, 0), ends.get(row.slot, FAR))
+                got = slice(row.slot * self.width + len(row.tokens), row.slot * self.width + count)
                 row.tokens += self.tokens[got].tolist()
                 row.logprobs += self.logprobs[got].tolist()
                 row.kept += self.kept[got].tolist()
@@ -1105,7 +1107,7 @@ def main(argv=None):
     try:
         folder = hf.find(config.model)
         model, tok = GPT.from_hf(folder, env.dtype, env.device), data.tokenizer(folder)
-        sampler = Sampler(model, tok.stop, tok, slots=max(1, config.n))
+        sampler = Sampler(model, tok.stop, tok, slots=max(1, config.n), exact=False)       # who talks alone is half again as fast
     except (ValueError, FileNotFoundError) as e:
         die(str(e))
 

@@ -381,7 +381,7 @@ def packed_rows(docs, budget, device):
             tokens += ids
             positions += range(len(ids))
             cu.append(cu[-1] + len(ids))
-        flat = torch.tensor(tokens + positions + at + targets).to(device)        # one copy
+        flat = kernels.to_device(tokens + positions + at + targets, torch.int64, device)     # one copy, and nobody waits for it
         yield *flat.split([len(tokens), len(tokens), len(at), len(at)]), cu
 
 

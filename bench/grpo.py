@@ -82,9 +82,11 @@ def clock(device, workers=()):
     return total
 
 
-def our_side(folder, seed, device, **settings):
-    """-> rl, and go(problems) -> (groups, seconds): one step of nanorl."""
-    rl = nanorl.setup(nanorl.Config(**settings | dict(init=str(folder), seed=seed, device=device, threads=int(device == "cpu"))))
+def our_side(folder, seed, device, words="", **settings):
+    """-> rl, and go(problems) -> (groups, seconds): one step of nanorl, under these flags and settings."""
+    config = flags(nanorl.Config, words.split())
+    vars(config).update(settings, init=str(folder), seed=seed, device=device, threads=int(device == "cpu"))
+    rl = nanorl.setup(config)
     loss = nanorl.make_loss(rl.config)
     torch.use_deterministic_algorithms(False)                    # setup turns it on; the peer is not to pay for it
 
@@ -313,9 +315,9 @@ def race(config, trl, side, folder, seed, look, target, start):
     """One side from the base to the target. -> Race"""
     run = Race(config, look, target, start)
     defaults = side == "ours, our defaults"
-    words = nanorl.HARDWARE[config.device][0].split() if defaults else []        # as `python nanorl.py` without flags
-    base = vars(flags(nanorl.Config, words)) | ({} if defaults else their_settings(config))
-    rl, go = our_side(folder, seed, config.device, **base | dict(task="countdown", eval_n=1, final_n=1))
+    settings = {} if defaults else their_settings(config)
+    words = nanorl.HARDWARE[config.device][0] if defaults else ""                # as `python nanorl.py` without flags
+    rl, go = our_side(folder, seed, config.device, words, **settings | dict(task="countdown", eval_n=1, final_n=1))
     if side == "TRL":                                            # the problems that ours would see, in the same order
         rl.workers.close()
         problems = in_order(rl, 1000, config.their_prompts)

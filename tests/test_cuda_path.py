@@ -100,6 +100,7 @@ def taped(monkeypatch):
     for name, fake in dict(graph_pool_handle=lambda: None, Stream=lambda: stream, current_stream=lambda: stream,
                            stream=lambda s: contextlib.nullcontext(), CUDAGraph=Tape, graph=record).items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr("common.run.ONE", False)                 # a CPU is a GPU here, whose numbers no BLAS of numpy reads
     for name in ("decode_attention", "draw", "uniform_at"):
         monkeypatch.setattr(rollout, name, one_kernel(getattr(rollout, name)))
 
@@ -276,5 +277,6 @@ def test_the_budget_counts_pages_and_one_half_gradient():
     assert parts["gradients"] == 4 * count + 2 * 61 * 64
     pool = Pool(shape, torch.bfloat16, torch.device("cpu"), 4, 130)
     assert parts["KV cache"] == pool.k.nbytes + pool.v.nbytes
+    assert parts["head"] < nanorl.budget(GPTConfig(**SHAPE | dict(vocab_size=6100)), config, 2, 1, 4, 130)["head"]      # a tile is no wider
     model = GPT(shape).to(torch.bfloat16)
     assert parts["weights"] == sum(p.nbytes for p in model.parameters())
