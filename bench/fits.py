@@ -2,7 +2,7 @@
 python -m bench fits: which model trains on which GPU. Arithmetic of nanorl.budget (what --dry-run prints), not a measurement.
 
 Full fine-tuning in bf16 with fp32 masters and moments, blocks recomputed, rows of 8,192 tokens, 64 sequences of 2,048 in the cache at
-least (the sampler takes what is left). 10% of the card is kept for the allocator. Rows: models; columns: cards, 1 or 8 of them.
+least (the sampler takes what is left), half of each its prompt. 10% of the card is kept for the allocator.
 """
 from dataclasses import dataclass
 
@@ -34,19 +34,23 @@ MODELS = {                               # vocabulary, layers, heads, kv heads, 
 }
 
 
-def main(argv=None):
-    config = flags(Config, argv, __doc__)
-    rl = RL(row_tokens=config.row_tokens, checkpoint=True)
-    numbers = {}
-    print(f"{'GiB a GPU':<14} {'1 GPU':>8} {'+ref':>8} {'8 GPUs':>8} {'+ref':>8}   "
-          "the smallest card of 8, 16, 24, 80, 141 GB: 1 GPU, with reference; 8 GPUs, with reference")
+def table(config):
+    """-> the lines of a table, and {model: GiB}."""
+    rl, numbers = RL(row_tokens=config.row_tokens, checkpoint=True, max_new=config.length // 2), {}
+    lines = ["| model | 1 GPU | with a reference | 8 GPUs | with a reference | smallest card: 1 GPU, +ref; 8 GPUs, +ref |", "|---" * 6 + "|"]
     for name, (V, layers, heads, kv, hd, width, ff, tied) in MODELS.items():
         shape = GPTConfig(V, layers, heads, kv, hd, width, ff, 32768, 1e6, tie_embeddings=tied)
         need = [sum(budget(shape, rl, 2, world, config.sequences, config.length, reference).values())
                 for world in (1, 8) for reference in (False, True)]
         fits = [next((str(c) for c in CARDS if n <= 0.9 * c * 1e9), "-") for n in need]
-        print(f"{name:<14} " + " ".join(f"{n / 2**30:8.1f}" for n in need) + "   " + ", ".join(fits[:2]) + "; " + ", ".join(fits[2:]))
         numbers[name] = [round(n / 2**30, 1) for n in need]
+        lines.append(f"| {name} | " + " | ".join(f"{n:.1f}" for n in numbers[name]) + f" | {', '.join(fits[:2])}; {', '.join(fits[2:])} |")
+    return lines, numbers
+
+
+def main(argv=None):
+    lines, numbers = table(flags(Config, argv, __doc__))
+    print("GiB of one GPU, and the smallest card of 8, 16, 24, 80, 141 GB that holds it", *lines, sep="\n")
     return finish("fits", **numbers)
 
 

@@ -4,6 +4,7 @@ records/readme.py: writes into README.md what is counted or recorded, so that no
     python records/readme.py
 
     lines of the files     rounded to tens, in the map
+    <!-- fits -->          the table of `python -m bench fits`
     <!-- speedrun -->      records/speedrun.md, as `python -m bench speedrun` wrote it, and records/speedrun.png if it is there
     <!-- bench -->         from records/bench/NAME.txt, what `python -m bench NAME | tee ...` printed: its tables, or else its ratios;
                            records/bench/NAME.png is shown with them
@@ -15,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.__main__ import flat  # noqa: E402  (a script in a folder of its own finds the rest of the house one floor up)
+from bench import fits  # noqa: E402  (a script in a folder of its own finds the rest of the house one floor up)
+from bench.__main__ import flat  # noqa: E402
 
 RATIO = re.compile(r"times|vs_|_x$|speed$|accuracy$| se$|closed|cosine")      # of a benchmark's numbers, those that a reader asks for
 
@@ -68,7 +70,8 @@ def benchmarks():
 
 def filled(text):
     """README.md with everything brought up to date."""
-    for name, block in (("speedrun", speedrun()), ("bench", benchmarks())):
+    blocks = {"fits": "\n".join(fits.table(fits.Config())[0]), "speedrun": speedrun(), "bench": benchmarks()}
+    for name, block in blocks.items():
         text = re.sub(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", lambda found, block=block: block + "\n", text, count=1, flags=re.S)
     return counted(text)
 
