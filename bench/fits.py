@@ -37,7 +37,8 @@ MODELS = {                               # vocabulary, layers, heads, kv heads, 
 def table(config):
     """-> the lines of a table, and {model: GiB}."""
     rl, numbers = RL(row_tokens=config.row_tokens, checkpoint=True, max_new=config.length // 2), {}
-    lines = ["| model | 1 GPU | with a reference | 8 GPUs | with a reference | smallest card: 1 GPU, +ref; 8 GPUs, +ref |", "|---" * 6 + "|"]
+    lines = ["| model | 1 GPU | with a reference | 8 GPUs | with a reference | smallest card: 1 GPU, +ref; 8 GPUs, +ref |",
+             "|---|---|---|---|---|---|"]
     for name, (V, layers, heads, kv, hd, width, ff, tied) in MODELS.items():
         shape = GPTConfig(V, layers, heads, kv, hd, width, ff, 32768, 1e6, tie_embeddings=tied)
         need = [sum(budget(shape, rl, 2, world, config.sequences, config.length, reference).values())
