@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common.run import FEW, die, flags, progress, start
+from common.run import FEW, ONE, die, flags, progress, start
 from kernels import address, continued_attention, decode_attention, draw, linear_logits, packed_attention, picked, uniform_at
 
 NAN = math.nan
@@ -326,6 +326,11 @@ class Slabs:
             self.leave(row.slot)
             self.at[row.slot] = bigger, to
         return True
+
+    def row(self, slot):
+        """-> its keys and its values, an array a layer."""
+        slab, r = self.at[slot]
+        return [k[r].numpy() for k in slab.k], [v[r].numpy() for v in slab.v]
 
     def decode(self, rows, pad):
         """-> the rows' slots in the order of the batch; begin(position_B), attend; and for how many steps this holds."""
@@ -683,7 +688,7 @@ class Sampler:
 
     def _eager(self, b):
         b.begin(b.position)
-        self._token(self.model(b.token, b.position, b.attend), b)
+        self._token(b.forward(b.token, b.position, b.attend), b)
 
     def _token(self, hidden_BD, b):
         """A token for each row from the hidden state of its last: drawn, written down, and made the next input."""
@@ -719,8 +724,11 @@ class Sampler:
         now.copy_(self.ints[:, slots])
         real.copy_(self.reals[:, slots])
         strings = any(r.group.stop_strings for r in self.rows.values())
-        self.batch = columns(now, real, order=order, B=B, size=size, slots=slots[:B], begin=begin, attend=attend, lasts=lasts, age=0,
-                             truncated=truncated, strings=strings)
+        # numpy rounds otherwise than torch; and only where neither waits for the other's threads
+        alone = ONE and size == 1 and not self.paged and not self.exact and now.is_cpu and real.dtype == self.model.head_weight.dtype
+        forward = self.model.alone(*self.storage.row(order[0])) if alone and hasattr(self.model, "alone") else self.model
+        self.batch = columns(now, real, order=order, B=B, size=size, slots=slots[:B], begin=begin, attend=attend, forward=forward,
+                             lasts=lasts, age=0, truncated=truncated, strings=strings)
 
     def _flush(self):
         """The batch's numbers back to their slots."""
@@ -951,7 +959,7 @@ class Sampler:
         self.storage.table.zero_()
         for size in reversed(self.sizes):
             b = columns(self.now[:, :size], self.real[:, :size], truncated=truncated)
-            b.begin, b.attend = self.storage.steps(size)
+            b.forward, (b.begin, b.attend) = self.model, self.storage.steps(size)
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):                       # compiles kernels, and lets libraries take their workspace
                 for _ in range(2):

@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -158,6 +159,49 @@ class GPT(nn.Module):
             else:
                 x_TD = block(x_TD, cos_T, sin_T, attend, layer)
         return self.norm(x_TD[:T])                               # (T, D): hidden states; the head is the caller's
+
+    def alone(self, keys, values):
+        """-> forward() of a single token, in numpy. Of one row a decode step is two hundred operations on a few hundred numbers each, and
+        numpy starts one in a quarter of torch's time. It reads the weights where they are. keys and values: those of the row, one
+        (n_kv_head, capacity, head_dim) array a layer; the new token's are written there."""
+        c, heads, half = self.config, self.config.n_head + self.config.n_kv_head, self.config.head_dim // 2
+        view = lambda module, kind="weight": None if getattr(module, kind, None) is None else getattr(module, kind).detach().numpy()  # noqa: E731
+        layers = [SimpleNamespace(qkv=view(b.qkv), bias=view(b.qkv, "bias"), out=view(b.out), gate_up=view(b.gate_up), down=view(b.down),
+                                  attn_norm=view(b.attn_norm), mlp_norm=view(b.mlp_norm), q_norm=view(b.q_norm), k_norm=view(b.k_norm))
+                  for b in self.blocks]
+        embed, norm, inv_freq, scale = view(self.embed), view(self.norm), self._rope[0].numpy(), self._rope[1]
+
+        def unit(x):
+            return x / np.sqrt(np.add.reduce(x * x, -1, keepdims=True) / x.shape[-1] + c.norm_eps)
+
+        def forward(token_1, position_1, attend):
+            x_D, at = embed[int(token_1)], int(position_1)
+            cos, sin = np.cos(at * inv_freq) * scale, np.sin(at * inv_freq) * scale
+            cos, sin = np.concatenate((cos, cos)), np.concatenate((-sin, sin))             # (head_dim)
+            for w, k, v in zip(layers, keys, values):
+                qkv = w.qkv @ (unit(x_D) * w.attn_norm)
+                if w.bias is not None:
+                    qkv += w.bias
+                qkv = qkv.reshape(-1, c.head_dim)                                          # (heads, head_dim)
+                qk = qkv[:heads]
+                if w.q_norm is not None:
+                    qk = unit(qk)
+                    qk[: c.n_head] *= w.q_norm
+                    qk[c.n_head :] *= w.k_norm
+                qk = qk * cos + np.concatenate((qk[:, half:], qk[:, :half]), 1) * sin
+                k[:, at], v[:, at] = qk[c.n_head :], qkv[heads:]
+                q = qk[: c.n_head].reshape(c.n_kv_head, -1, c.head_dim)                    # a key head and the query heads that share it
+                s = np.matmul(q, k[:, : at + 1].transpose(0, 2, 1)) * c.head_dim**-0.5
+                s = np.exp(s - np.maximum.reduce(s, -1, keepdims=True))
+                o = np.matmul(s / np.add.reduce(s, -1, keepdims=True), v[:, : at + 1])
+                x_D = x_D + w.out @ o.reshape(-1)
+                gate_up = w.gate_up @ (unit(x_D) * w.mlp_norm)
+                with np.errstate(over="ignore"):                                           # exp(100) is inf, and 1 / inf the 0 it should be
+                    hidden = gate_up[: c.d_ff] / (1 + np.exp(-gate_up[: c.d_ff])) * gate_up[c.d_ff :]
+                x_D = x_D + w.down @ hidden
+            return torch.from_numpy(unit(x_D) * norm).unsqueeze(0)
+
+        return forward
 
     @torch.no_grad()
     def init_weights(self, seed):

@@ -97,23 +97,27 @@ def test_alone_is_in_a_crowd(threads):
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_one_row_by_numpys_blas(monkeypatch, bias):
-    """With one thread, a lone row is multiplied by numpy: the same tokens as the uncached oracle, and an update is seen at once,
-    since numpy reads the trainer's own memory."""
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("shape", [{}, dict(qk_norm=False, qkv_bias=True), dict(n_kv_head=4, tie_embeddings=True)], ids=str)
+def test_a_lone_row_in_numpy(monkeypatch, shape, slots):
+    """Where there is one thread a lone row's step is numpy's, from the start or once the others have left: the same tokens and
+    log-probs as the uncached oracle's, and an update is seen at once, since numpy reads the trainer's own memory."""
     monkeypatch.setattr("common.run.ONE", True)
-    model = tiny(qkv_bias=bias)
-    sampler = Sampler(model, {STOP}, slots=1, exact=False)
-    before = None
+    monkeypatch.setattr("rollout.ONE", True)
+    model = tiny(**shape)
+    was, used = model.alone, []
+    model.alone = lambda *args: used.append(1) or was(*args)
+    sampler, before = Sampler(model, {STOP}, slots=slots, exact=False), None
     for scale in (1.0, 1.3):
         with torch.no_grad():
             model.blocks[1].qkv.weight.mul_(scale)
-        found = [sampler.generate([p], 1, 30, seed=1, ids=[i])[0][0] for i, p in enumerate(PROMPTS)]
-        wanted = [sample(model, p, 30, {STOP}, seed=1, problem=i) for i, p in enumerate(PROMPTS)]
-        for p, s, w in zip(PROMPTS, found, wanted):
-            same_or_tied(model, p, s.tokens, w, s, 1)
-        assert [s.tokens for s in found] != before
-        before = [s.tokens for s in found]
+        found = [g[0] for g in sampler.generate(PROMPTS, 1, LIMITS, seed=1)]
+        for i, (p, s) in enumerate(zip(PROMPTS, found)):
+            if same_or_tied(model, p, s.tokens, sample(model, p, LIMITS[i], {STOP}, seed=1, problem=i), s, 1):
+                want = [float(distribution(model, p + s.tokens[:t])[s.tokens[t]].log()) for t in range(len(s.tokens))]
+                assert s.logprobs == pytest.approx(want, abs=2e-5)
+        assert tokens([found]) != before and used
+        before = tokens([found])
 
 
 def test_exact_where_the_sums_get_long():
