@@ -1042,12 +1042,13 @@ class Sampler:
                 bar.close()
 
     def deal(self, limits, ids):
-        """-> the Deal of these prompts: the longest expected first, where that is not fixed."""
+        """-> the Deal of these prompts, the longest first, so that no long one is left alone at the end: by their limits, and where a run
+        need not repeat itself by what they took the last time."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        name = f"rollout/{next(calls)}"
+        name, longest = f"rollout/{next(calls)}", lambda i: -limits[i] if self.deterministic else -self.expected.get(ids[i], limits[i])
         if self.deterministic or (world == 1 and self.store is None):
-            return Deal(range(len(ids)), rank=rank, world=world)
-        order, store = sorted(range(len(ids)), key=lambda i: -self.expected.get(ids[i], limits[i])), self.store
+            return Deal(sorted(range(rank, len(ids), world), key=longest))
+        order, store = sorted(range(len(ids)), key=longest), self.store
         store = store or dist.distributed_c10d._get_default_store()
         # a rank expects what it has sampled itself; but the counter is a place in one order, or prompts would be sampled twice or never
         if store.add(f"{name}/came", 1) == 1:

@@ -4,7 +4,7 @@ python -m bench rollout: the sampler against transformers on the same weights, o
 (a) skewed lengths    256 requests, lognormal(4.2, 0.9) capped at 512, 32 at a time, against generate() (batches of 32 in the order
                       they come, padded, each as long as its longest; every other batch, for it takes longer than all else here:
                       sides are compared by the time of a token) and against generate_batch(), tuned for a CPU; and ours with
-                      128 slots, since a peer's best should meet our best
+                      128 slots, since a peer's best should meet our best. All know the limits; ours begins with the longest
 (b) uniform lengths   batches of 1, 8 and 32, against generate(); and what exact=True costs beside exact=False
 (c) one sequence      a 15M model, beside llama2.c's published shape: tokens a second as a share of the memory's bandwidth
 (d) one prompt        n = 16 samples of 512 tokens: what the prompt costs, against one sample
