@@ -345,20 +345,28 @@ def setup(config, problems=None):
                            late=[], clock=dict.fromkeys(CLOCKS, 0.0))
 
 
+def fullest(config, longest):
+    """A row full of the longest prompts, shared by their responses. -> tokens of a prompt, its responses, prompts; of those 0, if the
+    row does not hold one with two responses."""
+    P = max(1, longest - config.max_new)
+    L = longest - P
+    k = min(config.n, (config.row_tokens - P) // L)
+    return P, k, config.row_tokens // (P + k * L) if k > 1 else 0
+
+
 def rehearse(model, optimizer, reference, config, need):
     """Full rows forward and backward, times zero, and their gradients summed over ranks and forgotten. After it the allocator holds
     what an update needs, and what the card has left can go to the sampler's keys for good. Two rows: of responses alone, which has the
     most predictions, and of the longest prompts shared by theirs, whose keys are read, and kept, once for each response."""
     device, n = model.head_weight.device, max(1, config.row_tokens // need)
-    P = max(1, need - config.max_new)
+    P, k, prompts = fullest(config, need)
 
     def sample(P, i, j):
         return rollout.Sample([0] * P, [0] * (need - P), [0.0] * (need - P), "length", i, j, 0, advantage=0.0)
 
     rows = pack.batches([sample(1, i, 0) for i in range(n)], n * need, model.config, share=False)
-    k = min(config.n, (config.row_tokens - P) // (need - P))
-    if k > 1:
-        groups = [[sample(P, i, j) for j in range(k)] for i in range(config.row_tokens // (P + k * (need - P)))]
+    if prompts:
+        groups = [[sample(P, i, j) for j in range(k)] for i in range(prompts)]
         rows += pack.batches(groups, config.row_tokens, model.config, share=True)[:1]
     for batch in rows:
         batch = batch.to(device)
@@ -821,10 +829,9 @@ def budget(shape, config, width, world, slots, longest, reference=False):
     # output, gate and up, their product
     kept = 4 * shape.d_model + 2 * (heads + 2 * kv_heads) + heads + 3 * shape.d_ff
     layers = shape.n_layer * shape.d_model + kept if config.checkpoint else shape.n_layer * kept
-    # a full row of the longest prompts, shared: the keys and values of a prompt are gathered once for each of its responses
-    P = max(1, longest - config.max_new)
-    k = min(config.n, (config.row_tokens - P) // config.max_new)
-    gathered = config.row_tokens + config.row_tokens // (P + k * config.max_new) * k * P if half and k > 1 else 0
+    # where prompts are shared, the keys and values of one are gathered once for each of its responses
+    P, k, prompts = fullest(config, longest)
+    gathered = config.row_tokens + prompts * k * P if half and prompts else 0
     gathered *= 2 * kv_heads * (1 if config.checkpoint else shape.n_layer)
     largest = shape.vocab_size * shape.d_model
     pages = slots * -(-(longest + rollout.Pool.horizon) // rollout.PAGE) + 1

@@ -565,6 +565,9 @@ class Sampler:
         self.n_pages, self.chunk = pages, 4096 if cuda else 512  # chunk: prompt tokens between two decode steps
         # products of so many rows are all of one kind (see common.run.times) and sum each row in the same order, however many there are
         self.multiple = max(FEW, 4 * torch.get_num_threads()) if self.exact else 1
+        # a lone row's steps in numpy: which rounds otherwise than torch, and is slow where each waits for the other's threads
+        self.alone = (ONE and not self.exact and not self.paged and self.device.type == "cpu" and weight.dtype == torch.float32
+                      and hasattr(model, "alone"))
         self.replayed = cuda                                     # decode steps are CUDA graphs
         if cuda:
             self.sizes = graph_sizes(self.slots)
@@ -724,9 +727,7 @@ class Sampler:
         now.copy_(self.ints[:, slots])
         real.copy_(self.reals[:, slots])
         strings = any(r.group.stop_strings for r in self.rows.values())
-        # numpy rounds otherwise than torch; and only where neither waits for the other's threads
-        alone = ONE and size == 1 and not self.paged and not self.exact and now.is_cpu and real.dtype == self.model.head_weight.dtype
-        forward = self.model.alone(*self.storage.row(order[0])) if alone and hasattr(self.model, "alone") else self.model
+        forward = self.model.alone(*self.storage.row(order[0])) if self.alone and size == 1 else self.model
         self.batch = columns(now, real, order=order, B=B, size=size, slots=slots[:B], begin=begin, attend=attend, forward=forward,
                              lasts=lasts, age=0, truncated=truncated, strings=strings)
 
@@ -1046,9 +1047,9 @@ class Sampler:
         need not repeat itself by what they took the last time."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         name, longest = f"rollout/{next(calls)}", lambda i: -limits[i] if self.deterministic else -self.expected.get(ids[i], limits[i])
-        if self.deterministic or (world == 1 and self.store is None):
-            return Deal(sorted(range(rank, len(ids), world), key=longest))
         order, store = sorted(range(len(ids)), key=longest), self.store
+        if self.deterministic or (world == 1 and store is None):
+            return Deal(order, rank=rank, world=world)
         store = store or dist.distributed_c10d._get_default_store()
         # a rank expects what it has sampled itself; but the counter is a place in one order, or prompts would be sampled twice or never
         if store.add(f"{name}/came", 1) == 1:

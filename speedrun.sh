@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # from a fresh clone to models that reason a little, from nothing: set-up, then
-#   base     one mixed base model, pretrained             train_gpt.py   2:00 on two CPU cores
-#   rl       GRPO on Countdown                            nanorl.py      3:30
-#   ttrl     arithmetic questions without their answers   ttrl.py        1:00
+#   base     one mixed base model, pretrained             train_gpt.py   1:30 on two CPU cores
+#   rl       GRPO on Countdown                            nanorl.py      3:10
+#   ttrl     arithmetic questions without their answers   ttrl.py        1:10
 #   student  a smaller model, pretrained                  train_gpt.py   0:40
 #   opd      distilled from the model of rl               opd.py         0:50
 #   table    before and after, and a picture              python -m bench speedrun
