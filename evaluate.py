@@ -49,8 +49,7 @@ class Config:
 def prompt_ids(problem, tok):
     """A problem's prompt as tokens: as a chat where the problem asks for one, with the beginning-of-text token where there is one."""
     text = tok.chat(problem.data["messages"]) if "messages" in problem.data else problem.prompt
-    ids = tok.encode(text)
-    return ids if tok.bos is None or ids[:1] == [tok.bos] else [tok.bos] + ids
+    return data.begun(tok.encode(text), tok)
 
 
 def completion(sample, tok):

@@ -50,10 +50,22 @@ from train_gpt import GPT
 # -----------------------------------------------------------------------------
 # the five axes. 1, the baseline: rewards of a group -> advantages, always local to the group
 
+
+
+def centred(r):
+    """r - mean. Rewards that are all equal give exact zeros: r - r.mean() is 1e-17 for most numbers that are no dyadic fractions, and a
+    step without signal would move the weights by its optimizer's momentum."""
+    return r - r.mean() if varies(r) else np.zeros(len(r))
+
+
+def varies(r):
+    return not max(r) - min(r) <= 1e-9
+
+
 BASELINES = {
-    "group": lambda r: (r - r.mean()) / (r.std() + 1e-6),
-    "mean": lambda r: r - r.mean(),
-    "loo": lambda r: (r - r.mean()) * len(r) / max(1, len(r) - 1),           # r minus the mean of the others
+    "group": lambda r: centred(r) / (r.std() + 1e-6),
+    "mean": centred,
+    "loo": lambda r: centred(r) * len(r) / max(1, len(r) - 1),               # r minus the mean of the others
 }
 
 # 2, the ratio: x = log pi - log pi_old of each prediction -> the log of the ratio that counts for it. A ratio of the whole response
@@ -699,7 +711,9 @@ def step(rl, share=1.0):
     when it is learned from in several steps; schedules count rollouts."""
     begin = time.perf_counter()
     c = rl.config
-    factor = min(1.0, (rl.updates + 1) / max(1, c.warmup), (1 - elapsed(rl)) / max(1 / c.steps, c.decay))
+    factor = min(1.0, (rl.updates + 1) / max(1, c.warmup))
+    if c.decay:                                                  # without one, not even the last of several updates per rollout decays
+        factor = min(factor, (1 - elapsed(rl)) / max(1 / c.steps, c.decay))
     stats = rl.optimizer.step(divide=rl.normaliser, factor=max(0.0, factor))
     rl.normaliser, rl.updates = 0.0, rl.updates + share
     rl.clock["opt"] += time.perf_counter() - begin
@@ -735,15 +749,16 @@ def reset(rl):
 
 
 def varied(group):
-    return max(s.reward for s in group) - min(s.reward for s in group) > 1e-9
+    return varies([s.reward for s in group])
 
 
-def summary(rl, groups, dropped, stats, seconds):
-    """The numbers of a step, over all ranks."""
+def summary(rl, groups, dropped, stats, seconds, lost=0):
+    """The numbers of a step, over all ranks. dropped: groups that --dynamic sampled and threw away; lost: their tokens, which took
+    time like all others."""
     mine = [(s.reward, s.finished == "length", len(s.tokens), repeats(completion(s, rl.tok))) for g in groups for s in g]
     every = [row for part in gather(mine) for row in part]
     reward, truncated, length, repetition = (float(np.mean(column)) for column in zip(*every)) if every else [math.nan] * 4
-    sampled = sum(n for _, _, n, _ in every)
+    sampled = sum(n for _, _, n, _ in every) + all_sum(lost)
     tokens = max(1.0, stats.get("tokens", 0.0))
     low, middle, high = np.quantile(weight, (0.01, 0.5, 0.99)) if len(weight := stats.get("weight_all", ())) else [math.nan] * 3
     flat = all_sum(sum(not varied(g) for g in groups) + dropped)
@@ -792,9 +807,9 @@ def warnings(history, config):
     return [text for (_, text), a, b in zip(conditions, now, before) if a and not b]
 
 
-def recent(history):
+def recent(history, last=50):
     """What a checkpoint keeps of it: the warnings look at the first step and at the last ones."""
-    return history[:1] + history[1:][-50:]
+    return history[:1] + history[1:][-last:]
 
 
 def status(at, config, m):
@@ -926,7 +941,7 @@ def main(argv=None):
     now, over = begin, lambda: now >= config.steps or 0 < config.tokens <= rl.spent
     while not over():
         now, clock = now + 1, time.perf_counter()
-        groups, ahead, dropped, sampled, tries = [], {}, 0, 0, 0
+        groups, ahead, dropped, lost, sampled, tries = [], {}, 0, 0, 0, 0
         while all_sum(len(groups)) < config.prompts and tries < (4 if config.dynamic else 1):
             missing = config.prompts - all_sum(len(groups))
             found, at = groups_of(rl, at, missing)
@@ -941,6 +956,7 @@ def main(argv=None):
                 sampled += sum(len(s.tokens) for s in group)
                 if config.dynamic and not varied(group):
                     dropped += 1
+                    lost += sum(len(s.tokens) for s in group)
                     continue
                 advantage(group, config)
                 groups.append(group)
@@ -951,7 +967,7 @@ def main(argv=None):
         rl.spent += all_sum(sampled)
 
         # ---- log
-        numbers = summary(rl, groups, dropped, stats, time.perf_counter() - clock)
+        numbers = summary(rl, groups, dropped, stats, time.perf_counter() - clock, lost)
         numbers |= rl.rounds.evidence() if rl.rounds else {}
         numbers |= {"streamed": all_sum(len(ahead))} if config.stream else {}
         history.append(numbers)

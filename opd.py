@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import data
 import kernels
 import nanorl
 import opd_check
@@ -453,7 +454,8 @@ def read_gold(path, tok, longest):
     for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            rows.append((tok.encode(row["prompt"]), tok.encode(row["response"]) + tok.encode(tok.end)))
+            prompt = data.begun(tok.encode(row["prompt"]), tok)
+            rows.append((prompt, tok.encode(row["response"]) + tok.encode(tok.end)))
         except (json.JSONDecodeError, KeyError, TypeError):
             raise ValueError(f'--gold {path}, line {n}: not a JSON object with "prompt" and "response"') from None
         if not rows[-1][0] or sum(map(len, rows[-1])) > longest:
@@ -465,16 +467,20 @@ def read_gold(path, tok, longest):
 
 def gold_groups(rl, config, problems, texts, writer, now):
     """The gold of a step, each text a group of its own: from the file, from the tasks, or from the teacher. Rank 0's; the teacher writes
-    on all ranks."""
+    on all ranks. A share above 1 / n asks for more texts than the step has problems: the teacher then writes several of some, and a task,
+    which has one for each, repeats it."""
     count = max(1, round(config.gold_share * config.prompts * config.n))
+    each, more = divmod(count, len(problems))
     if writer:
-        return written(collect(writer, problems[:count], 1))
+        found = list(collect(writer, problems[:more], each + 1)) if more else []
+        return written(found + (list(collect(writer, problems[more:], each)) if each else []))
     if not rl.env.master:
         return []
     if texts:                                                    # in turn, from the top again at the end
         return [[as_gold(*texts[i % len(texts)], -1 - i, 0)] for i in range((now - 1) * count, now * count)]
     end = rl.tok.encode(rl.tok.end)
-    return [[as_gold(prompt_ids(p, rl.tok), rl.tok.encode(p.gold) + end, p.id, 0)] for p in problems[:count] if p.gold is not None]
+    return [[as_gold(prompt_ids(p, rl.tok), rl.tok.encode(p.gold) + end, p.id, again)]
+            for i, p in enumerate(problems) for again in range(each + (i < more))]
 
 
 def written(groups):
@@ -496,8 +502,7 @@ def privileged(config, tok, problems, room):
             text = tok.chat([*before, {**last, "content": text.replace("{prompt}", last["content"])}])
         else:
             text = text.replace("{prompt}", p.prompt)
-        ids = tok.encode(text)
-        found[p.id] = ids if tok.bos is None or ids[:1] == [tok.bos] else [tok.bos] + ids
+        found[p.id] = data.begun(tok.encode(text), tok)
         if len(found[p.id]) + config.max_new > room:
             raise ValueError(f"--context: a prompt of {len(found[p.id])} tokens and --max-new {config.max_new}; the teacher serves {room}")
     return found
@@ -558,6 +563,7 @@ def main(argv=None):
             print(f"audit: {line}")
         if config.eos_class:
             stop = stop_class(rl.tok, its)
+            rl.tok.stop = set(stop)                              # saved with the student: evaluate.py and servers stop by the same ids
             rl.sampler.stop = set(stop)
             rl.sampler.reset()
     special = sorted({i for word in getattr(rl.tok, "special", ()) for i in rl.tok.encode(word)} - set(stop)) if config.mask_special else []
@@ -603,7 +609,8 @@ def main(argv=None):
 
     def save(done):
         run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
-                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=recent(history), best=best, visits=rl.visits,
+                 dict(optimizer=rl.optimizer.state_dict(), step=done, at=at, history=recent(history, max(50, config.guard)), best=best,
+                      visits=rl.visits,
                       updates=rl.updates, spent=rl.spent, writer=writer.visits if writer else {}))
 
     # ---- before
@@ -620,6 +627,7 @@ def main(argv=None):
     over = lambda: now >= config.steps or 0 < config.tokens <= rl.spent  # noqa: E731
     while not over() and not reason:
         now, clock = now + 1, time.perf_counter()
+        untouched = at, dict(rl.visits), dict(writer.visits) if writer else {}
         problems, at = next_problems(rl, at, config.prompts)
         rl.config.max_new = horizon(config, now)
         wake(teacher, config, env)
@@ -639,7 +647,10 @@ def main(argv=None):
         if stats.get("drawn", 0) and stats.get("teacher_nan", 0) == stats["drawn"]:
             rl.optimizer.zero_grad()
             rl.normaliser = 0.0
-            save(now - 1)                                        # the state before this step
+            at, rl.visits, writers = untouched                   # the state before this step, with its problems still to come
+            if writer:
+                writer.visits = writers
+            save(now - 1)
             bar.close()
             rl.workers.close()
             die(f"step {now}: the teacher's log-probs are nan at every token. The last good state is {run.latest()[0]}")
@@ -669,7 +680,9 @@ def main(argv=None):
             if numbers["eval/avg"] > best["avg"]:
                 best = dict(step=now, avg=numbers["eval/avg"])
                 keep(rl, run.folder, now)
-        if reason:
+        if reason and not config.eval_every:
+            run.log(f"stopped after step {now}: {reason}. The weights stay as they are: --eval-every 0 says of no state that it is better")
+        elif reason:
             kept = Path(run.folder, "best", f"step_{best['step']}")
             rl.model.load_hf(kept)
             history = []                                         # masters and moments are those of the state that is left: new ones

@@ -1124,8 +1124,7 @@ def main(argv=None):
     def say(text, visit=0):
         settings = dict(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, seed=config.seed, visits=[visit])
         try:
-            prompt = ([tok.bos] if tok.bos is not None else []) + tok.encode(text)
-            (samples,) = sampler.generate([prompt], config.n, config.max_new, **settings)
+            (samples,) = sampler.generate([data.begun(tok.encode(text), tok)], config.n, config.max_new, **settings)
         except ValueError as e:
             die(str(e))
         return [tok.decode(s.tokens[:-1] if s.finished == "stop" else s.tokens) for s in samples]

@@ -324,7 +324,7 @@ def documents(config, tok):
     if path.is_dir() or path.suffix == ".bin":
         return _windows(*_shards(path), config)
     if path.is_file():
-        tokens = np.array(tok.encode(path.read_text()), dtype=np.int64)
+        tokens = np.array(data.begun(tok.encode(path.read_text()), tok), dtype=np.int64)
         held = len(tokens) // 20
         return _windows([tokens[:len(tokens) - held]], [tokens[len(tokens) - held:]], config)
     if path.suffix:
@@ -334,7 +334,8 @@ def documents(config, tok):
 
     def document(split, i):
         prompt, completion = task.document(split, config.seed, i)
-        prompt, completion = tok.encode(prompt), tok.encode(completion) + end
+        prompt = data.begun(tok.encode(prompt), tok)
+        completion = tok.encode(completion) + end
         return prompt + completion, [config.prompts] * len(prompt) + [True] * len(completion)
 
     return document, None
@@ -369,7 +370,8 @@ def _chats(path, tok, config):
                 ids = tok.encode(text)
                 tokens, trained = tokens + ids, trained + [flag] * len(ids)
             done = after
-        return tokens, trained
+        whole = data.begun(tokens, tok)                          # a template may have written the beginning-of-text token, or not
+        return whole, [False] * (len(whole) - len(tokens)) + trained
 
     return document, len(splits["train"])
 
@@ -444,12 +446,15 @@ def forward(model, row):
 
 @torch.no_grad()
 def evaluate(model, document, config, env, tok):
-    """-> mean loss a token and bits per byte of what is trained, on the first documents of the valid split."""
+    """-> mean loss a token and bits per byte of what is trained, on the first documents of the valid split. The end token costs its bits
+    and is no text: its letters are not among the bytes, or a short text would look half as hard as it is."""
     docs = [document("valid", i) for i in range(env.rank, config.eval_docs, env.world)]
     docs = [(tokens[:config.row_tokens], trained[:config.row_tokens]) for tokens, trained in docs]
     loss = sum(float(forward(model, row)) for row in packed_rows(docs, config.row_tokens, env.device))
     count = sum(sum(trained[1:]) for _, trained in docs)
-    size = sum(len(tok.decode([t for t, on in zip(tokens[1:], trained[1:]) if on]).encode()) for tokens, trained in docs)
+    silent = tok.stop | {i for word in tok.special for i in tok.encode(word)}
+    texts = ([t for t, on in zip(tokens[1:], trained[1:]) if on and t not in silent] for tokens, trained in docs)
+    size = sum(len(tok.decode(ids).encode()) for ids in texts)
     loss, count, size = all_sum(loss), all_sum(count), all_sum(size)
     return loss / max(1, count), loss / math.log(2) / max(1, size)
 

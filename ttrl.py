@@ -47,7 +47,7 @@ import nanorl
 from common import view
 from common.run import Run, all_max, barrier, die, flags, gather, positive, progress
 from evaluate import completion, evaluate, words
-from nanorl import (advantage, collect, make_loss, next_problems, recent, restore, sample_rows, setup, share_visits, step, summary,
+from nanorl import (advantage, collect, elapsed, make_loss, next_problems, recent, restore, sample_rows, setup, share_visits, step, summary,
                     update, warnings)
 
 
@@ -195,8 +195,9 @@ def votes(task, texts_M, logps_M, config):
 
 
 def rewards(config, ballot, truth_M, address):
-    """The reward of each sample, None where the question is skipped. Only --reward label looks at the truth."""
-    if config.reward == "majority":
+    """The reward of each sample, None where the question is skipped: the same questions in every arm, or a control would learn from what
+    the vote leaves out. Only --reward label looks at the truth."""
+    if config.reward == "majority" or ballot.rewards_M is None:
         return ballot.rewards_M
     if config.reward == "label":
         return list(truth_M)
@@ -393,7 +394,7 @@ def report(config, results):
 
 def beside(config):
     """The controls beside each other: every ended run here that differs from this one in reward, judge or seed alone."""
-    free = ("name", "reward", "judge", "seed", "resume", "threads", "workers", "save_every", "wandb", "min_votes")
+    free = ("name", "reward", "judge", "seed", "resume", "threads", "workers", "save_every", "wandb")
     rows, like = [], {k: v for k, v in asdict(config).items() if k not in free}
     for path in sorted(Path("runs").glob("*/result.json")):
         other, result = json.loads((path.parent / "config.json").read_text()), json.loads(path.read_text())
@@ -440,6 +441,12 @@ def configure(argv):
             "label; leave it out")
     if preset and config.init == Config.init:
         die(f"--preset {preset} needs a model: --init DIR (the paper: Qwen2.5-Math-7B)")
+    row = nanorl.ALGORITHMS.get(config.algo, {})
+    idle = [word for word, there in [("samples other questions where all rewards are equal", row.get("dynamic")),
+                                     ("resets its reference", row.get("reset_every"))] if there]
+    if idle:
+        die(f"--algo {config.algo} {' and '.join(idle)}, which has no place here, where each question has its vote: give --algo grpo, "
+            "and what else you want of it by --aggregate")
     for flag, known in (("algo", nanorl.ALGORITHMS), ("aggregate", ["", *nanorl.AGGREGATES])):
         if getattr(config, flag) not in known:
             near = difflib.get_close_matches(getattr(config, flag), known, 1, cutoff=0)[0]
@@ -474,7 +481,6 @@ def main(argv=None):
         run.log("no unseen questions to compare with: give --unseen TASK")
     if any(p.gold is None for p in asked):
         run.log(f"{sum(p.gold is None for p in asked)} questions have no gold: metrics that need labels leave them out")
-    loss = make_loss(rl.config)
 
     def save(done):
         run.save(done, lambda folder: rl.model.save_hf(folder, rl.tok),
@@ -515,7 +521,7 @@ def main(argv=None):
             rows.append(record(group[0].problem, ballot, rewards_M, truth_M))
             rl.clock["reward"] += time.perf_counter() - counting
         at += len(todo)
-        stats = update(rl, trained, loss)
+        stats = update(rl, trained, make_loss(rl.config, elapsed(rl)))           # elapsed: a power that is annealed
         stats |= step(rl)
         share_visits(rl)
         rows = [remember(rl.task, memory, row) for row in sorted((r for part in gather(rows) for r in part), key=lambda r: r["problem"])]
@@ -544,7 +550,7 @@ def main(argv=None):
             run.log(f"  pass {at // len(asked)}: majority {whole['majority_ratio']:.1%}  agreement with all votes "
                     f"{whole['consensus']:.1%}  flips {whole.get('flips', math.nan):.1%}  vote entropy "
                     f"{whole.get('vote_entropy', math.nan):.3f}  idle {still}")
-            mute = config.reward == "majority" and whole["too_few"] + whole["abstained"] == len(asked)
+            mute = whole["too_few"] + whole["abstained"] == len(asked)
         end = ended(config, still, mute, spent, seconds)
         stopping = run.stopping()
         if now % config.save_every == 0 or end or now == steps or stopping:

@@ -38,15 +38,18 @@ def orthogonalize(m):
 
 
 def _by_gram(x, tall):
-    """The same rounds on the small matrix g = x x^T alone: each multiplies x from the left by q = a + b g + c g^2, and g from both
-    sides. All of them are polynomials in one symmetric matrix, so they commute. Needs fp32: g squares the singular values."""
-    g, p = times(x, x), None
-    for a, b, c in POLAR:
-        q = b * g + c * times(g, g)
-        q.diagonal().add_(a)
-        p = q if p is None else times(q, p)
-        g = times(times(q, q), g)
-    return times(x.t(), p) if tall else times(p, x.t())
+    """The same rounds on the small matrix g = x x^T: each multiplies x from the left by q = a + b g + c g^2, and g by q from both sides.
+    Needs fp32: g squares the singular values. x is multiplied out after two rounds and g made anew from it: the first quintics stretch
+    what rounding left of the small singular values 8 times each, and a g that has drifted from x x^T would stretch them without end."""
+    for rounds in (POLAR[:2], POLAR[2:]):
+        g, product = times(x, x), None
+        for a, b, c in rounds:
+            q = b * g + c * times(g, g)
+            q.diagonal().add_(a)
+            product = q if product is None else times(q, product)
+            g = times(times(q, g), q)
+        x = times(product, x.t())
+    return x.t() if tall else x
 
 
 class Shard:

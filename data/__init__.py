@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from random import Random
 
-from .tokenizer import tokenizer
+from .tokenizer import begun, tokenizer
 
 NOT_TASKS = {"__init__", "answers", "download", "fineweb", "own", "questions", "tokenizer"}     # every other file here is a task
 __all__ = ["Problem", "classes", "distinct", "endless", "lines", "load", "show", "split_of", "stream", "tokenizer"]

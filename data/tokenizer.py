@@ -96,9 +96,18 @@ class Tokenizer:
         path = pathlib.Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         whole, config = as_tokenizer_json(self)
-        (path / FILE).write_text(json.dumps({"name": self.name, "vocab_size": self.vocab_size}) + "\n")
+        about = {"name": self.name, "vocab_size": self.vocab_size}
+        if self.stop != {self.encoding.encode_single_token(self.end)}:       # a student that also stops by its teacher's ids
+            about["stop"] = sorted(self.stop)
+        (path / FILE).write_text(json.dumps(about) + "\n")
         (path / "tokenizer.json").write_text(whole)
         (path / "tokenizer_config.json").write_text(config)
+
+
+def begun(ids, tok):
+    """ids behind the beginning-of-text token, where the tokenizer has one and they do not begin with it already (a chat template may have
+    written it). The one rule for every text that a model reads from its start: prompts, documents, chats, gold."""
+    return ids if tok.bos is None or ids[:1] == [tok.bos] else [tok.bos, *ids]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,8 +164,10 @@ def from_folder(folder):
             return foreign(folder)
         raise FileNotFoundError(f"no tokenizer in {folder}: it has no {FILE} and no tokenizer.json; name one of {', '.join(BY_NAME)}")
     try:
-        name = json.loads(path.read_text())["name"]
-        return BY_NAME[name]()
+        about = json.loads(path.read_text())
+        tok = BY_NAME[about["name"]]()
+        tok.stop |= {int(i) for i in about.get("stop", ())}
+        return tok
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not name a tokenizer ({type(error).__name__}: {error}): "
                          f'write {{"name": "chars"}} or another of {", ".join(BY_NAME)}') from error
@@ -186,7 +197,8 @@ class Foreign:
     """
 
     def __init__(self, name, encoding, added, normal_form, cuts, end, stop, bos, template, words, files):   # added: {token: its entry}
-        self.name, self.encoding, self.end, self.stop, self.bos = name, encoding, end, stop, bos
+        self.name, self.encoding, self.end, self.bos = name, encoding, end, bos
+        self.stop, self.first_stop = set(stop), frozenset(stop)
         self.normal_form, self.cuts, self.template, self.words, self.files = normal_form, cuts, template, words, files
         self.vocab_size = encoding.n_vocab
         self.ids = {token: a["id"] for token, a in added.items()}
@@ -243,6 +255,15 @@ class Foreign:
         path.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (path / name).write_bytes(content)
+        if self.stop != self.first_stop:         # a student that also stops by its teacher's ids: servers read them from this file
+            known = json.loads(self.files.get("generation_config.json", b"{}"))
+            (path / "generation_config.json").write_text(json.dumps(known | {"eos_token_id": sorted(self.stop)}, indent=2) + "\n")
+
+
+def _ids(config):
+    """the stop ids that a config names: one, or several (<|eot_id|> ends a turn, <|end_of_text|> a text)"""
+    ids = config.get("eos_token_id")
+    return {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
 
 
 def _any_of(tokens):
@@ -294,10 +315,7 @@ def foreign(folder):
         token = config.get(key)
         return token.get("content") if isinstance(token, dict) else token
 
-    stop = set()
-    for source in (generation, model):           # one id, or several: <|eot_id|> ends a turn, <|end_of_text|> a text
-        ids = source.get("eos_token_id")
-        stop |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+    stop = _ids(generation) | _ids(model)
     end = word("eos_token")
     if end is None:
         if not stop:
