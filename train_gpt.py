@@ -1,31 +1,33 @@
 """
 train_gpt.py: the compact model (Qwen3 shape), its pretraining and its fine-tuning on chats.
 
-The model is a function of (tokens, positions, attend). Its input is one flat ragged row of tokens, sequences one after
-another; `attend(layer, q, k, v)` is handed in by the caller and is the only place where sequences see each other. A trainer
-passes packed attention, the sampler passes attention over its cache: the model never learns which.
+The model is a function of (tokens, positions, attend). Its input is one flat ragged row of tokens,
+sequences one after another; `attend(layer, q, k, v)` is handed in by the caller and is the only place
+where sequences see each other. A trainer passes packed attention, the sampler passes attention over
+its cache: the model never learns which.
 
-Deleted from the usual recipe, and why:
-- no batch dimension and no padding: rows are packed to a token budget, so every position is a real token;
-- no logits: the model returns hidden states, the loss goes through linear_logprob on the rows that predict;
-- no data loader process: document i is a pure function of (seed, i), so resuming is one integer and ranks never overlap.
+Left out of the usual recipe, and why:
+- no batch dimension and no padding: rows are packed to a token budget, so every position is a real
+  token;
+- no logits: the model returns hidden states, the loss goes through linear_logprob on the rows that
+  predict;
+- no data loader process: document i is a pure function of (seed, i), so resuming is one integer and
+  ranks never overlap.
 
-    python train_gpt.py                                    the embedded base: 1.3M parameters, two minutes on two cores
+    python train_gpt.py                                    the embedded base: 1.3M parameters, two
+                                                           minutes on two cores
     torchrun --nproc_per_node=8 train_gpt.py --preset mixed100m
-    torchrun --nproc_per_node=8 train_gpt.py --preset gpt2 --data data/fineweb   the 124M run nanoGPT readers know
-    python train_gpt.py --init DIR --data chat.jsonl       fine-tuning; only the assistant's turns are trained
+    torchrun --nproc_per_node=8 train_gpt.py --preset gpt2 --data data/fineweb
+                                                           the 124M run nanoGPT readers know
+    python train_gpt.py --init DIR --data chat.jsonl       fine-tuning; only the assistant's turns
+                                                           are trained
 """
 
-import json
 import math
-import sys
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,10 +35,13 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import kernels
-from common import hf, view
+from common import cpu, hf, view
+from common.flags import die, flags, positive, shares, without_effect
 from common.optim import Optimizer
-from common.run import Run, all_sum, barrier, die, flags, positive, progress, spare, start
-from kernels import linear, linear_logprob, packed_attention, qk_norm_rope, rms_norm, rope_tables, swiglu, uniform
+from common.run import Run, all_sum, barrier, check_day, check_name, dated, progress, start
+from data.documents import documents, kind_of
+from kernels import (linear, linear_logprob, packed_attention, qk_norm_rope, rms_norm, rope_tables, swiglu,
+                     uniform)
 from pack import pack
 
 # -----------------------------------------------------------------------------
@@ -54,29 +59,31 @@ class GPTConfig:
     d_ff: int
     max_len: int
     rope_theta: float
-    rope_scaling: dict | None = None     # Hugging Face's dict: rope_type linear | llama3 | yarn and its numbers
+    rope_scaling: dict | None = None  # Hugging Face's: rope_type linear | llama3 | yarn, and its numbers
     norm_eps: float = 1e-6
-    qkv_bias: bool = False               # Qwen2, Qwen2.5
-    qk_norm: bool = True                 # Qwen3; both off: Llama 3
+    qkv_bias: bool = False            # Qwen2, Qwen2.5
+    qk_norm: bool = True              # Qwen3; both off: Llama 3
     tie_embeddings: bool = False
 
 
 def rope_frequencies(c):
-    """-> inv_freq (head_dim/2) and the factor on cos and sin (yarn's attention temperature; 1 elsewhere)."""
+    """-> inv_freq (head_dim/2) and the factor on cos and sin (yarn's attention temperature, else 1)."""
     inv = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
     s = c.rope_scaling
     if s is None:
         return inv, 1.0
-    kind, factor = s["rope_type"], s["factor"]
+    kind = s["rope_type"]
+    factor = s["factor"]
     if kind == "linear":
         return inv / factor, 1.0
-    if kind == "llama3":                                         # long waves interpolated, short ones kept, a ramp between
-        turns = s["original_max_position_embeddings"] * inv / (2 * math.pi)      # full turns within the original context
+    if kind == "llama3":  # long waves interpolated, short ones kept, a ramp between
+        turns = s["original_max_position_embeddings"] * inv / (2 * math.pi)  # in the original context
         keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
         return inv * (keep + (1 - keep) / factor), 1.0
-    if kind == "yarn":                                           # the same idea, the ramp linear in the dimension's index
+    if kind == "yarn":  # the same idea, the ramp linear in the dimension's index
         def index(turns):
-            return c.head_dim * math.log(s["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(c.rope_theta))
+            wave = s["original_max_position_embeddings"] / (turns * 2 * math.pi)
+            return c.head_dim * math.log(wave) / (2 * math.log(c.rope_theta))
         low, high = index(s.get("beta_fast") or 32), index(s.get("beta_slow") or 1)
         if s.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
@@ -89,22 +96,20 @@ def rope_frequencies(c):
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
 
 
-def weight(block, name, kind="weight"):
-    """block.NAME.weight, found without nn.Module's __getattr__: of one row, a step takes as long for ten of those as for a product."""
-    return block._modules[name]._parameters[kind]
-
-
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim, self.eps = c.n_head, c.n_kv_head, c.head_dim, c.norm_eps
-        self.qk_norm = c.qk_norm
+        self.heads = c.n_head
+        self.kv_heads = c.n_kv_head
+        self.head_dim = c.head_dim
+        self.eps = c.norm_eps
         self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
         self.qkv = nn.Linear(c.d_model, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.qkv_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
@@ -115,101 +120,63 @@ class Block(nn.Module):
         self.down = nn.Linear(c.d_ff, c.d_model, bias=False)
 
     def forward(self, x_TD, cos_T, sin_T, attend, layer):
-        qkv = linear(rms_norm(x_TD, weight(self, "attn_norm"), self.eps), weight(self, "qkv"), weight(self, "qkv", "bias"))
-        heads = qkv.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = heads.split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=1)      # (T, heads, head_dim)
-        norms = (weight(self, "q_norm"), weight(self, "k_norm")) if self.qk_norm else (None, None)
-        q, k = qk_norm_rope(q, k, *norms, cos_T, sin_T, self.eps)
-        x_TD = x_TD + linear(attend(layer, q, k, v).flatten(1), weight(self, "out"), rows=False)
-        hidden = swiglu(linear(rms_norm(x_TD, weight(self, "mlp_norm"), self.eps), weight(self, "gate_up"), rows=False))
-        return x_TD + linear(hidden, weight(self, "down"), rows=False)
+        w = cpu.Tensors(self)  # w.out is self.out.weight
+        qkv = linear(rms_norm(x_TD, w.attn_norm, self.eps), w.qkv, w.qkv_bias)
+        heads = qkv.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)  # (T, heads, head_dim)
+        q, k, v = heads.split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        q, k = qk_norm_rope(q, k, w.q_norm, w.k_norm, cos_T, sin_T, self.eps)
+        x_TD = x_TD + linear(attend(layer, q, k, v).flatten(1), w.out, strided=True)
+        hidden = swiglu(linear(rms_norm(x_TD, w.mlp_norm, self.eps), w.gate_up, strided=True))
+        return x_TD + linear(hidden, w.down, strided=True)
 
 
 class GPT(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, block=Block):
         super().__init__()
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(block(c) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
-        self.checkpoint = False                                  # recompute each block in the backward: memory for time
-        self.compiled = False                                    # its blocks are
+        self.checkpoint = False  # recompute each block in the backward: memory for time
+        self.compiled = False    # its blocks went through torch.compile
         self._rope = None
 
     @property
-    def head_weight(self):                                       # (V, D), tied or not
-        return weight(self, "embed" if self.config.tie_embeddings else "head")
+    def head_weight(self):  # (V, D), tied or not
+        return self.embed.weight if self.config.tie_embeddings else self.head.weight
 
     def forward(self, tokens_T, positions_T, attend):
         if self._rope is None or self._rope[0].device != tokens_T.device:
             inv_freq, scale = rope_frequencies(self.config)
             self._rope = inv_freq.to(tokens_T.device), scale
-        x_TD, T = F.embedding(tokens_T, weight(self, "embed")), len(tokens_T)
-        more = spare(T, x_TD)                                    # rows of zeros that no sequence sees
-        if more:
-            x_TD, positions_T, inner = F.pad(x_TD, (0, 0, 0, more)), F.pad(positions_T, (0, more)), attend
-            attend = lambda layer, q, k, v: F.pad(inner(layer, q[:T], k[:T], v[:T]), (0, 0, 0, 0, 0, more))  # noqa: E731
-        cos_T, sin_T = rope_tables(positions_T, *self._rope)     # (T, head_dim/2)
-        if self.compiled:                                        # a row's attend holds its lengths: compiled in, each row would recompile
+        x_TD = F.embedding(tokens_T, self.embed.weight)
+        x_TD, positions_T, attend = cpu.padded(x_TD, positions_T, attend)
+        cos_T, sin_T = rope_tables(positions_T, *self._rope)  # (T, head_dim/2)
+        if self.compiled:  # a row's attend holds its lengths: compiled in, each row would recompile
             attend = torch.compiler.disable(attend)
         for layer, block in enumerate(self.blocks):
             if self.checkpoint and torch.is_grad_enabled():
                 x_TD = checkpoint(block, x_TD, cos_T, sin_T, attend, layer, use_reentrant=False)
             else:
                 x_TD = block(x_TD, cos_T, sin_T, attend, layer)
-        return self.norm(x_TD[:T])                               # (T, D): hidden states; the head is the caller's
+        return self.norm(x_TD[: len(tokens_T)])  # (T, D): hidden states; the head is the caller's
 
-    def alone(self, keys, values):
-        """-> forward() of a single token, in numpy. Of one row a decode step is two hundred operations on a few hundred numbers each, and
-        numpy starts one in a quarter of torch's time. It reads the weights where they are. keys and values: those of the row, one
-        (n_kv_head, capacity, head_dim) array a layer; the new token's are written there."""
-        c, heads, half = self.config, self.config.n_head + self.config.n_kv_head, self.config.head_dim // 2
-        view = lambda module, kind="weight": None if getattr(module, kind, None) is None else getattr(module, kind).detach().numpy()  # noqa: E731
-        layers = [SimpleNamespace(qkv=view(b.qkv), bias=view(b.qkv, "bias"), out=view(b.out), gate_up=view(b.gate_up), down=view(b.down),
-                                  attn_norm=view(b.attn_norm), mlp_norm=view(b.mlp_norm), q_norm=view(b.q_norm), k_norm=view(b.k_norm))
-                  for b in self.blocks]
-        embed, norm, inv_freq, scale = view(self.embed), view(self.norm), self._rope[0].numpy(), self._rope[1]
-
-        def unit(x):
-            return x / np.sqrt(np.add.reduce(x * x, -1, keepdims=True) / x.shape[-1] + c.norm_eps)
-
-        def forward(token_1, position_1, attend):
-            x_D, at = embed[int(token_1)], int(position_1)
-            cos, sin = np.cos(at * inv_freq) * scale, np.sin(at * inv_freq) * scale
-            cos, sin = np.concatenate((cos, cos)), np.concatenate((-sin, sin))             # (head_dim)
-            for w, k, v in zip(layers, keys, values):
-                qkv = w.qkv @ (unit(x_D) * w.attn_norm)
-                if w.bias is not None:
-                    qkv += w.bias
-                qkv = qkv.reshape(-1, c.head_dim)                                          # (heads, head_dim)
-                qk = qkv[:heads]
-                if w.q_norm is not None:
-                    qk = unit(qk)
-                    qk[: c.n_head] *= w.q_norm
-                    qk[c.n_head :] *= w.k_norm
-                qk = qk * cos + np.concatenate((qk[:, half:], qk[:, :half]), 1) * sin
-                k[:, at], v[:, at] = qk[c.n_head :], qkv[heads:]
-                q = qk[: c.n_head].reshape(c.n_kv_head, -1, c.head_dim)                    # a key head and the query heads that share it
-                s = np.matmul(q, k[:, : at + 1].transpose(0, 2, 1)) * c.head_dim**-0.5
-                s = np.exp(s - np.maximum.reduce(s, -1, keepdims=True))
-                o = np.matmul(s / np.add.reduce(s, -1, keepdims=True), v[:, : at + 1])
-                x_D = x_D + w.out @ o.reshape(-1)
-                gate_up = w.gate_up @ (unit(x_D) * w.mlp_norm)
-                with np.errstate(over="ignore"):                                           # exp(100) is inf, and 1 / inf the 0 it should be
-                    hidden = gate_up[: c.d_ff] / (1 + np.exp(-gate_up[: c.d_ff])) * gate_up[c.d_ff :]
-                x_D = x_D + w.down @ hidden
-            return torch.from_numpy(unit(x_D) * norm).unsqueeze(0)
-
-        return forward
+    def lone_row(self, keys, values):
+        """-> forward() of a single token, for the sampler: a copy of this model in numpy where the two
+        agree, else the model."""
+        return cpu.lone_row(self, keys, values, Block, packed_attention, (globals(), vars(kernels)))
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Normal with 1/sqrt(fan in); what writes into the residual stream starts at zero, so each block starts as the identity."""
+        """Normal with 1/sqrt(fan in); what writes into the residual stream starts at zero, so each
+        block starts as the identity."""
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                std = 0.0 if name.endswith(("out.weight", "down.weight")) else 0.02 if "embed" in name else p.shape[1] ** -0.5
+                std = 0.02 if "embed" in name else p.shape[1] ** -0.5
+                if name.endswith(("out.weight", "down.weight")):
+                    std = 0.0
                 p.copy_(torch.randn(p.shape, generator=g) * std)
             elif name.endswith("bias"):
                 p.zero_()
@@ -229,20 +196,24 @@ class GPT(nn.Module):
         hf.load(folder, asdict(self.config), dict(self.named_parameters()))
 
     def save_hf(self, folder, tokenizer=None):
-        dtype = self.embed.weight.dtype
-        hf.save(folder, asdict(self.config), dict(self.named_parameters()), dtype, eos=tokenizer.stop if tokenizer else None)
+        stop = tokenizer.stop if tokenizer else None
+        parameters = dict(self.named_parameters())
+        hf.save(folder, asdict(self.config), parameters, self.embed.weight.dtype, eos=stop)
         if tokenizer:
             tokenizer.save(folder)
 
 
 @torch.no_grad()
 def sample(model, prompt, max_new, stop=(), temperature=1.0, seed=0, problem=0, index=0, visit=0):
-    """The oracle: one sequence, no cache, the whole prefix run again for every token. The sampler must give the same."""
-    tokens, device = list(prompt), model.embed.weight.device
+    """The oracle: one sequence, no cache, the whole prefix run again for every token. The sampler must
+    give the same."""
+    device = model.embed.weight.device
+    tokens = list(prompt)
     for t in range(max_new):
         T = len(tokens)
-        hidden = model(torch.tensor(tokens, device=device), torch.arange(T, device=device), packed_attention([0, T], T))[-1]
-        logits = (hidden @ model.head_weight.t()).float()
+        tokens_T = torch.tensor(tokens, device=device)
+        hidden_TD = model(tokens_T, torch.arange(T, device=device), packed_attention([0, T], T))
+        logits = (hidden_TD[-1] @ model.head_weight.t()).float()
         if temperature == 0:
             token = int(logits.argmax())
         else:
@@ -262,14 +233,14 @@ def sample(model, prompt, max_new, stop=(), temperature=1.0, seed=0, problem=0, 
 @dataclass
 class Config:
     name: str = "base"                   # the run: everything it writes lies in runs/NAME
-    preset: Literal["base", "small", "mixed100m", "gpt2"] = "base"  # a set of flags; flags given beside it win
-    data: str = "mixed"                  # a task (its corpus), a text file, a folder of .bin token shards, or chats in a .jsonl file
-    tokenizer: str = "numbers"           # chars, numbers, bytes, gpt2, or a folder; with --init the folder's own
-    init: str = ""                       # a Hugging Face folder or a run to start from; its shape then wins over the flags
+    preset: Literal["base", "small", "mixed100m", "gpt2"] = "base"  # a set of flags; other flags win
+    data: str = "mixed"                  # a task, a text file, chats (.jsonl), or .bin shards
+    tokenizer: str = "numbers"           # chars, numbers, bytes, gpt2, a folder; --init has its own
+    init: str = ""                       # a Hugging Face folder or a run; it brings its shape
     steps: int = 1060                    # optimizer steps
-    batch: int = 64                      # documents a step, over all ranks
+    batch: int = 64                      # documents per step, over all ranks
     row_tokens: int = 4096               # tokens of one packed row (a micro-batch)
-    seq_len: int = 1024                  # tokens of a document cut from a text or from shards; longer documents are cut to it
+    seq_len: int = 1024                  # tokens of a document cut from a text or from shards
     n_layer: int = 5                     # blocks
     n_head: int = 4                      # query heads
     n_kv_head: int = 2                   # key and value heads
@@ -279,160 +250,101 @@ class Config:
     max_len: int = 4096                  # positions the model promises to serve
     rope_theta: float = 10000.0          # base of the rotary waves
     tie_embeddings: bool = False         # one matrix for embedding and head
-    lr: float = 1e-2                     # AdamW: embeddings, head, norms (and everything with --no-muon)
+    lr: float = 1e-2                     # AdamW: embeddings, head, norms; with --no-muon everything
     muon: bool = True                    # Muon for the matrices of the blocks
     muon_lr: float = 3e-2                # its learning rate
     weight_decay: float = 0.0            # decoupled, matrices only
     clip: float = 1.0                    # global norm of the gradient; 0: no clipping
     warmup: float = 0.02                 # share of the steps to warm up
     decay: float = 0.5                   # share of the steps to decay to zero, linearly, at the end
-    prompts: bool = False                # train on the prompts of a task too, not on completions alone
+    prompts: bool = False                # train on the prompts of a task, too
     eval_every: int = 200                # steps between evaluations on the valid split
     eval_docs: int = 512                 # documents of one
     save_every: int = 400                # steps between checkpoints
-    target: float = 0.0                  # a validation loss to compare the last one with, printed at the end
+    target: float = 0.0                  # a validation loss to compare the last one with
     seed: int = 0                        # weights and data
+    date: str = ""  # what a chat template that asks for today gets, 2026-01-31; "": the run's first day
     checkpoint: bool = False             # recompute blocks in the backward: memory for time
     compile: bool = False                # torch.compile the blocks
-    device: str = "auto"                 # auto, cpu, cuda, mps
-    dtype: str = "auto"                  # auto (bf16 on CUDA, fp32 elsewhere), fp32, bf16
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
     threads: int = 0                     # CPU threads; 0: all cores, shared by the ranks
     deterministic: bool | None = None    # repeatable bit for bit; none: on CPU
-    resume: bool = False                 # go on with runs/NAME
+    resume: bool = False                 # continue runs/NAME
     wandb: str = ""                      # a wandb project, if curves should go there too
 
 
 PRESETS = {
     "base": "",
     "small": "--name small --n-layer 3 --d-model 64 --n-head 2 --n-kv-head 1 --d-ff 192",
-    "mixed100m": "--name mixed100m --data mixed:4 --n-layer 12 --n-head 12 --n-kv-head 4 --head-dim 64 --d-model 768 --d-ff 2048 "
-                 "--steps 4000 --batch 2048 --row-tokens 32768 --lr 2e-3 --muon-lr 1e-2 --weight-decay 0.1",
-    "gpt2": "--name gpt2 --data data/fineweb --tokenizer gpt2 --n-layer 12 --n-head 12 --n-kv-head 12 --head-dim 64 --d-model 768 "
-            "--d-ff 2048 --seq-len 1024 --batch 512 --row-tokens 32768 --steps 5100 --lr 2e-3 --muon-lr 1e-2 --weight-decay 0.1 "
-            "--decay 0.4 --tie-embeddings --eval-docs 2560 --target 3.28",
+    "mixed100m": "--name mixed100m --data mixed:4 --n-layer 12 --n-head 12 --n-kv-head 4 "
+                 "--head-dim 64 --d-model 768 --d-ff 2048 --steps 4000 --batch 2048 --row-tokens "
+                 "32768 --lr 2e-3 --muon-lr 1e-2 --weight-decay 0.1",
+    "gpt2": "--name gpt2 --data data/fineweb --tokenizer gpt2 --n-layer 12 --n-head 12 --n-kv-head "
+            "12 --head-dim 64 --d-model 768 --d-ff 2048 --seq-len 1024 --batch 512 --row-tokens "
+            "32768 --steps 5100 --lr 2e-3 --muon-lr 1e-2 --weight-decay 0.1 --decay 0.4 "
+            "--tie-embeddings --eval-docs 2560 --target 3.28",
 }
 
+
+# flags that may differ on --resume
+FREE = ("eval_every", "save_every", "threads", "compile", "wandb")
+
+
+def configure(argv):
+    """-> Config. What does not go together is refused, with the reason, and so is a flag without
+    effect."""
+    c = flags(Config, argv, __doc__, defaults=lambda config: PRESETS[config.preset],
+              recipe=lambda config: f"by --preset {config.preset}")
+    positive(c, "steps batch row_tokens seq_len n_layer n_head n_kv_head head_dim d_model d_ff max_len "
+                "eval_every eval_docs save_every")
+    shares(c, "warmup decay")
+    check_name(c.name)
+    check_day(c.date)
+    if c.n_head % c.n_kv_head:
+        die(f"--n-head {c.n_head} is not a multiple of --n-kv-head {c.n_kv_head}")
+    if c.head_dim % 2:
+        die(f"--head-dim {c.head_dim} is odd: rotary positions turn pairs")
+    if not c.rope_theta:
+        die("--rope-theta 0 is no base of a wave: give a number above 0, 10000 is usual")
+    kind = kind_of(c.data)
+    preset = flags(Config, PRESETS[c.preset].split())
+    without_effect(c, [
+        ("tokenizer n_layer n_head n_kv_head head_dim d_model d_ff max_len rope_theta tie_embeddings",
+         not c.init, f"--init {c.init} brings it"),
+        ("muon_lr", c.muon, "--no-muon leaves every weight to AdamW, at --lr"),
+        ("prompts", kind == "task", f"--data {c.data} is no task, and its tokens are chosen otherwise"),
+        ("seq_len", kind in ("shards", "text"), f"--data {c.data} comes in documents of its own"),
+        ("date", kind == "chats", f"--data {c.data} holds no chats"),
+    ], preset)
+    return c
+
+
 # -----------------------------------------------------------------------------
-# data: document(split, i) -> (tokens, trained), a pure function of its address. `trained` marks the tokens that are predicted.
-
-
-def documents(config, tok):
-    """-> document(split, i), and how many train documents there are (None: endless)."""
-    path = Path(config.data)
-    if path.suffix == ".jsonl":
-        return _chats(path, tok, config)
-    if path.is_dir() or path.suffix == ".bin":
-        return _windows(*_shards(path), config)
-    if path.is_file():
-        tokens = np.array(data.begun(tok.encode(path.read_text()), tok), dtype=np.int64)
-        held = len(tokens) // 20
-        return _windows([tokens[:len(tokens) - held]], [tokens[len(tokens) - held:]], config)
-    if path.suffix:
-        raise FileNotFoundError(f"--data {config.data}: no such file")
-    task = data.load(config.data)
-    end = tok.encode(tok.end)
-
-    def document(split, i):
-        prompt, completion = task.document(split, config.seed, i)
-        prompt = data.begun(tok.encode(prompt), tok)
-        completion = tok.encode(completion) + end
-        return prompt + completion, [config.prompts] * len(prompt) + [True] * len(completion)
-
-    return document, None
-
-
-def _chats(path, tok, config):
-    """{messages: [{role, content}]} a line; the assistant's words and their stop token are trained, nothing else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--data {path}: no such file")
-    chats = []
-    for n, line in data.lines(path):
-        try:
-            chats.append([{"role": m["role"], "content": m["content"], **m} for m in json.loads(line)["messages"]])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"--data {path}, line {n}: not a JSON object with a list `messages`") from None
-    if not chats:
-        raise ValueError(f"--data {path} is empty: give one chat a line")
-    held = max(1, len(chats) // 20) if len(chats) > 1 else 0
-    splits = {"valid": chats[:held] or chats, "train": chats[held:]}
-
-    def document(split, i):
-        rows = splits[split]
-        order = np.random.default_rng([config.seed, i // len(rows)]).permutation(len(rows))      # a new order every epoch
-        messages, tokens, trained, done = rows[order[i % len(rows)]], [], [], ""
-        for k, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, after = tok.chat(messages[:k]), tok.chat(messages[:k + 1])
-            if not (before.startswith(done) and after.startswith(before)):
-                raise ValueError(f"--data {path}: the chat template rewrites earlier turns, which hides what to train; split the chats")
-            for text, flag in ((before[len(done):], False), (after[len(before):], True)):
-                ids = tok.encode(text)
-                tokens, trained = tokens + ids, trained + [flag] * len(ids)
-            done = after
-        whole = data.begun(tokens, tok)                          # a template may have written the beginning-of-text token, or not
-        return whole, [False] * (len(whole) - len(tokens)) + trained
-
-    return document, len(splits["train"])
-
-
-def _shards(path):
-    """.bin files as the FineWeb speedruns write them: 256 int32 (20240520, 1, number of tokens), then uint16 tokens."""
-    files = sorted(path.glob("*.bin")) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"--data {path}: no .bin shards there")
-    shards = []
-    for file in files:
-        header = np.fromfile(file, dtype=np.int32, count=256)
-        if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-            raise ValueError(f"{file} is not a version 1 token shard (its header says {header[:2].tolist()}): download it again")
-        tokens = np.memmap(file, dtype=np.uint16, mode="r", offset=1024)
-        if len(tokens) != header[2]:
-            raise ValueError(f"{file} holds {len(tokens):,} tokens, its header says {header[2]:,}: it is cut short, download it again")
-        shards.append(tokens)
-    valid = [t for f, t in zip(files, shards) if "val" in f.name]
-    train = [t for f, t in zip(files, shards) if "val" not in f.name]
-    return train or shards, valid or shards[-1:]
-
-
-def _windows(train, valid, config):
-    """Windows of seq_len + 1 tokens, one after another through the shards; every token but a window's first is trained once an epoch."""
-    splits = {"train": train, "valid": valid}
-    counts = {split: [max(0, len(t) - 1) // config.seq_len for t in parts] for split, parts in splits.items()}
-    for split, count in counts.items():
-        if sum(count) == 0:
-            tokens = sum(len(t) for t in splits[split])
-            raise ValueError(f"--data {config.data}: its {split} part has {tokens:,} tokens, shorter than one sequence; lower --seq-len")
-
-    def document(split, i):
-        i %= sum(counts[split])
-        for tokens, count in zip(splits[split], counts[split]):
-            if i < count:
-                window = tokens[i * config.seq_len:(i + 1) * config.seq_len + 1]
-                return window.astype(np.int64).tolist(), [False] + [True] * config.seq_len
-            i -= count
-
-    return document, sum(counts["train"])
+# rows
 
 
 def packed_rows(docs, budget, device):
-    """Documents -> rows of at most `budget` tokens: (tokens_T, positions_T, cu_seqlens, at_N, targets_N)."""
+    """Documents -> rows of at most `budget` tokens: (tokens_T, positions_T, at_N, targets_N,
+    cu_seqlens). The tokens at at_N predict targets_N."""
     for row in pack([len(tokens) for tokens, _ in docs], budget):
-        row.sort(key=lambda i: len(docs[i][0]))                  # equal lengths side by side: one attention call
+        row.sort(key=lambda i: len(docs[i][0]))  # equal lengths side by side: one attention call
         tokens, positions, at, targets, cu = [], [], [], [], [0]
         for i in row:
             ids, trained = docs[i]
-            at += [cu[-1] + t - 1 for t in range(1, len(ids)) if trained[t]]     # the token before predicts
-            targets += [ids[t] for t in range(1, len(ids)) if trained[t]]
+            predicted = [t for t in range(1, len(ids)) if trained[t]]
+            at += [cu[-1] + t - 1 for t in predicted]
+            targets += [ids[t] for t in predicted]
             tokens += ids
             positions += range(len(ids))
             cu.append(cu[-1] + len(ids))
-        flat = kernels.to_device(tokens + positions + at + targets, torch.int64, device)     # one copy, and nobody waits for it
+        # one copy to the device, and nothing waits for it
+        flat = kernels.to_device(tokens + positions + at + targets, torch.int64, device)
         yield *flat.split([len(tokens), len(tokens), len(at), len(at)]), cu
 
 
 # -----------------------------------------------------------------------------
-# loss
+# loss and steps
 
 
 def forward(model, row):
@@ -444,162 +356,234 @@ def forward(model, row):
     return -logp_N.sum()
 
 
+def targets_of(docs):
+    return sum(sum(trained[1:]) for _, trained in docs)
+
+
 @torch.no_grad()
-def evaluate(model, document, config, env, tok):
-    """-> mean loss a token and bits per byte of what is trained, on the first documents of the valid split. The end token costs its bits
-    and is no text: its letters are not among the bytes, or a short text would look half as hard as it is."""
-    docs = [document("valid", i) for i in range(env.rank, config.eval_docs, env.world)]
-    docs = [(tokens[:config.row_tokens], trained[:config.row_tokens]) for tokens, trained in docs]
-    loss = sum(float(forward(model, row)) for row in packed_rows(docs, config.row_tokens, env.device))
-    count = sum(sum(trained[1:]) for _, trained in docs)
+def evaluate(model, document, rank=0, world=1):
+    """-> {loss: mean per token, bpb: bits per byte} of what is trained, on the first documents of
+    the valid split. The end token costs its bits and is no text: its letters are not among the
+    bytes, or a short text would look half as hard as it is."""
+    config, tok = document.config, document.tok
+    docs = [document("valid", i) for i in range(rank, config.eval_docs, world)]
+    rows = packed_rows(docs, config.row_tokens, model.head_weight.device)
+    loss = all_sum(sum(float(forward(model, row)) for row in rows))
+    count = all_sum(targets_of(docs))
     silent = tok.stop | {i for word in tok.special for i in tok.encode(word)}
-    texts = ([t for t, on in zip(tokens[1:], trained[1:]) if on and t not in silent] for tokens, trained in docs)
-    size = sum(len(tok.decode(ids).encode()) for ids in texts)
-    loss, count, size = all_sum(loss), all_sum(count), all_sum(size)
-    return loss / max(1, count), loss / math.log(2) / max(1, size)
+    size = 0
+    for tokens, trained in docs:
+        ids = [t for t, on in zip(tokens[1:], trained[1:]) if on and t not in silent]
+        size += len(tok.decode(ids).encode())
+    return dict(loss=loss / max(1, count), bpb=loss / math.log(2) / max(1, all_sum(size)))
 
 
-def schedule(step, config):
-    """Warm up, hold, decay linearly to zero."""
-    up, down = config.warmup * config.steps, config.decay * config.steps
-    return min(1.0, (step + 1) / max(1.0, up), (config.steps - step) / max(1.0, down))
+def trapezoid(step, total, config):
+    """The learning rate's factor: warm up, hold, decay linearly to zero."""
+    up = config.warmup * total
+    down = config.decay * total
+    return min(1.0, (step + 1) / max(1.0, up), (total - step) / max(1.0, down))
 
 
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L40": 181e12, "B200": 2250e12}  # dense bf16 FLOP/s
+# dense bf16 FLOP/s
+PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12,
+        "4090": 165e12, "3090": 71e12}
 
 
-def mfu(model, tokens, squares, seconds):
-    """Model FLOPs of this rank's tokens over what its GPU could do; None where the GPU's peak is not known."""
-    peak = next((v for k, v in PEAK.items() if torch.cuda.is_available() and k in torch.cuda.get_device_name()), None)
+def mfu(model, docs, seconds):
+    """Model FLOPs of these documents over what the GPU could do; None where that is not known."""
+    peak = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), None)
     c = model.config
-    weights = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("embed") or c.tie_embeddings)
-    return peak and (6 * weights * tokens + 6 * c.n_layer * c.n_head * c.head_dim * squares) / seconds / peak
+    weights = sum(p.numel() for name, p in model.named_parameters()
+                  if not name.startswith("embed") or c.tie_embeddings)
+    tokens = sum(len(t) for t, _ in docs)
+    squares = sum(len(t) ** 2 for t, _ in docs)
+    flops = 6 * weights * tokens + 6 * c.n_layer * c.n_head * c.head_dim * squares
+    return peak and flops / seconds / peak
+
+
+def steps(model, document, optimizer, total, begin=0, loss=forward, schedule=None, gradient=None,
+          numbers=None):
+    """Trains; yields (step, mean loss per trained token) after each step.
+    loss      (model, row of packed_rows) -> a sum over the row's targets
+    schedule  step, from 0 -> the learning rate's factor, instead of trapezoid()
+    gradient  called with the model when each p.grad is the step's mean, before clipping
+    numbers   a dict that takes what metrics.jsonl says of a step"""
+    config = document.config
+    device = model.head_weight.device
+    rank, world = optimizer.rank, optimizer.world
+    if gradient and (world > 1 or model.head_weight.dtype != torch.float32):
+        raise ValueError("gradient= needs whole fp32 gradients: one process, fp32 weights")
+    for step in range(begin, total):
+        started = time.perf_counter()
+        ids = range(step * config.batch + rank, (step + 1) * config.batch, world)
+        docs = [document("train", i) for i in ids]
+        count = all_sum(targets_of(docs))        # the one normaliser, over ranks and rows
+        packed = time.perf_counter()
+        loss_sum = torch.zeros((), device=device)
+        for row in packed_rows(docs, config.row_tokens, device):
+            row_loss = loss(model, row)
+            row_loss.backward()
+            loss_sum += row_loss.detach()
+        trained = time.perf_counter()
+        factor = schedule(step) if schedule else trapezoid(step, total, config)
+        divide = count
+        if gradient and count:
+            for p in model.parameters():
+                p.grad /= count
+            gradient(model)
+            divide = 1
+        taken = optimizer.step(divide=divide, factor=factor)
+        mean = all_sum(float(loss_sum)) / max(1, count)
+        ended = time.perf_counter()
+
+        if numbers is not None:
+            tokens = all_sum(sum(len(t) for t, _ in docs))
+            used = mfu(model, docs, ended - started) if device.type == "cuda" else None
+            numbers.clear()
+            numbers.update(
+                loss=mean,
+                grad_norm=taken["grad_norm"],
+                lr=factor * optimizer.lr,
+                tokens_per_second=tokens / (ended - started),
+                t_pack=packed - started,
+                t_train=trained - packed,
+                t_opt=ended - trained,
+                skipped=optimizer.skipped,
+            )
+            if used:
+                numbers["mfu"] = used
+        yield step + 1, mean
+
+
+# -----------------------------------------------------------------------------
+# the beginning, and the lines on the screen
+
+
+def setup(config, device, dtype):
+    """-> model, document, number of train documents. What a user can get wrong ends here."""
+    c = config
+    try:
+        source = hf.find(c.init) if c.init else None
+        tok = data.tokenizer(source or c.tokenizer)
+        c = dated(c, tok, kind_of(c.data) == "chats")
+        if source:
+            model = GPT.from_hf(source, dtype=dtype, device=device)
+        else:
+            names = {f.name for f in fields(GPTConfig)}
+            shape = GPTConfig(tok.vocab_size, **{k: v for k, v in vars(c).items() if k in names})
+            model = GPT(shape).init_weights(c.seed).to(device, dtype)
+        kernels.backend(device)
+        document, count = documents(c, tok)
+        document("train", 0)
+    except (ValueError, FileNotFoundError) as e:
+        die(e)
+    model.checkpoint = c.checkpoint
+    if c.compile:
+        model.compiled = True
+        for block in model.blocks:
+            block.compile(dynamic=True)
+    return model, document, count
+
+
+def scratch(preset, seed=0):
+    """-> (model, document) of a preset, new, on a CPU: where an idea about pretraining begins."""
+    config = configure(["--preset", preset, "--seed", str(seed)])
+    model, document, _ = setup(config, torch.device("cpu"), torch.float32)
+    return model, document
+
+
+def last_checkpoint(run, model, optimizer):
+    """-> the step after which it was written, everything as it was then; 0 if there is none yet."""
+    found = run.latest()
+    begin = 0
+    if found:
+        model.load_hf(found[0])
+        states = run.load(found[0])
+        optimizer.load_state_dict([state["optimizer"] for state in states])
+        begin = states[0]["step"]
+    run.rewind(begin)
+    return begin
+
+
+def status(step, config, m):
+    used = f"  mfu {m['mfu']:.1%}" if "mfu" in m else ""
+    return (f"step {step}/{config.steps}  loss {m['eval/loss']:.4f}  bits/byte {m['eval/bpb']:.4f}  "
+            f"train {m['loss']:.4f}  grad {m['grad_norm']:.2f}  {m['tokens_per_second']:,.0f} tok/s{used}")
+
+
+def show(run, model, document):
+    """How the model continues the first documents of the valid split."""
+    tok = document.tok
+    for i in range(6):
+        tokens, trained = document("valid", i)
+        cut = max(1, trained.index(True)) if True in trained else len(tokens)
+        prompt = tokens[:min(cut, 256)]
+        text = sample(model, prompt, 96, stop=tok.stop, seed=document.config.seed, index=i)
+        run.log(f"  {tok.decode(prompt)!r} -> {tok.decode(text)!r}")
 
 
 # -----------------------------------------------------------------------------
 
 
-def setup(config, env):
-    """-> model, tokenizer, document, and the number of train documents. Everything a user can get wrong is told here."""
-    try:
-        source = hf.find(config.init) if config.init else None
-        tok = data.tokenizer(source or config.tokenizer)
-        if source:
-            model = GPT.from_hf(source, dtype=env.dtype, device=env.device)
-        else:
-            shape = GPTConfig(tok.vocab_size, config.n_layer, config.n_head, config.n_kv_head, config.head_dim, config.d_model, config.d_ff,
-                              config.max_len, config.rope_theta, tie_embeddings=config.tie_embeddings)
-            model = GPT(shape).init_weights(config.seed).to(env.device, env.dtype)
-        kernels.backend(env.device)
-        document, count = documents(config, tok)
-        document("train", 0)
-    except (ValueError, FileNotFoundError) as e:
-        die(e)
-    model.checkpoint = config.checkpoint
-    if config.compile:
-        model.compiled = True
-        for block in model.blocks:
-            block.compile(dynamic=True)
-    return model, tok, document, count
-
-
 def main(argv=None):
-    # ---- config
-    argv = list(sys.argv[1:] if argv is None else argv)
-    config = flags(Config, argv, __doc__)
-    config = flags(Config, PRESETS[config.preset].split() + argv, __doc__)
-    positive(config, "steps batch row_tokens seq_len n_layer n_head n_kv_head d_model d_ff eval_every save_every")
-    if config.n_head % config.n_kv_head:
-        die(f"--n-head {config.n_head} is not a multiple of --n-kv-head {config.n_kv_head}")
-    if config.head_dim % 2:
-        die(f"--head-dim {config.head_dim} is odd: rotary positions turn pairs")
-
-    # ---- init
+    # ---- config and init
+    config = configure(argv)
     env = start(config.device, config.dtype, config.threads, config.deterministic)
-    model, tok, document, count = setup(config, env)
-    run = Run(f"runs/{config.name}", config, env, resume=config.resume, free=("eval_every", "save_every", "threads", "compile", "wandb"),
+    model, document, count = setup(config, env.device, env.dtype)
+    config = document.config                     # with the date that its chats are told
+    run = Run(f"runs/{config.name}", config, env, resume=config.resume, free=FREE,
               sources=[__file__, kernels.__file__])
-    begin, found = 0, run.latest() if config.resume else None
-    if found:
-        model.load_hf(found[0])
-    optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr if config.muon else None, weight_decay=config.weight_decay,
-                          clip=config.clip)
-    if found:
-        states = run.load(found[0])
-        optimizer.load_state_dict([state["optimizer"] for state in states])
-        begin = states[0]["step"]
-    if config.resume:
-        run.rewind(begin)
-    size = sum(p.numel() for p in model.parameters())
-    run.log(f"{size / 1e6:.2f}M parameters, vocabulary {tok.vocab_size}, {config.data}, "
-            f"{f'{count:,} documents' if count else 'endless documents'}, from step {begin} to {config.steps}")
+    optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr if config.muon else None,
+                          weight_decay=config.weight_decay, clip=config.clip)
+    begin = last_checkpoint(run, model, optimizer) if config.resume else 0
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    many = f"{count:,}" if count else "endless"
+    run.log(f"{size:.2f}M parameters, vocabulary {document.tok.vocab_size}, {config.data}, {many} "
+            f"documents, from step {begin} to {config.steps}")
 
-    def save(step):
-        run.save(step, lambda folder: model.save_hf(folder, tok), dict(optimizer=optimizer.state_dict(), step=step))
+    # ---- the loop
+    bar = progress(config.steps, "train", begin)
+    step = begin
+    numbers = {}
+    held_out = None
+    try:
+        for step, loss in steps(model, document, optimizer, config.steps, begin, numbers=numbers):
+            bar.set_postfix_str(f"loss {loss:.3f}, {numbers['tokens_per_second']:,.0f} tok/s")
+            bar.update()
 
-    # ---- train
-    bar = progress(config.steps, "train")
-    bar.update(begin)
-    loss = bpb = math.nan
-    for step in range(begin, config.steps):
-        clock = time.perf_counter()
-        ids = range(step * config.batch + env.rank, (step + 1) * config.batch, env.world)
-        docs = [document("train", i) for i in ids]
-        docs = [(tokens[:config.row_tokens], trained[:config.row_tokens]) for tokens, trained in docs]
-        total = all_sum(sum(sum(trained[1:]) for _, trained in docs))            # the one normaliser, over ranks and rows
-        packed = time.perf_counter()
-        train_loss = torch.zeros((), device=env.device)
-        for row in packed_rows(docs, config.row_tokens, env.device):
-            row_loss = forward(model, row)
-            row_loss.backward()
-            train_loss += row_loss.detach()
-        trained = time.perf_counter()
-        try:
-            stats = optimizer.step(divide=total, factor=schedule(step, config))
-        except FloatingPointError as e:
-            die(f"step {step + 1}: {e}. The last checkpoint holds: {run.latest() or 'none was written yet'}")
-        train_loss = all_sum(float(train_loss)) / max(1, total)
-        now = time.perf_counter()
+            # evaluate
+            last = step == config.steps
+            if last or step % config.eval_every == 0:
+                held_out = evaluate(model, document, env.rank, env.world)
+                numbers |= {f"eval/{k}": v for k, v in held_out.items()}
+                run.log(status(step, config, numbers))
+            run.metrics(step, **numbers)
 
-        # ---- log
-        tokens = sum(len(t) for t, _ in docs)
-        rate = all_sum(tokens) / (now - clock)
-        used = mfu(model, tokens, sum(len(t) ** 2 for t, _ in docs), now - clock) if env.device.type == "cuda" else None
-        numbers = dict(loss=train_loss, grad_norm=stats["grad_norm"], lr=schedule(step, config) * config.lr, tokens_per_second=rate,
-                       t_pack=packed - clock, t_train=trained - packed, t_opt=now - trained, skipped=optimizer.skipped)
-        if used:
-            numbers["mfu"] = used
-        last = step + 1 == config.steps
-        if (step + 1) % config.eval_every == 0 or last:
-            loss, bpb = evaluate(model, document, config, env, tok)
-            numbers.update({"eval/loss": loss, "eval/bpb": bpb})
-            run.log(f"step {step + 1}/{config.steps}  loss {loss:.4f}  bits/byte {bpb:.4f}  train {train_loss:.4f}  "
-                    f"grad {stats['grad_norm']:.2f}  {rate:,.0f} tok/s" + (f"  mfu {used:.1%}" if used else ""))
-        run.metrics(step + 1, **numbers)
-        bar.set_postfix_str(f"loss {train_loss:.3f}, {rate:,.0f} tok/s")
-        bar.update()
-        stopping = run.stopping()
-        if (step + 1) % config.save_every == 0 or last or stopping:
-            save(step + 1)
-        if stopping and not last:
-            run.bye(step + 1)
+            # save: a signal to any rank ends all of them after this step
+            stopping = run.stopping()
+            if last or stopping or step % config.save_every == 0:
+                state = dict(optimizer=optimizer.state_dict(), step=step)
+                run.save(step, lambda folder: model.save_hf(folder, document.tok), state)
+            if stopping and not last:
+                run.bye(step)
+    except FloatingPointError as e:
+        die(f"step {step + 1}: {e}. The last checkpoint holds: "
+            f"{run.latest() or 'none was written yet'}")
     bar.close()
 
-    # ---- samples
-    if config.target and math.isnan(loss):                       # a finished run, resumed: nothing was trained just now
-        loss, bpb = evaluate(model, document, config, env, tok)
-    barrier()                                                    # the last checkpoint counts when the slowest rank has written
+    # ---- samples, pictures, and where the model lies
+    if config.target and not held_out:           # a finished run, resumed: nothing was trained
+        held_out = evaluate(model, document, env.rank, env.world)
+    barrier()                                    # until the slowest rank has written the checkpoint
     if env.master:
         if config.target:
-            run.log(f"validation loss {loss:.4f}, target {config.target}: {'reached' if loss <= config.target else 'not reached'}")
-        for i in range(6):
-            tokens, trained = document("valid", i)
-            cut = max(1, trained.index(True)) if True in trained else len(tokens)
-            prompt = tokens[:min(cut, 256)]
-            text = tok.decode(sample(model, prompt, 96, stop=tok.stop, seed=config.seed, index=i))
-            run.log(f"  {tok.decode(prompt)!r} -> {text!r}")
+            reached = "reached" if held_out["loss"] <= config.target else "not reached"
+            run.log(f"validation loss {held_out['loss']:.4f}, target {config.target}: {reached}")
+        show(run, model, document)
         view.curves(run.folder)
-        run.log(f"wrote {run.folder}: curves.png, and the model in {run.latest()[0]} (a Hugging Face folder)")
+        run.log(f"wrote {run.folder}: curves.png, and the model in {run.latest()[0]} (a Hugging "
+                "Face folder)")
     run.close()
 
 

@@ -1,10 +1,11 @@
 """
-What every benchmark shares. The rule: the real peer, in the same run, on the same weights; what both sides compute is compared
-before anything is timed; sides alternate; medians and the spread; one JSON line last. Times are CPU seconds of this process,
-because the wall clock of a shared machine measures its other users.
+What every benchmark shares. The rule: the real peer, in the same run, on the same weights; what
+both sides compute is compared before anything is timed; sides alternate; medians and the spread;
+one JSON line last. Times are CPU seconds of this process, because the wall clock of a shared
+machine measures its other users.
 
-    python -m bench NAME [flags]        one benchmark: a file of this folder
-    python -m bench all                 those that fit in a few minutes each, and all their ratios in one table
+    python -m bench NAME [flags]    one benchmark: a file of this folder
+    python -m bench all             those that fit in a few minutes each, and all ratios in one table
 """
 import importlib
 import json
@@ -15,15 +16,17 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")       # read when numpy is first imported; a benchmark's one thread is one thread
+# read when numpy is first imported; a benchmark's one thread is one thread
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def peer(name):
     """The module `name` of a peer, or None where it is not installed.
 
-    Our kernels.py has the name of a package on PyPI that transformers and trl look for: as long as the repo's root is on the
-    path they would find ours and import names it does not have. So ours is hidden while a peer is imported; if the real package is
-    installed the peer keeps it, and our own modules hold ours already."""
+    Our kernels.py has the name of a package on PyPI that transformers and trl look for: as long
+    as the repo's root is on the path they would find ours and import names it does not have. So
+    ours is hidden while a peer is imported; if the real package is installed the peer keeps it,
+    and our own modules hold ours already."""
     import kernels as ours
     path, sys.path = sys.path, [p for p in sys.path if Path(p or ".").resolve() != ROOT]
     del sys.modules["kernels"]
@@ -53,7 +56,7 @@ def alternate(sides, repeats):
 
 
 def show(name, seconds, per=1.0, unit="s"):
-    """One line of a table: the median (and the range) of seconds, or of `per` units a second."""
+    """One line of a table: the median (and the range) of seconds, or of `per` units per second."""
     values = sorted(per / s if unit.endswith("/s") else s for s in seconds)
     print(f"  {name:<44} {statistics.median(values):12,.4g} {unit}   ({values[0]:,.4g} .. {values[-1]:,.4g})")
 
@@ -65,5 +68,6 @@ def ratio(slow, fast):
 
 def finish(name, **numbers):
     """The last line of every benchmark, for scripts to read."""
-    print(json.dumps({"bench": name, **{k: round(v, 4) if isinstance(v, float) else v for k, v in numbers.items()}}))
+    print(json.dumps({"bench": name,
+                      **{k: round(v, 4) if isinstance(v, float) else v for k, v in numbers.items()}}))
     return numbers

@@ -1,8 +1,8 @@
 """
 python -m bench NAME [flags] | all: see bench/__init__.py. Exit code 2 for an unknown name.
 
-`all` runs the short ones, each in a process of its own and stopped at six minutes, reads what the long ones said last from
-records/bench/NAME.txt, and ends with all their numbers in one table. To record one:
+`all` runs the short ones, each in a process of its own and stopped at six minutes, reads what the long
+ones said last from records/bench/NAME.txt, and ends with all their numbers in one table. To record one:
 
     python -m bench algorithms | tee records/bench/algorithms.txt
 """
@@ -15,22 +15,25 @@ import sys
 import threading
 
 from bench import ROOT
-from common.run import die
+from common.flags import die
 
 # what `all` runs, with the flags that make it fit; whole benchmarks of hours are read from their records
-SHORT = {"train": "", "rollout": "--sizes 4M --parts abde", "pack": "", "grpo": "--parts 1", "kernels": "", "simulate": ""}
+SHORT = {"train": "", "rollout": "--sizes 4M --parts abde", "pack": "",
+         "grpo": "--parts 1", "kernels": "", "simulate": ""}
 LONG = ("grpo", "algorithms", "tail", "opd")
 MINUTES = 6
 LIBRARY = {"__init__", "__main__"}
 
 
 def child(name, words):
-    """The benchmark in a process of its own, what it prints passed on. -> its numbers; a text where there are none."""
-    process = subprocess.Popen([sys.executable, "-m", "bench", name, *words.split()], stdout=subprocess.PIPE, text=True,
+    """The benchmark in a process of its own, what it prints passed on. -> its numbers; a text
+    where there are none."""
+    process = subprocess.Popen([sys.executable, "-m", "bench", name, *words.split()],
+                               stdout=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
     late = []
 
-    def stop():                                                  # with the workers it started: they are of its session
+    def stop():                          # with the workers it started: they are of its session
         late.append(True)
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -81,7 +84,8 @@ def table(results):
     for name, source, found in results:
         rows = [("", found)] if isinstance(found, str) else list(flat(found))
         for key, value in rows:
-            lines.append(f"  {name:<11} {source:<9} {key:<56} {value:.4g}" if key else f"  {name:<11} {source:<9} {value}")
+            lines.append(f"  {name:<11} {source:<9} {key:<56} {value:.4g}" if key
+                         else f"  {name:<11} {source:<9} {value}")
     return lines
 
 

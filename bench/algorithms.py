@@ -1,15 +1,20 @@
 """
-python -m bench algorithms: every row of the algorithm table from the same base, at the same number of sampled tokens.
+python -m bench algorithms: every row of the algorithm table from the same base, at the same
+number of sampled tokens.
 
-Countdown in two styles: `steps` (short answers) and `search` (a heavy tail of lengths); three seeds; four updates a rollout, because with
-one update every ratio is 1 and rows differ by baseline and aggregation alone (--updates 1 shows that). One thread a run, two runs at a
-time, two minutes each: a run that needs longer is stopped with a checkpoint. The same command again goes on where it stopped, repeats
-nothing that is done, and draws the table and the picture from what there is.
+Countdown in two styles: `steps` (short answers) and `search` (a heavy tail of lengths); three
+seeds; four updates a rollout, because with one update every ratio is 1 and rows differ by
+baseline and aggregation alone (--updates 1 shows that). One thread per run, two runs at a time,
+two minutes each: a run that needs longer is stopped with a checkpoint. The same command again
+continues where it stopped, repeats nothing that is done, and draws the table and the picture from
+what there is.
 
-    accuracy, pass@k    on the test split after the last token, mean over seeds +- its standard error; k samples of each problem
+    accuracy, pass@k    on the test split after the last token, mean over seeds +- its standard error;
+                        k samples of each problem
     drop                the best held-out accuracy on the way less the last one: what instability costs
-    speed               tokens that dr_grpo needed for 80% of what it gained, held out, over the tokens this row needed for it; 0: never got
-                        there. The claim for vl_norm, which differs in aggregation alone: up to 2.67 on Countdown (arXiv 2509.07558)
+    speed               tokens that dr_grpo needed for 80% of what it gained, held out, over the
+                        tokens this row needed for it; 0: never got there. The claim for vl_norm,
+                        which differs in aggregation alone: up to 2.67 on Countdown (arXiv 2509.07558)
     entropy, length     of the last five rollouts
     seconds             of all steps, by the clock, evaluations left out
 
@@ -29,24 +34,25 @@ from pathlib import Path
 
 import numpy as np
 
+from algos import ALGORITHMS
 from bench import ROOT, finish
 from common import view
-from common.run import die, flags, newest, positive
-from nanorl import ALGORITHMS
+from common.flags import die, flags, positive
+from common.run import newest
 
 
 @dataclass
 class Config:
     name: str = "algorithms"         # runs lie in runs/NAME/, the table and the picture too
     init: str = "runs/base"          # the base of all runs
-    rows: str = ",".join(ALGORITHMS)  # of the table in nanorl.py
+    rows: str = ",".join(ALGORITHMS)  # of the table in algos.py
     tasks: str = "countdown:steps,countdown:search"  # what they learn
-    max_new: str = "48,320"          # tokens of a sample, at most, for each task
+    max_new: str = "48,320"          # tokens per sample, at most, for each task
     seeds: int = 3                   # runs of each row and task
-    tokens: int = 240_000            # sampled tokens of a run, dropped groups included
+    tokens: int = 240_000            # sampled tokens per run, dropped groups included
     updates: int = 4                 # of a rollout
     prompts: int = 32                # a rollout
-    n: int = 16                      # samples of a prompt
+    n: int = 16                      # samples per prompt
     lr: float = 1e-3                 # of every row
     eval_every: int = 5              # steps between held-out evaluations
     eval_n: int = 64                 # problems of one
@@ -57,32 +63,39 @@ class Config:
 
 
 def command(config, task, max_new, row, seed):
-    """-> the run's folder, and how to make it or go on with it."""
+    """-> the run's folder, and how to make it or resume it."""
     name = f"{config.name}/{task.replace(':', '-')}-{row}-{seed}"
-    words = {"name": name, "init": config.init, "task": task, "max-new": max_new, "algo": row, "seed": seed, "tokens": config.tokens,
-             "steps": 100_000, "prompts": config.prompts, "n": config.n, "lr": config.lr, "minibatch": -(-config.prompts // config.updates),
-             "eval-every": config.eval_every, "eval-n": config.eval_n, "final-n": config.final_n, "eval-k": config.k, "save-every": 20,
-             "threads": 1, "workers": 1, "device": "cpu"}
-    # the reset of prorl is on the scale of its thousands of steps: here one in the middle, as held-out accuracy stalls
+    words = {"name": name, "init": config.init, "task": task, "max-new": max_new, "algo": row,
+             "seed": seed, "tokens": config.tokens, "steps": 100_000, "prompts": config.prompts,
+             "n": config.n, "lr": config.lr, "minibatch": -(-config.prompts // config.updates),
+             "eval-every": config.eval_every, "eval-n": config.eval_n, "final-n": config.final_n,
+             "eval-k": config.k, "save-every": 20, "threads": 1, "workers": 1, "device": "cpu"}
+    # the reset of prorl is on the scale of its thousands of steps: here one in the middle, as
+    # held-out accuracy stalls
     words |= {"reset-every": 0, "reset-patience": 3} if row == "prorl" else {}
-    argv = [sys.executable, str(ROOT / "nanorl.py"), *(w for k, v in words.items() for w in (f"--{k}", str(v)))]
+    argv = [sys.executable, str(ROOT / "nanorl.py"),
+            *(w for k, v in words.items() for w in (f"--{k}", str(v)))]
     return Path("runs", name), argv + ["--resume"] * Path("runs", name, "config.json").exists()
 
 
 def metrics(folder):
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().splitlines()
+            if line.endswith("}")] if path.exists() else []
 
 
 def done(folder, config):
-    """A run is over when its tokens are spent, so that its last row has a test score; the checkpoint comes after the row."""
+    """A run is over when its tokens are spent, so that its last row has a test score; the
+    checkpoint comes after the row."""
     rows = metrics(folder)
     last = newest(folder)
-    return last is not None and rows[-1].get("spent", 0) >= config.tokens and "test/avg" in rows[-1] and last[1] == rows[-1]["step"]
+    return (last is not None and rows[-1].get("spent", 0) >= config.tokens
+            and "test/avg" in rows[-1] and last[1] == rows[-1]["step"])
 
 
 def run_all(jobs, config):
-    """`parallel` runs at a time; one past its time is told to stop, which it does after a step, with a checkpoint."""
+    """`parallel` runs at a time; one past its time is told to stop, which it does after a step,
+    with a checkpoint."""
     waiting, running, failed = list(jobs), [], []
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     try:
@@ -107,11 +120,13 @@ def run_all(jobs, config):
                 running.remove(item)
                 log.close()
                 words = {0: "done", 130: "stopped at its time, to be gone on with"}.get(process.returncode)
-                words = "stopped before its first step" if process.returncode == -signal.SIGTERM and told else words
+                words = ("stopped before its first step" if process.returncode == -signal.SIGTERM
+                         and told else words)
                 if words is None:
                     failed.append(folder.name)
                     words = f"failed: see {folder}.txt"
-                print(f"  {folder.name}: {words}, {seconds:.0f} s ({len(waiting) + len(running)} to go)", flush=True)
+                print(f"  {folder.name}: {words}, {seconds:.0f} s ({len(waiting) + len(running)} to go)",
+                      flush=True)
     finally:
         for process, *_ in running:
             process.terminate()
@@ -129,7 +144,8 @@ def curve(rows):
 
 
 def mean_curve(runs, tokens, points=41):
-    """The mean over seeds at equal numbers of tokens, between evaluations by a straight line; nan behind the last one of any seed."""
+    """The mean over seeds at equal numbers of tokens, between evaluations by a straight line; nan
+    behind the last one of any seed."""
     grid = np.linspace(0, tokens, points)
     return grid, np.mean([np.interp(grid, *curve(rows), right=np.nan) for rows in runs], axis=0)
 
@@ -146,11 +162,14 @@ def cell(runs, config):
     avg = [end["test/avg"] for end in ends]
     tail = [row for rows in runs for row in rows[1:][-5:]]
     known = [row["entropy"] for row in tail if row["entropy"] is not None]
-    return dict(accuracy=statistics.fmean(avg), se=statistics.stdev(avg) / len(avg) ** 0.5 if len(avg) > 1 else math.nan,
+    return dict(accuracy=statistics.fmean(avg),
+                se=statistics.stdev(avg) / len(avg) ** 0.5 if len(avg) > 1 else math.nan,
                 pass_k=statistics.fmean(end[f"test/pass@{config.k}"] for end in ends),
                 drop=statistics.fmean(float(curve(rows)[1].max() - curve(rows)[1][-1]) for rows in runs),
-                entropy=statistics.fmean(known) if known else math.nan, length=statistics.fmean(row["length"] or 0 for row in tail),
-                seconds=statistics.fmean(sum(row["t_step"] for row in rows[1:]) for rows in runs), runs=len(runs))
+                entropy=statistics.fmean(known) if known else math.nan,
+                length=statistics.fmean(row["length"] or 0 for row in tail),
+                seconds=statistics.fmean(sum(row["t_step"] for row in rows[1:]) for rows in runs),
+                runs=len(runs))
 
 
 def table(found, config):
@@ -158,7 +177,8 @@ def table(found, config):
     numbers = {}
     for task, rows in found.items():
         print(f"\n{task}: {config.tokens:,} tokens, {config.updates} updates a rollout\n\n"
-              f"| row | accuracy | pass@{config.k} | drop | speed | entropy | length | seconds | seeds |\n{'|---' * 9}|")
+              f"| row | accuracy | pass@{config.k} | drop | speed | entropy | length | seconds | seeds |\n"
+              f"{'|---' * 9}|")
         reference = mean_curve(rows["dr_grpo"], config.tokens) if "dr_grpo" in rows else None
         for row, runs in rows.items():
             c = cell(runs, config)
@@ -166,9 +186,11 @@ def table(found, config):
                 known = reference[1][~np.isnan(reference[1])]
                 target = known[0] + 0.8 * (known[-1] - known[0])
                 c["speed"] = reached(*reference, target) / reached(*mean_curve(runs, config.tokens), target)
-            print(f"| {row} | {c['accuracy']:.1%} +-{c['se']:.1%} | {c['pass_k']:.1%} | {c['drop']:.1%} | {c.get('speed', math.nan):.2f} "
+            print(f"| {row} | {c['accuracy']:.1%} +-{c['se']:.1%} | {c['pass_k']:.1%} "
+                  f"| {c['drop']:.1%} | {c.get('speed', math.nan):.2f} "
                   f"| {c['entropy']:.3f} | {c['length']:.1f} | {c['seconds']:.0f} | {c['runs']} |")
-            numbers |= {f"{task} {row} {k}": v for k, v in c.items() if k in ("accuracy", "se", "pass_k", "drop", "speed")}
+            numbers |= {f"{task} {row} {k}": v for k, v in c.items()
+                        if k in ("accuracy", "se", "pass_k", "drop", "speed")}
     return numbers
 
 
@@ -178,7 +200,8 @@ def picture(found, config, path):
         for i, (row, runs) in enumerate(rows.items()):
             grid, accuracy = mean_curve(runs, config.tokens)
             again, color = divmod(i, len(view.COLORS))
-            ax.plot(grid / 1000, accuracy, label=row, color=view.COLORS[color], ls="--" if again else "-", lw=1.6)
+            ax.plot(grid / 1000, accuracy, label=row, color=view.COLORS[color],
+                    ls="--" if again else "-", lw=1.6)
         ax.set(title=task, xlabel="thousand tokens sampled", ylabel=f"held-out accuracy (avg@{config.k})")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0][-1].legend(frameon=False, fontsize=8)
@@ -199,7 +222,8 @@ def main(argv=None):
     if config.k < 2 or config.k & (config.k - 1):
         die(f"--k {config.k}: give a power of two, 2 or more: pass@k is known at those")
     if not Path(config.init, "config.json").exists():
-        die(f"{config.init} is not there: `python train_gpt.py` makes runs/base in minutes; or give another --init")
+        die(f"{config.init} is not there: `python train_gpt.py` makes "
+            "runs/base in minutes; or give another --init")
 
     # ---- run what is missing
     every = {(task, row, seed): command(config, task, limit, row, seed)

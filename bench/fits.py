@@ -1,14 +1,16 @@
 """
-python -m bench fits: which model trains on which GPU. Arithmetic of nanorl.budget (what --dry-run prints), not a measurement.
+python -m bench fits: which model trains on which GPU. Arithmetic of common/memory.py (what
+--dry-run prints), not a measurement.
 
-Full fine-tuning in bf16 with fp32 masters and moments, blocks recomputed, rows of 8,192 tokens, 64 sequences of 2,048 in the cache at
-least (the sampler takes what is left), half of each its prompt. 10% of the card is kept for the allocator.
+Full fine-tuning in bf16 with fp32 masters and moments, blocks recomputed, rows of 8,192 tokens,
+64 sequences of 2,048 in the cache at least (the sampler takes what is left), half of each its
+prompt. 10% of the card is kept for the allocator.
 """
 from dataclasses import dataclass
 
 from bench import finish
-from common.run import flags
-from nanorl import budget
+from common.flags import flags
+from common.memory import budget
 from nanorl import Config as RL
 from train_gpt import GPTConfig
 
@@ -37,15 +39,16 @@ MODELS = {                               # vocabulary, layers, heads, kv heads, 
 def table(config):
     """-> the lines of a table, and {model: GiB}."""
     rl, numbers = RL(row_tokens=config.row_tokens, checkpoint=True, max_new=config.length // 2), {}
-    lines = ["| model | 1 GPU | with a reference | 8 GPUs | with a reference | smallest card: 1 GPU, +ref; 8 GPUs, +ref |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| model | 1 GPU | with a reference | 8 GPUs | with a reference "
+             "| smallest card: 1 GPU, +ref; 8 GPUs, +ref |", "|---|---|---|---|---|---|"]
     for name, (V, layers, heads, kv, hd, width, ff, tied) in MODELS.items():
         shape = GPTConfig(V, layers, heads, kv, hd, width, ff, 32768, 1e6, tie_embeddings=tied)
         need = [sum(budget(shape, rl, 2, world, config.sequences, config.length, reference).values())
                 for world in (1, 8) for reference in (False, True)]
         fits = [next((str(c) for c in CARDS if n <= 0.9 * c * 1e9), "-") for n in need]
         numbers[name] = [round(n / 2**30, 1) for n in need]
-        lines.append(f"| {name} | " + " | ".join(f"{n:.1f}" for n in numbers[name]) + f" | {', '.join(fits[:2])}; {', '.join(fits[2:])} |")
+        lines.append(f"| {name} | " + " | ".join(f"{n:.1f}" for n in numbers[name])
+                     + f" | {', '.join(fits[:2])}; {', '.join(fits[2:])} |")
     return lines, numbers
 
 

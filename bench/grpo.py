@@ -1,19 +1,24 @@
 """
 python -m bench grpo: reinforcement learning here against TRL's GRPOTrainer, same weights, same prompts.
 
-(1) one step: rollout, rewards, advantages, update, optimizer. Twice: with lengths as RL meets them (most responses end early, a few
-ramble on to the cap), and with all lengths equal, where only the work itself counts. Both sides train on every response.
-(2) from one base checkpoint to one held-out accuracy on Countdown: TRL; ours with TRL's settings; ours as nanorl.py does it
-by default. One evaluator, ours, looks at all of them, off the clock, always with the same problems and the same noise.
+(1) one step: rollout, rewards, advantages, update, optimizer. Twice: with lengths as RL meets
+them (most responses end early, a few ramble on to the cap), and with all lengths equal, where
+only the work itself counts. Both sides train on every response.
+(2) from one base checkpoint to one held-out accuracy on Countdown: TRL; ours with TRL's settings;
+ours as nanorl.py does it by default. One evaluator, ours, looks at all of them, off the clock,
+always with the same problems and the same noise.
 
-What each side is given. TRL: its generate() backend (vLLM wants a GPU), a step in one batch (four micro-batches made a tenth of a
-difference at most), no gradient checkpointing, no logs, no files. Ours: as many slots as TRL's batch has rows, in (1) and where it runs
-TRL's settings. The clock is CPU time on one thread, the time of our reward workers included, neither side's start-up. With a GPU it is the
-wall clock, the model of (1) has Qwen3-0.6B's shape (but the small vocabulary) in bf16 on both sides, and (2) is left out unless asked for.
+What each side is given. TRL: its generate() backend (vLLM wants a GPU), a step in one batch (four
+micro-batches made a tenth of a difference at most), no gradient checkpointing, no logs, no files.
+Ours: as many slots as TRL's batch has rows, in (1) and where it runs TRL's settings. The clock is
+CPU time on one thread, the time of our reward workers included, neither side's start-up. With a
+GPU it is the wall clock, the model of (1) has Qwen3-0.6B's shape (but the small vocabulary) in
+bf16 on both sides, and (2) is left out unless asked for.
 
-TRL's settings in (2) are its defaults (dapo loss, groups of 8, no KL) but for what is meant for models a thousand times larger. Learning
-rate and prompts a step are the best of seven tried with TRL itself, one run each: 32 prompts at 1e-3, 2e-3, 3e-3; 16 at 1e-3, 2e-3; 8
-at 1e-4, 3e-4. The rate stays constant after 5 steps of warm-up, as ours does.
+TRL's settings in (2) are its defaults (dapo loss, groups of 8, no KL) but for what is meant for
+models a thousand times larger. Learning rate and prompts per step are the best of seven tried
+with TRL itself, one run each: 32 prompts at 1e-3, 2e-3, 3e-3; 16 at 1e-3, 2e-3; 8 at 1e-4, 3e-4.
+The rate stays constant after 5 steps of warm-up, as ours does.
 
     python -m bench grpo --base runs/base
     python -m bench grpo --parts 1 --repeats 7
@@ -33,10 +38,12 @@ import torch
 
 import data
 import nanorl
+from algos import make_loss
 from bench import finish, peer, ratio, show
 from common import hf
+from common.flags import die, flags, positive
+from common.metrics import CLOCKS
 from common.reward import Rewards
-from common.run import die, flags, positive
 from evaluate import evaluate
 from kernels import packed_attention
 from rollout import Sampler
@@ -50,15 +57,15 @@ class Config:
     device: str = "auto"             # cpu, cuda, auto
     cases: str = "skewed,equal"      # (1) which laws of lengths
     repeats: int = 3                 # (1) timed steps of each side, after one that is not
-    prompts: int = 8                 # (1) prompts a step
-    n: int = 8                       # (1) samples of a prompt
+    prompts: int = 8                 # (1) prompts per step
+    n: int = 8                       # (1) samples per prompt
     cap: int = 512                   # (1) tokens of a response at most, skewed
     equal: int = 48                  # (1) tokens of every response, equal
     target: float = 0.0              # (2) held-out accuracy to reach; 0: the base's and 10 points
     seeds: int = 3                   # (2) runs of each side; the ratio is of their sums
     their_lr: float = 1e-3           # (2) learning rate of TRL's settings
-    their_prompts: int = 32          # (2) prompts a step of TRL's settings
-    their_n: int = 8                 # (2) samples of a prompt of TRL's settings
+    their_prompts: int = 32          # (2) prompts per step of TRL's settings
+    their_n: int = 8                 # (2) samples per prompt of TRL's settings
     every: float = 2.0               # (2) seconds between two looks at the accuracy
     minutes: float = 1.5             # (2) minutes after which a run has not reached it
     eval_n: int = 200                # (2) held-out problems of a look, 4 samples of each
@@ -70,8 +77,9 @@ class Config:
 
 
 def clock(device, workers=()):
-    """Seconds: by the wall on a GPU, all its work done; else of the CPU, of this process and of the reward workers. Linux has every
-    process's clock under a number made of its pid; elsewhere the workers are left out (they were 1% of a step where they were measured)."""
+    """Seconds: by the wall on a GPU, all its work done; else of the CPU, of this process and of
+    the reward workers. Linux has every process's clock under a number made of its pid; elsewhere
+    the workers are left out (they were 1% of a step where they were measured)."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -86,9 +94,9 @@ def our_side(folder, seed, device, words="", **settings):
     """-> rl, and go(problems) -> (groups, seconds): one step of nanorl, under these flags and settings."""
     config = flags(nanorl.Config, words.split())
     vars(config).update(settings, init=str(folder), seed=seed, device=device, threads=int(device == "cpu"))
-    rl = nanorl.setup(config)
-    loss = nanorl.make_loss(rl.config)
-    torch.use_deterministic_algorithms(False)                    # setup turns it on; the peer is not to pay for it
+    rl = nanorl.setup(config, reward=config.reward, task=config.data)
+    loss = make_loss(rl.config)
+    torch.use_deterministic_algorithms(False)  # setup turns it on; the peer is not to pay for it
 
     def go(problems):
         torch.use_deterministic_algorithms(rl.env.deterministic)
@@ -105,22 +113,19 @@ def our_side(folder, seed, device, words="", **settings):
 
 
 def in_order(rl, steps, prompts):
-    """The problems of so many steps, as nanorl would take them."""
-    at, found = 0, []
-    for _ in range(steps):
-        problems, at = nanorl.next_problems(rl, at, prompts)
-        found += problems
-    return found
+    """The problems of that many steps, as nanorl would take them."""
+    return [problem for _ in range(steps) for problem in nanorl.next_problems(rl, prompts)]
 
 
 def their_settings(config):
     """What nanorl is told in order to do what TRL does."""
-    return dict(algo="dapo", clip_high=0.2, dynamic=False, prompts=config.their_prompts, n=config.their_n, lr=config.their_lr,
-                slots=config.their_prompts * config.their_n)
+    return dict(algo="dapo", clip_high=0.2, dynamic=False, prompts=config.their_prompts,
+                n=config.their_n, lr=config.their_lr, slots=config.their_prompts * config.their_n)
 
 
 def their_side(trl, folder, problems, score, after, prompts, n, max_new, lr, seed, device):
-    """Runs a GRPOTrainer over problems, in order. after(model, lengths of the responses, seconds) -> go on? follows each step."""
+    """Runs a GRPOTrainer over problems, in order. after(model, lengths of the responses, seconds)
+    -> continue? follows each step."""
     import datasets
     import transformers
     lengths, mark = [], 0.0
@@ -132,7 +137,7 @@ def their_side(trl, folder, problems, score, after, prompts, n, max_new, lr, see
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, model, **_):
             nonlocal mark
-            took = clock(device) - mark                    # since the end of the last step: nothing of it is left out
+            took = clock(device) - mark  # since the end of the last step: nothing of it is left out
             control.should_training_stop = not after(model, list(lengths), took)
             lengths.clear()
             mark = clock(device)
@@ -140,13 +145,17 @@ def their_side(trl, folder, problems, score, after, prompts, n, max_new, lr, see
     tok = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     tok.pad_token = "<|system|>"                                 # any token but the stop
     args = trl.grpo_config.GRPOConfig(
-        f"{folder}/trl", per_device_train_batch_size=prompts * n, num_generations=n, max_completion_length=max_new, temperature=1.0,
-        learning_rate=lr, lr_scheduler_type="constant_with_warmup", warmup_steps=5, max_steps=len(problems) // prompts, beta=0.0,
-        bf16=device == "cuda", use_cpu=device == "cpu", gradient_checkpointing=False, shuffle_dataset=False, report_to="none",
+        f"{folder}/trl", per_device_train_batch_size=prompts * n,
+        num_generations=n, max_completion_length=max_new, temperature=1.0,
+        learning_rate=lr, lr_scheduler_type="constant_with_warmup", warmup_steps=5,
+        max_steps=len(problems) // prompts, beta=0.0, bf16=device == "cuda", use_cpu=device == "cpu",
+        gradient_checkpointing=False, shuffle_dataset=False, report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=seed)
     rows = datasets.Dataset.from_list([dict(prompt=p.prompt, index=i) for i, p in enumerate(problems)])
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    trainer = trl.grpo_trainer.GRPOTrainer(model, reward, args, rows, processing_class=tok, callbacks=[Watch()])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    trainer = trl.grpo_trainer.GRPOTrainer(model, reward, args, rows, processing_class=tok,
+                                           callbacks=[Watch()])
     trainer.remove_callback(transformers.PrinterCallback)
     mark = clock(device)
     trainer.train()
@@ -163,17 +172,19 @@ SHAPES = {                           # layers, heads, key heads, their size, d_m
 
 
 def rambling(tok, seed, shape=SHAPES["cpu"], often=0.03, hazard=1 / 26):
-    """A random model whose responses have a known law of lengths: each token is the last with probability `hazard`; `often` as likely as
-    that, the response wanders off into a set of tokens that has no way out, and runs to its cap. hazard 0: all run to it.
+    """A random model whose responses have a known law of lengths: each token is the last with
+    probability `hazard`; `often` as likely as that, the response wanders off into a set of tokens
+    that has no way out, and runs to its cap. hazard 0: all run to it.
 
-    Two coordinates of the residual stream are kept free of all else and say which of the two states the last token is in; the head
-    reads them. The rest is noise and costs what it costs in any model."""
+    Two coordinates of the residual stream are kept free of all else and say which of the two states
+    the last token is in; the head reads them. The rest is noise and costs what it costs in any model."""
     model = GPT(GPTConfig(tok.vocab_size, *shape, 4096, 10000.0)).init_weights(seed)
     c, g, (stop,) = model.config, torch.Generator().manual_seed(seed), tok.stop
     lost, strength = slice(c.vocab_size - 90, c.vocab_size), 50 * (c.d_model / 128) ** 0.5
     wander = often * hazard
-    others = (c.vocab_size - 91) / (1 - hazard - wander)             # what the softmax sums to, where all others have logit 0
-    unit = c.d_model**0.5                                            # what the final norm makes of a coordinate that outweighs the rest
+    # what the softmax sums to, where all others have logit 0
+    others = (c.vocab_size - 91) / (1 - hazard - wander)
+    unit = c.d_model**0.5  # what the final norm makes of a coordinate that outweighs the rest
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
@@ -202,7 +213,8 @@ def same_inputs(folder, model, tok, problems):
     import transformers
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     for p in problems:
-        assert theirs(p.prompt).input_ids == tok.encode(p.prompt), f"the two tokenizers disagree about {p.prompt!r}"
+        assert theirs(p.prompt).input_ids == tok.encode(p.prompt), (
+            f"the two tokenizers disagree about {p.prompt!r}")
     hf_model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = tok.encode(problems[0].prompt)
     T = len(prompt)
@@ -214,20 +226,22 @@ def same_inputs(folder, model, tok, problems):
 
 
 def alternating(config, trl, folder, hazard, cap):
-    """A step of TRL, a step of ours on the same prompts, and so on. -> seconds and lengths of each side, ours by stage."""
+    """A step of TRL, a step of ours on the same prompts, and so on. -> seconds and lengths of
+    each side, ours by stage."""
     tok = data.tokenizer("numbers")
     model = rambling(tok, config.seed, SHAPES[config.device], hazard=hazard)
     model.save_hf(folder, tok)
     Path(folder, "score.py").write_text(inspect.getsource(score))
-    rl, go = our_side(folder, config.seed, config.device, task="countdown", reward=f"{folder}/score.py:score", algo="dapo", clip_high=0.2,
-                      dynamic=False, prompts=config.prompts, n=config.n, max_new=cap, lr=1e-6, slots=config.prompts * config.n,
-                      problems=1024, eval_n=1, final_n=1)
+    rl, go = our_side(folder, config.seed, config.device, task="countdown",
+                      reward=f"{folder}/score.py:score", algo="dapo", clip_high=0.2,
+                      dynamic=False, prompts=config.prompts, n=config.n, max_new=cap,
+                      lr=1e-6, slots=config.prompts * config.n, problems=1024, eval_n=1, final_n=1)
     problems = in_order(rl, config.repeats + 1, config.prompts)
-    seconds, lengths, stages = {"ours": [], "TRL": []}, {"ours": [], "TRL": []}, dict.fromkeys(nanorl.CLOCKS, 0.0)
+    seconds, lengths, stages = {"ours": [], "TRL": []}, {"ours": [], "TRL": []}, dict.fromkeys(CLOCKS, 0.0)
 
     def after(theirs, their_lengths, their_seconds):
         at = len(seconds["ours"]) * config.prompts
-        rl.clock.update(dict.fromkeys(nanorl.CLOCKS, 0.0))
+        rl.clock.update(dict.fromkeys(CLOCKS, 0.0))
         groups, took = go(problems[at:at + config.prompts])
         for k, v in rl.clock.items():
             stages[k] += v
@@ -239,7 +253,8 @@ def alternating(config, trl, folder, hazard, cap):
 
     if trl:
         same_inputs(folder, model, tok, problems)
-        their_side(trl, folder, problems, score, after, config.prompts, config.n, cap, 1e-6, config.seed, config.device)
+        their_side(trl, folder, problems, score, after, config.prompts,
+                   config.n, cap, 1e-6, config.seed, config.device)
     else:
         for _ in range(config.repeats + 1):
             after(None, [], 0.0)
@@ -265,7 +280,8 @@ def one_step(config, trl):
         result[f"{name}_seconds"] = statistics.median(seconds["ours"])
         if trl:
             noise = sum(statistics.variance(lengths[side]) / len(lengths[side]) for side in sides) ** 0.5
-            assert abs(mean["ours"] - mean["TRL"]) <= 4 * noise, "the two sides do not sample the same lengths"
+            assert abs(mean["ours"] - mean["TRL"]) <= 4 * noise, (
+                "the two sides do not sample the same lengths")
             result[f"{name}_times_faster"] = ratio(seconds["TRL"], seconds["ours"])
             print(f"  {result[f'{name}_times_faster']:.2f}x TRL (bar: {bar}x)", flush=True)
     return result
@@ -276,7 +292,8 @@ def one_step(config, trl):
 
 
 def examiner(config, folder):
-    """-> look(model) -> the held-out accuracy of its weights, which are copied into a model of the examiner's own."""
+    """-> look(model) -> the held-out accuracy of its weights, which are copied into a model of
+    the examiner's own."""
     model, tok, task = GPT.from_hf(folder), data.tokenizer(folder), data.load("countdown")
     problems, rewards = task.problems("test", config.eval_n, config.seed), Rewards("countdown", workers=1)
     sampler = Sampler(model, tok.stop, tok, slots=256, max_len=128)
@@ -293,14 +310,15 @@ def examiner(config, folder):
 
 
 class Race:
-    """Seconds, looks, and when the target was reached: between the last look below it and the first at or above it, on a line."""
+    """Seconds, looks, and when the target was reached: between the last look below it and the
+    first at or above it, on a line."""
 
     def __init__(self, config, look, target, start):
         self.config, self.look, self.target = config, look, target
         self.seconds, self.steps, self.curve, self.reached = 0.0, 0, [(0.0, start)], None
 
     def add(self, seconds, model):
-        """After a step. -> go on?"""
+        """After a step. -> continue?"""
         self.seconds, self.steps = self.seconds + seconds, self.steps + 1
         over = self.seconds > 60 * self.config.minutes
         if over or self.seconds >= self.curve[-1][0] + self.config.every:
@@ -316,20 +334,21 @@ def race(config, trl, side, folder, seed, look, target, start):
     run = Race(config, look, target, start)
     defaults = side == "ours, our defaults"
     settings = {} if defaults else their_settings(config)
-    words = nanorl.HARDWARE[config.device][0] if defaults else ""                # as `python nanorl.py` without flags
-    rl, go = our_side(folder, seed, config.device, words, **settings | dict(task="countdown", eval_n=1, final_n=1))
-    if side == "TRL":                                            # the problems that ours would see, in the same order
+    words = nanorl.RECIPES[config.device]["flags"] if defaults else ""  # as `python nanorl.py` without flags
+    rl, go = our_side(folder, seed, config.device, words,
+                      **settings | dict(task="countdown", eval_n=1, final_n=1))
+    if side == "TRL":                          # the problems that ours would see, in the same order
         rl.workers.close()
         problems = in_order(rl, 1000, config.their_prompts)
-        their_side(trl, folder, problems, rl.task.reward, lambda model, lengths, seconds: run.add(seconds, model),
-                   config.their_prompts, config.their_n, rl.config.max_new, config.their_lr, seed, config.device)
+        their_side(trl, folder, problems, rl.task.reward,
+                   lambda model, lengths, seconds: run.add(seconds, model), config.their_prompts,
+                   config.their_n, rl.config.max_new, config.their_lr, seed, config.device)
         return run
     if not defaults:
         rl.optimizer.betas = (0.9, 0.999)                        # TRL's
-    going, at = True, 0
+    going = True
     while going:
-        problems, at = nanorl.next_problems(rl, at, rl.config.prompts)
-        _, took = go(problems)
+        _, took = go(nanorl.next_problems(rl, rl.config.prompts))
         going = run.add(took, rl.model)
     rl.workers.close()
     return run
@@ -347,7 +366,8 @@ def to_accuracy(config, trl):
         look = examiner(config, folder)
         start = look(model)
         target = config.target or start + 0.1
-        print(f"(2) {source}: {start:.1%} of {config.eval_n} held-out problems x 4, to {target:.1%}", flush=True)
+        print(f"(2) {source}: {start:.1%} of {config.eval_n} held-out problems x 4, to {target:.1%}",
+              flush=True)
         for seed in range(config.seed, config.seed + config.seeds):
             for side in ("ours, our defaults", "ours, TRL's settings") + (("TRL",) if trl else ()):
                 run = race(config, trl, side, folder, seed, look, target, start)
@@ -358,12 +378,14 @@ def to_accuracy(config, trl):
                 print(f"  {side:<22} {said}, {run.steps} steps of {run.seconds / run.steps:.2f} s:  "
                       + " ".join(f"{a:.1%}" for _, a in run.curve[1:]), flush=True)
     for side, seconds in total.items():
-        key = {"ours, our defaults": "default_recipe", "ours, TRL's settings": "same_settings", "TRL": "their"}[side]
+        key = {"ours, our defaults": "default_recipe", "ours, TRL's settings": "same_settings",
+               "TRL": "their"}[side]
         result[f"{key}_seconds"], result[f"{key}_reached"] = seconds / config.seeds, side not in missed
         if trl and side != "TRL":
             result[f"{key}_times_faster"] = total["TRL"] / seconds
             bound = "at least " if "TRL" in missed else "at most " if side in missed else ""
-            print(f"  {side}: {bound}{total['TRL'] / seconds:.2f}x faster than TRL (bar: {5 if key == 'default_recipe' else 1.5}x)")
+            print(f"  {side}: {bound}{total['TRL'] / seconds:.2f}x faster "
+                  f"than TRL (bar: {5 if key == 'default_recipe' else 1.5}x)")
     return result
 
 
@@ -373,7 +395,8 @@ def main(argv=None):
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.device not in SHAPES or (config.device == "cuda" and not torch.cuda.is_available()):
-        die(f"--device {config.device}: " + ("no GPU is here" if config.device == "cuda" else f"one of auto, {', '.join(SHAPES)}"))
+        die(f"--device {config.device}: " + ("no GPU is here" if config.device == "cuda"
+                                             else f"one of auto, {', '.join(SHAPES)}"))
     config.parts = config.parts or ("12" if config.device == "cpu" else "1")
     if config.device == "cpu":
         torch.set_num_threads(1)
@@ -382,7 +405,8 @@ def main(argv=None):
         transformers = peer("transformers")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        warnings.filterwarnings("ignore", category=FutureWarning)        # between trl and transformers, none of a reader's business
+        # between trl and transformers, none of a reader's business
+        warnings.filterwarnings("ignore", category=FutureWarning)
     else:
         print("trl is not installed (pip install trl): ours alone")
     result = one_step(config, trl) if "1" in config.parts else {}

@@ -1,9 +1,11 @@
 """
-python -m bench kernels: every kernel against what torch, torch.compile and liger-kernel (when installed) make of the same numbers.
+python -m bench kernels: every kernel against what torch, torch.compile and liger-kernel (when
+installed) make of the same numbers.
 
-On a GPU: shares of two ceilings measured in the same run, a large matrix product and a large copy. Sides alternate, CUDA events, medians
-with the spread; what both compute is compared first. On a CPU: log-prob + entropy of the twin against plain log_softmax, CPU
-seconds of one thread and the peak of resident memory, each side in a fresh process.
+On a GPU: shares of two ceilings measured in the same run, a large matrix product and a large
+copy. Sides alternate, CUDA events, medians with the spread; what both compute is compared first.
+On a CPU: log-prob + entropy of the twin against plain log_softmax, CPU seconds of one thread and
+the peak of resident memory, each side in a fresh process.
 """
 import importlib.util
 import multiprocessing
@@ -16,7 +18,7 @@ import torch
 
 import kernels
 from bench import finish
-from common.run import flags
+from common.flags import flags
 
 
 @dataclass
@@ -44,7 +46,8 @@ def show(name, seconds, work=None, unit="", ceiling=None, bar=None):
     words = f"  {name:<46} {statistics.median(s) * 1e3:9.3f} ms  ({s[0] * 1e3:.3f} .. {s[-1] * 1e3:.3f})"
     if work:
         rate = work / statistics.median(s)
-        words += f"  {rate:7.1f} {unit}" + (f"  {100 * rate / ceiling:5.1f}% of the ceiling" if ceiling else "")
+        words += f"  {rate:7.1f} {unit}" + (f"  {100 * rate / ceiling:5.1f}% "
+                                            "of the ceiling" if ceiling else "")
         words += f"  (bar {bar})" if bar else ""
     print(words, flush=True)
     return statistics.median(s)
@@ -59,8 +62,8 @@ N, D, V = 1024, 256, 32768
 
 def cpu_inputs(n):
     g = torch.Generator().manual_seed(0)
-    return (torch.randn(n, D, generator=g).requires_grad_(), (torch.randn(V, D, generator=g) / 16).requires_grad_(),
-            torch.randint(V, (n,), generator=g))
+    return (torch.randn(n, D, generator=g).requires_grad_(),
+            (torch.randn(V, D, generator=g) / 16).requires_grad_(), torch.randint(V, (n,), generator=g))
 
 
 def cpu_child(name, pipe):
@@ -107,7 +110,8 @@ def cpu(config):
 
 
 def timed(sides, repeats, target=0.05):
-    """-> name -> seconds of one call, each round long enough for the clock; a side that fails is left out, aloud."""
+    """-> name -> seconds of one call, each round long enough for the clock; a side that fails is
+    left out, aloud."""
     inner, seconds = {}, {}
     for name, run in list(sides.items()):
         try:
@@ -144,7 +148,8 @@ def ceilings(config):
     out = torch.empty(config.rows, config.vocab, dtype=torch.bfloat16, device="cuda")
     source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
-    seconds = timed({"product": lambda: torch.mm(a, b.t(), out=out), "copy": lambda: target.copy_(source)}, config.repeats)
+    seconds = timed({"product": lambda: torch.mm(a, b.t(), out=out),
+                     "copy": lambda: target.copy_(source)}, config.repeats)
     flop, moved = 2 * config.rows * config.width * config.vocab / 1e12, 2 * source.numel() * 2 / 1e9
     print("ceilings")
     product = flop / show("bf16 product", seconds["product"], flop, "TFLOP/s")
@@ -170,13 +175,16 @@ def logprob(config, product):
     flop = 2 * config.rows * config.width * config.vocab / 1e12
     print(f"log-prob + entropy, M={config.rows} D={config.width} V={config.vocab}, bf16")
     result = {"forward": {}, "both": {}}
-    for name, seconds in timed({n: lambda run=run: forward(run) for n, run in peers.items()}, config.repeats).items():
-        result["forward"][name] = show(f"forward: {name}", seconds, flop, "TFLOP/s", product, "75%" if name == "ours" else None)
+    for name, seconds in timed({n: lambda run=run: forward(run) for n, run in peers.items()},
+                               config.repeats).items():
+        result["forward"][name] = show(f"forward: {name}", seconds, flop,
+                                       "TFLOP/s", product, "75%" if name == "ours" else None)
     sides = {n: lambda run=run: forward_backward(run, hidden, weight, targets) for n, run in peers.items()}
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
         liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        sides["liger-kernel (no entropy)"] = lambda: torch.autograd.grad(liger(weight, hidden, targets), (hidden, weight))
+        sides["liger-kernel (no entropy)"] = lambda: torch.autograd.grad(
+            liger(weight, hidden, targets), (hidden, weight))
     else:
         print("  liger-kernel is not installed: ours beside torch alone")
     for name, seconds in timed(sides, config.repeats).items():
@@ -238,23 +246,37 @@ def small(config, copy):
     T, H, KV, hd, ff = 16384, 32, 8, 128, 12288
     qkv, gate_up = half(T, H + 2 * KV, hd).requires_grad_(), half(T, 2 * ff).requires_grad_()
     weights = [torch.ones(hd, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
-    cos, sin = kernels.rope_tables(torch.arange(T, device="cuda"), 1e6 ** (-torch.arange(0, hd, 2, device="cuda") / hd))
+    cos, sin = kernels.rope_tables(torch.arange(T, device="cuda"),
+                                   1e6 ** (-torch.arange(0, hd, 2, device="cuda") / hd))
     logits = torch.randn(256, 151936, device="cuda") * 3
     u, ones = torch.rand(256, device="cuda"), torch.ones(256, device="cuda")
     top_k, top_p = torch.full((256,), 50, device="cuda"), torch.full((256,), 0.95, device="cuda")
-    rope = lambda run: lambda: run(*qkv.split((H, KV, KV), dim=1)[:2], *weights, cos, sin, 1e-6)
+
+    def rope(run):
+        return lambda: run(*qkv.split((H, KV, KV), dim=1)[:2], *weights, cos, sin, 1e-6)
+
     g_q, g_k, g_x = half(T, H, hd), half(T, KV, hd), half(T, ff)
-    both = lambda run: lambda: torch.autograd.grad(run(), (qkv, *weights), (g_q, g_k))
-    act = lambda run: lambda: run(gate_up)
-    act_both = lambda run: lambda: torch.autograd.grad(run(gate_up), gate_up, g_x)
+
+    def both(run):
+        return lambda: torch.autograd.grad(run(), (qkv, *weights), (g_q, g_k))
+
+    def act(run):
+        return lambda: run(gate_up)
+
+    def act_both(run):
+        return lambda: torch.autograd.grad(run(gate_up), gate_up, g_x)
+
     numbers = T * (H + KV) * hd * 2 / 1e9
-    cases = {                                                    # -> ours, its twin, how a side is made of it, GB
+    cases = {                                  # -> ours, its twin, how a side is made of it, GB
         "QK-norm + RoPE, forward": (kernels.qk_norm_rope, kernels.qk_norm_rope_torch, rope, 2 * numbers),
-        "QK-norm + RoPE, forward + backward": (kernels.qk_norm_rope, kernels.qk_norm_rope_torch, lambda r: both(rope(r)), 5 * numbers),
+        "QK-norm + RoPE, forward + backward": (kernels.qk_norm_rope, kernels.qk_norm_rope_torch,
+                                               lambda r: both(rope(r)), 5 * numbers),
         "SwiGLU, forward": (kernels.swiglu, kernels.swiglu_torch, act, 3 * T * ff * 2 / 1e9),
         "SwiGLU, forward + backward": (kernels.swiglu, kernels.swiglu_torch, act_both, 8 * T * ff * 2 / 1e9),
-        "draw, 256 x 151,936": (kernels.draw, kernels.draw_torch, lambda r: lambda: r(logits, u, ones), logits.numel() * 4 / 1e9),
-        "draw, top-k 50, top-p 0.95": (kernels.draw, kernels.draw_torch, lambda r: lambda: r(logits, u, ones, top_k, top_p), None),
+        "draw, 256 x 151,936": (kernels.draw, kernels.draw_torch, lambda r: lambda: r(logits, u, ones),
+                                logits.numel() * 4 / 1e9),
+        "draw, top-k 50, top-p 0.95": (kernels.draw, kernels.draw_torch,
+                                        lambda r: lambda: r(logits, u, ones, top_k, top_p), None),
     }
     print("small kernels (bar: at least as fast as torch.compile)")
     result = {}
@@ -271,11 +293,14 @@ def main(argv=None):
     config = flags(Config, argv, __doc__)
     if not torch.cuda.is_available():
         return finish("kernels", device="cpu", torch=torch.__version__, **cpu(config))
-    print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", kernels.triton and kernels.triton.__version__)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton",
+          kernels.triton and kernels.triton.__version__)
     print(kernels.backend("cuda"))
     product, copy = ceilings(config)
-    parts = {"logprob": logprob(config, product), "decode": decode(config, copy), "small": small(config, copy)}
-    return finish("kernels", device=torch.cuda.get_device_name(), torch=torch.__version__, product_tflops=product, copy_gbs=copy, **parts)
+    parts = {"logprob": logprob(config, product), "decode": decode(config, copy),
+             "small": small(config, copy)}
+    return finish("kernels", device=torch.cuda.get_device_name(), torch=torch.__version__,
+                  product_tflops=product, copy_gbs=copy, **parts)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,33 @@
 """
-python -m bench opd: on-policy distillation in numbers, on Countdown, from a base and from what RL made of it.
+python -m bench opd: on-policy distillation in numbers, on Countdown, from a base and from
+what RL made of it.
 
-    losses      every loss from one student and one teacher: accuracy, share of the gap closed, tokens sampled against RL's for the same
-                accuracy, direction of its gradient against the full KL's, bytes a token that a teacher elsewhere would send. All with one
-                seed, the three best with three. With the `numbers` tokenizer K = 16 of 1,090, with `chars` K = 2 and 4 of 100
-    controls    -0.5 on the least likely fifth of the tokens and no teacher; fine-tuning on the teacher's texts; RL with the same tokens;
-                reverse distillation: the RL-trained student taught by its own base
-    habits      what repeated tokens are told against others, and the overlap in good runs, as the runs above logged them
-    verdicts    opd_check.py on seven pairs, two of them bad on purpose, and what came out when they were run all the same
-    scoring     a teacher's log-probs on packed rows against padded batches of 64 in transformers, texts as they come and sorted by length
+    losses      every loss from one student and one teacher: accuracy, share of the gap closed, tokens
+                sampled against RL's for the same accuracy, direction of its gradient against the full
+                KL's, bytes per token that a teacher elsewhere would send. All with one seed, the
+                three best with three. With the `numbers` tokenizer K = 16 of 1,090, with `chars`
+                K = 2 and 4 of 100
+    controls    -0.5 on the least likely fifth of the tokens and no teacher; fine-tuning on the
+                teacher's texts; RL with the same tokens; reverse distillation: the RL-trained student
+                taught by its own base
+    habits      what repeated tokens are told against others, and the overlap in good runs, as the
+                runs above logged them
+    verdicts    opd_check.py on seven pairs, two of them bad on purpose, and what came out when they
+                were run all the same
+    scoring     a teacher's log-probs on packed rows against padded batches of 64 in transformers,
+                texts as they come and sorted by length
 
-Runs are made with one thread, at most two minutes at a time, --parallel of them; one that needs longer is stopped with a checkpoint and
-gone on with. The same command again repeats nothing that is done. Models that are not there are trained first: two bases, two teachers, and
-two students that are worse on purpose.
+Runs are made with one thread, at most two minutes at a time, --parallel of them; one that needs
+longer is stopped with a checkpoint and resumed. The same command again repeats nothing that is
+done. Models that are not there are trained first: two bases, two teachers, and two students that
+are worse on purpose.
 
-    python -m bench opd                                    everything; about 50 core-minutes, tables in runs/opd/tables.md
-    python -m bench opd --base runs/base --teacher runs/rl with models that are there; the teacher's metrics are RL's curve
+    python -m bench opd
+    python -m bench opd --base runs/base --teacher runs/rl
     python -m bench opd --parts losses,scoring --seeds 1
+
+The first makes everything, in about 50 core-minutes, with tables in runs/opd/tables.md. The second
+takes models that are there; the teacher's metrics are RL's curve.
 """
 import contextlib
 import io
@@ -37,14 +48,15 @@ import opd
 import opd_check
 import pack
 import train_gpt
+from algos import address, predicting
 from bench import ROOT, alternate, finish, peer, ratio, show
 from bench.algorithms import curve, metrics, run_all
 from common import hf
+from common.flags import die, flags, positive
 from common.reward import Rewards
-from common.run import die, flags, newest, positive
+from common.run import newest
 from evaluate import SEED, evaluate, prompt_ids
 from kernels import linear_logprob
-from nanorl import address, predicting
 from rollout import Sampler
 from train_gpt import GPT
 
@@ -55,20 +67,20 @@ PARTS = ("losses", "controls", "habits", "verdicts", "scoring")
 class Config:
     name: str = "opd"                # runs lie in runs/NAME/, the tables too
     base: str = ""                   # the student, with the numbers tokenizer; empty: trained here
-    teacher: str = ""                # an RL run from it; empty: trained here. Its metrics.jsonl is the curve of RL
+    teacher: str = ""                # an RL run from it, whose metrics are RL's curve; empty: trained here
     chars_base: str = ""             # the same with the chars tokenizer
     chars_teacher: str = ""          # and its RL run
     parts: str = ",".join(PARTS)     # which of them
     seeds: int = 3                   # of the three best losses
     steps: int = 40                  # of a distillation
-    prompts: int = 64                # of a step
-    n: int = 2                       # samples of a prompt
+    prompts: int = 64                # per step
+    n: int = 2                       # samples per prompt
     lr: float = 2e-3                 # of every distillation
     rl_steps: int = 150              # of RL: the teachers'
     eval_n: int = 200                # held-out problems of the curves
     final_n: int = 500               # and of the numbers in the tables
     check_n: int = 128               # problems of a check
-    minutes: float = 2.0             # of a run, before it is stopped with a checkpoint and gone on with
+    minutes: float = 2.0             # of a run, before it is stopped with a checkpoint and resumed
     parallel: int = 2                # runs at a time
     repeats: int = 5                 # timed scorings of each side
 
@@ -83,8 +95,9 @@ NUMBERS = {                          # row of the table: its flags
     "full, forward": "--loss full --divergence forward",
     "full, jsd 0.5": "--loss full --divergence jsd",
 }
-CHARS = {"sampled": "--loss sampled", **{f"{loss} {k}": f"--loss {loss} --k {k}" for loss in ("student_topk", "teacher_topk", "tail")
-                                         for k in (2, 4)}}
+CHARS = {"sampled": "--loss sampled",
+         **{f"{loss} {k}": f"--loss {loss} --k {k}" for loss in ("student_topk", "teacher_topk", "tail")
+            for k in (2, 4)}}
 
 
 def slug(text):
@@ -96,7 +109,8 @@ def slug(text):
 
 
 def finished(folder, last):
-    """Is a run over, checkpoint and all? last: its last step, or None for one that may end sooner (by its guard)."""
+    """Is a run over, checkpoint and all? last: its last step, or None for one that may end sooner
+    (by its guard)."""
     rows, there = metrics(folder), newest(folder)
     if not rows or there is None or there[1] != rows[-1]["step"]:
         return False
@@ -106,7 +120,8 @@ def finished(folder, last):
 def job(script, config, name, last, words):
     """-> (folder, argv, the step it ends with)"""
     folder = Path("runs", config.name, name)
-    argv = [sys.executable, str(ROOT / script), "--name", f"{config.name}/{name}", "--threads", "1", "--device", "cpu", *words.split()]
+    argv = [sys.executable, str(ROOT / script), "--name", f"{config.name}/{name}",
+            "--threads", "1", "--device", "cpu", *words.split()]
     return folder, argv, last
 
 
@@ -114,8 +129,8 @@ def make(jobs, config):
     """All of them to their end, in pieces of --minutes. -> names that failed."""
     failed = []
     while True:
-        left = [(folder, argv + ["--resume"] * (folder / "config.json").exists()) for folder, argv, last in jobs
-                if not finished(folder, last) and folder.name not in failed]
+        left = [(folder, argv + ["--resume"] * (folder / "config.json").exists())
+                for folder, argv, last in jobs if not finished(folder, last) and folder.name not in failed]
         if not left:
             return failed
         for _, argv in left:
@@ -125,19 +140,23 @@ def make(jobs, config):
 
 def models(config, parts):
     """Trains what is missing. -> {name: folder}"""
-    found = {"base": config.base, "teacher": config.teacher, "chars_base": config.chars_base, "chars_teacher": config.chars_teacher}
+    found = {"base": config.base, "teacher": config.teacher, "chars_base": config.chars_base,
+             "chars_teacher": config.chars_teacher}
     wanted = ["base", "teacher"]
     wanted += ["chars_base", "chars_teacher"] if {"losses", "verdicts"} & set(parts) else []
     wanted += ["weak", "stranger"] if "verdicts" in parts else []
-    words = {"base": "", "chars_base": "--tokenizer chars", "weak": "--steps 150", "stranger": "--steps 300 --data arith"}
+    words = {"base": "", "chars_base": "--tokenizer chars", "weak": "--steps 150",
+             "stranger": "--steps 300 --data arith"}
     steps = train_gpt.Config.steps
     last = {"base": steps, "chars_base": steps, "weak": 150, "stranger": 300}
-    rl = (f"--steps {config.rl_steps} --eval-every 10 --eval-n {config.eval_n} --final-n {config.final_n} --save-every 10 --workers 1 "
-          "--task countdown")
-    first = [job("train_gpt.py", config, k, last[k], words[k]) for k in wanted if not found.get(k) and k in words]
+    rl = (f"--steps {config.rl_steps} --eval-every 10 --eval-n {config.eval_n} "
+          f"--final-n {config.final_n} --save-every 10 --workers 1 --task countdown")
+    first = [job("train_gpt.py", config, k, last[k], words[k]) for k in wanted
+             if not found.get(k) and k in words]
     failed = make(first, config)
     found |= {folder.name: str(folder) for folder, _, _ in first}
-    pairs = [(k, b) for k, b in (("teacher", "base"), ("chars_teacher", "chars_base")) if k in wanted and not found[k]]
+    pairs = [(k, b) for k, b in (("teacher", "base"), ("chars_teacher", "chars_base"))
+             if k in wanted and not found[k]]
     second = [job("nanorl.py", config, k, config.rl_steps, f"--init {found[b]} {rl}") for k, b in pairs]
     failed += make(second, config)
     found |= {folder.name: str(folder) for folder, _, _ in second}
@@ -147,20 +166,24 @@ def models(config, parts):
 
 
 def distil(config, name, student, teacher, words, seed=0):
-    flags = (f"--init {student} --task countdown --steps {config.steps} --prompts {config.prompts} --n {config.n} --lr {config.lr} "
-             f"--eval-n {config.eval_n} --final-n {config.final_n} --seed {seed} --workers 1 --eval-every 10 --save-every 10 "
-             f"--repeat-n 2 {words}")
-    return job("opd.py", config, f"{slug(name)}-{seed}", None, flags + (f" --teacher {teacher}" if teacher else ""))
+    flags = (f"--init {student} --task countdown --steps {config.steps} --prompts {config.prompts} "
+             f"--n {config.n} --lr {config.lr} --eval-n {config.eval_n} --final-n {config.final_n} "
+             f"--seed {seed} --workers 1 --eval-every 10 --save-every 10 ")
+    flags += words if "--control" in words else f"--repeat-n 2 {words}"
+    return job("opd.py", config, f"{slug(name)}-{seed}", None,
+               flags + (f" --teacher {teacher}" if teacher else ""))
 
 
 def ends(folder):
     """-> accuracy after the run on the test split, its error, tokens sampled, the metrics."""
     rows = metrics(folder)
-    return SimpleNamespace(after=rows[-1]["test/avg"], se=rows[-1]["test/avg_se"], tokens=rows[-1]["spent"], rows=rows)
+    return SimpleNamespace(after=rows[-1]["test/avg"], se=rows[-1]["test/avg_se"],
+                           tokens=rows[-1]["spent"], rows=rows)
 
 
 def reached(rows, target):
-    """Tokens at which a curve first is at `target`, by straight lines between evaluations; inf: never, nan: no curve."""
+    """Tokens at which a curve first is at `target`, by straight lines between evaluations; inf:
+    never, nan: no curve."""
     if not rows:
         return math.nan
     tokens, accuracy = curve(rows)
@@ -174,13 +197,17 @@ def reached(rows, target):
 
 
 def accuracy(folder, split, n, cache):
-    """A model's accuracy on Countdown, with the problems and the noise of every evaluation; remembered in a file."""
+    """A model's accuracy on Countdown, with the problems and the noise of every evaluation;
+    remembered in a file."""
     known = json.loads(cache.read_text()) if cache.exists() else {}
     key = f"{hf.find(folder)} {split} {n}"
     if key not in known:
-        model, tok, task = GPT.from_hf(hf.find(folder)), data.tokenizer(hf.find(folder)), data.load("countdown")
+        model = GPT.from_hf(hf.find(folder))
+        tok = data.tokenizer(hf.find(folder))
+        task = data.load("countdown")
         rewards = Rewards("countdown", workers=1)
-        result = evaluate(Sampler(model, tok.stop, tok, max_len=256), tok, task, rewards, task.problems(split, n, 0), 4, 48)
+        result = evaluate(Sampler(model, tok.stop, tok, max_len=256), tok,
+                          task, rewards, task.problems(split, n, 0), 4, 48)
         rewards.close()
         known[key] = [result["avg"], result["avg_se"]]
         cache.write_text(json.dumps(known))
@@ -192,17 +219,18 @@ def accuracy(folder, split, n, cache):
 
 
 def cosines(student, teacher, rows, n=128, samples=4):
-    """{row: (cosine with the full reverse KL's gradient, over all weights; norm against its)} on n x samples rollouts of the student."""
+    """{row: (cosine with the full reverse KL's gradient, over all weights; norm against its)} on
+    n x samples rollouts of the student."""
     folder = hf.find(student)
     model, tok = GPT.from_hf(folder), data.tokenizer(folder)
     q = GPT.from_hf(hf.find(teacher)).requires_grad_(False)
     prompts = [prompt_ids(p, tok) for p in data.load("countdown").problems("valid", n, 0)]
     sampler, drawn, gradients = Sampler(model, tok.stop, tok, max_len=256), {}, {}
     for row, words in {"full, reverse": "--loss full", **rows}.items():
-        config, _ = opd.configure(["--teacher", str(teacher), *words.split()])
+        config = opd.configure(["--teacher", str(teacher), *words.split()])
         if config.top_p not in drawn:
             drawn[config.top_p] = sampler.generate(prompts, samples, 48, top_p=config.top_p, seed=SEED)
-            opd.dress(config, drawn[config.top_p])
+            opd.set_advantages(config, drawn[config.top_p])
         loss = opd.make_loss(config, model, q, stop=sorted(tok.stop))
         model.zero_grad()
         for batch in pack.batches(drawn[config.top_p], 4096, model.config):
@@ -220,10 +248,12 @@ def losses(config, found, cache):
     lines, numbers = [], {}
     for kind, rows, student, teacher in [("numbers", NUMBERS, found["base"], found["teacher"]),
                                          ("chars", CHARS, found["chars_base"], found["chars_teacher"])]:
-        jobs = {(row, 0): distil(config, f"{kind} {row}", student, teacher, words) for row, words in rows.items()}
+        jobs = {(row, 0): distil(config, f"{kind} {row}", student, teacher, words)
+                for row, words in rows.items()}
         failed = make(list(jobs.values()), config)
         if kind == "numbers":
-            order = sorted(rows, key=lambda row: -ends(jobs[row, 0][0]).after if jobs[row, 0][0].name not in failed else 0.0)
+            order = sorted(rows, key=lambda row: -ends(jobs[row, 0][0]).after
+                           if jobs[row, 0][0].name not in failed else 0.0)
             more = {(row, seed): distil(config, f"{kind} {row}", student, teacher, rows[row], seed)
                     for row in order[:3] for seed in range(1, config.seeds)}
             failed += make(list(more.values()), config)
@@ -235,42 +265,46 @@ def losses(config, found, cache):
         budget = rl[-1].get("spent", 0) if rl else 0
         rl_needs = reached(rl, target)
         direction, vocabulary = cosines(student, teacher, rows), data.tokenizer(hf.find(student)).vocab_size
-        lines += ["", f"Losses, `{kind}` tokenizer ({vocabulary:,} tokens): student {before[0]:.1%} +-{before[1]:.1%}, teacher "
-                  f"{best[0]:.1%} +-{best[1]:.1%}; RL reached 80% of the gap after {rl_needs:,.0f} of {budget:,} sampled tokens", "",
-                  "| loss | accuracy | gap closed | tokens | RL needs | to 80% of the gap | RL needs | cosine | bytes a token | seeds |",
-                  "|---" * 10 + "|"]
+        lines += ["", f"Losses, `{kind}` tokenizer ({vocabulary:,} tokens): student "
+                  f"{before[0]:.1%} +-{before[1]:.1%}, teacher {best[0]:.1%} +-{best[1]:.1%}; RL "
+                  f"reached 80% of the gap after {rl_needs:,.0f} of {budget:,} sampled tokens", "",
+                  "| loss | accuracy | gap closed | tokens | RL needs | to "
+                  "80% of the gap | RL needs | cosine | bytes a token | seeds |", "|---" * 10 + "|"]
         for row, words in rows.items():
-            runs = [ends(folder) for (name, _), (folder, _, _) in jobs.items() if name == row and folder.name not in failed]
+            runs = [ends(folder) for (name, _), (folder, _, _) in jobs.items()
+                    if name == row and folder.name not in failed]
             if not runs:
                 continue
             after = statistics.fmean(r.after for r in runs)
             se = statistics.stdev(r.after for r in runs) / len(runs) ** 0.5 if len(runs) > 1 else runs[0].se
             needs = [reached(r.rows, target) for r in runs]
             need = statistics.fmean(needs)
-            c, _ = opd.configure(["--teacher", "x", *words.split()])
+            c = opd.configure(["--teacher", "x", *words.split()])
             closed = (after - before[0]) / (best[0] - before[0])
             # RL that never gets there counts as its whole budget
             spent = statistics.fmean(r.tokens for r in runs)
             same = min(reached(rl, statistics.fmean(r.rows[-1]["eval/avg"] for r in runs)), budget) / spent
             fewer = min(rl_needs, budget) / need
-            lines.append(f"| {row} | {after:.1%} +-{se:.1%} | {closed:.0%} | {spent:,.0f} | {same:.1f} x | "
-                         f"{f'{need:,.0f}' if math.isfinite(need) else 'never'} | {fewer:.1f} x | {direction[row]:.3f} | "
-                         f"{opd.bytes_a_token(c, vocabulary):,} | {len(runs)} |")
-            numbers |= {f"{kind} {row} accuracy": after, f"{kind} {row} gap": closed, f"{kind} {row} RL / OPD tokens": same,
-                        f"{kind} {row} RL / OPD tokens to 80%": fewer}
+            lines.append(f"| {row} | {after:.1%} +-{se:.1%} | {closed:.0%} | {spent:,.0f} | {same:.1f} "
+                         f"x | {f'{need:,.0f}' if math.isfinite(need) else 'never'} | {fewer:.1f} x | "
+                         f"{direction[row]:.3f} | {opd.bytes_a_token(c, vocabulary):,} | {len(runs)} |")
+            numbers |= {f"{kind} {row} accuracy": after, f"{kind} {row} gap": closed,
+                        f"{kind} {row} RL / OPD tokens": same, f"{kind} {row} RL / OPD tokens to 80%": fewer}
     return lines, numbers
 
 
 def controls(config, found, cache):
     base, teacher = found["base"], found["teacher"]
     jobs = {"distillation (sampled)": distil(config, "numbers sampled", base, teacher, NUMBERS["sampled"]),
-            "fixed negative, no teacher": distil(config, "fixed negative", base, "", "--control fixed_negative"),
+            "fixed negative, no teacher": distil(config, "fixed negative",
+                                                 base, "", "--control fixed_negative"),
             "fine-tuning on the teacher's texts": distil(config, "sft", base, teacher, "--control sft"),
-            "reverse: RL-trained, taught by its base": distil(config, "reverse", teacher, base, "--loss sampled")}
+            "reverse: RL-trained, taught by its base": distil(config, "reverse",
+                                                              teacher, base, "--loss sampled")}
     failed = make(list(jobs.values()), config)
     before, best = (accuracy(folder, "test", config.final_n, cache) for folder in (base, teacher))
-    lines = ["", f"Controls: base {before[0]:.1%} +-{before[1]:.1%}, teacher {best[0]:.1%} +-{best[1]:.1%}", "",
-             "| run | before | after | tokens |", "|---" * 4 + "|"]
+    lines = ["", f"Controls: base {before[0]:.1%} +-{before[1]:.1%}, teacher {best[0]:.1%} +-{best[1]:.1%}",
+             "", "| run | before | after | tokens |", "|---" * 4 + "|"]
     numbers = {}
     for name, (folder, _, _) in jobs.items():
         if folder.name not in failed:
@@ -282,30 +316,34 @@ def controls(config, found, cache):
     if rl:
         tokens, held = curve(rl)
         same = float(np.interp(own.tokens, tokens, held))
-        lines.append(f"| RL with as many tokens (valid split) | {held[0]:.1%} | {same:.1%} | {own.tokens:,} |")
+        lines.append(f"| RL with as many tokens (valid split) | {held[0]:.1%} "
+                     f"| {same:.1%} | {own.tokens:,} |")
         numbers["RL, same tokens"] = same
     return lines, numbers
 
 
 def habits(config, found, cache):
     """From what the runs of the losses logged: the first and the last quarter of their steps."""
-    lines = ["", "Habits of the runs: mass of both on the shared top 16, and the advantage of tokens that repeat a pair; first and last "
-             "quarter of the steps", "",
-             "| run | overlap | student's mass | teacher's mass | KL | repeated | advantage, repeated | others | ratio | coherence |",
-             "|---" * 10 + "|"]
+    lines = ["", "Habits of the runs: mass of both on the shared top 16, and "
+             "the advantage of tokens that repeat a pair; first and last quarter of the steps", "",
+             "| run | overlap | student's mass | teacher's mass | KL "
+             "| repeated | advantage, repeated | others | ratio | coherence |", "|---" * 10 + "|"]
     numbers = {}
     for name in ("numbers sampled", "numbers tail 16", "numbers full, reverse", "reverse"):
         folder = Path("runs", config.name, f"{slug(name)}-0")
         rows = [row for row in metrics(folder) if "overlap" in row]
         quarter = max(1, len(rows) // 4)
         for when, part in (("first", rows[:quarter]), ("last", rows[-quarter:])) if rows else ():
-            mean = {k: statistics.fmean([row[k] for row in part if row.get(k) is not None] or [math.nan]) for k in
-                    ("overlap", "p_mass", "q_mass", "kl", "repeated", "advantage_repeated", "advantage_others", "coherence")}
+            mean = {k: statistics.fmean([row[k] for row in part if row.get(k) is not None] or [math.nan])
+                    for k in ("overlap", "p_mass", "q_mass", "kl", "repeated",
+                              "advantage_repeated", "advantage_others", "coherence")}
             less = mean["advantage_others"] / mean["advantage_repeated"]
-            lines.append(f"| {name}, {when} | {mean['overlap']:.0%} | {mean['p_mass']:.1%} | {mean['q_mass']:.1%} | {mean['kl']:.3f} | "
-                         f"{mean['repeated']:.1%} | {mean['advantage_repeated']:.3f} | {mean['advantage_others']:.3f} | {less:.1f} | "
-                         f"{mean['coherence']:.2f} |")
-            numbers |= {f"{name} {when} {k}": mean[k] for k in ("p_mass", "q_mass")} | {f"{name} {when} others/repeated": less}
+            lines.append(f"| {name}, {when} | {mean['overlap']:.0%} | "
+                         f"{mean['p_mass']:.1%} | {mean['q_mass']:.1%} | {mean['kl']:.3f} "
+                         f"| {mean['repeated']:.1%} | {mean['advantage_repeated']:.3f} | "
+                         f"{mean['advantage_others']:.3f} | {less:.1f} | {mean['coherence']:.2f} |")
+            numbers |= {f"{name} {when} {k}": mean[k]
+                        for k in ("p_mass", "q_mass")} | {f"{name} {when} others/repeated": less}
     return lines, numbers
 
 
@@ -319,14 +357,17 @@ def verdicts(config, found, cache):
         "stranger (arithmetic only) <- RL run": ("stranger", "teacher", "stranger"),
         "base <- RL run of another tokenizer": ("base", "chars_teacher", None),
     }
-    jobs = {name: distil(config, run, found[a], found[b], "--loss sampled") for name, (a, b, run) in pairs.items() if run}
+    jobs = {name: distil(config, run, found[a], found[b], "--loss sampled")
+            for name, (a, b, run) in pairs.items() if run}
     failed = make(list(jobs.values()), config)
-    lines = ["", "Does opd_check.py know beforehand? Success: half of the gap closed, of at least two points", "",
-             "| student <- teacher | verdict | gain to expect | covered | KL | before | after | success | right |", "|---" * 9 + "|"]
+    lines = ["", "Does opd_check.py know beforehand? Success: half of the gap closed, of at least two points",
+             "", "| student <- teacher | verdict | gain to expect | covered "
+             "| KL | before | after | success | right |", "|---" * 9 + "|"]
     hits = 0
     for name, (a, b, _) in pairs.items():
         told = io.StringIO()
-        words = f"--student {found[a]} --teacher {found[b]} --n {config.check_n} --threads 1 --workers 1 --device cpu"
+        words = (f"--student {found[a]} --teacher {found[b]} --n {config.check_n} "
+                 "--threads 1 --workers 1 --device cpu")
         with contextlib.redirect_stdout(told):
             m = opd_check.main(words.split())
         Path("runs", config.name, f"check-{slug(name)}.txt").write_text(told.getvalue())
@@ -339,9 +380,11 @@ def verdicts(config, found, cache):
         else:
             success, shown = False, "- | refused"
         hits += success == expected
-        lines.append(f"| {name} | {m['verdict']} | {m.get('gain', math.nan):+.1%} | {m.get('covered', math.nan):.1%} | "
-                     f"{m.get('kl', math.nan):.2f} | {shown} | {'yes' if success else 'no'} | {'yes' if success == expected else 'no'} |")
-    lines += ["", f"{hits} of {len(pairs)} verdicts were right (go or shorten: it works; SFT first or do not: it does not)"]
+        lines.append(f"| {name} | {m['verdict']} | {m.get('gain', math.nan):+.1%} "
+                     f"| {m.get('covered', math.nan):.1%} | {m.get('kl', math.nan):.2f} | {shown} "
+                     f"| {'yes' if success else 'no'} | {'yes' if success == expected else 'no'} |")
+    lines += ["", f"{hits} of {len(pairs)} verdicts were right (go or "
+              "shorten: it works; SFT first or do not: it does not)"]
     return lines, {"verdicts right": hits, "pairs": len(pairs)}
 
 
@@ -355,7 +398,7 @@ def scoring(config, found, cache):
     for style, max_new, n in (("steps", 48, 64), ("search", 320, 32)):
         prompts = [prompt_ids(p, tok) for p in data.load(f"countdown:{style}").problems("valid", n, 0)]
         groups = Sampler(model, tok.stop, tok, max_len=512).generate(prompts, 4, max_new, seed=SEED)
-        opd.dress(opd.Config(), groups)
+        opd.set_advantages(opd.Config(), groups)
         flat = [s for g in groups for s in g]
 
         def ours(groups=groups):
@@ -371,7 +414,8 @@ def scoring(config, found, cache):
             lines.append("transformers is not installed: ours alone")
             sides = {"ours": ours}
         else:
-            theirs_model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            theirs_model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32).eval()
 
             def theirs(flat, theirs_model=theirs_model, size=64):
                 out = {}
@@ -381,7 +425,8 @@ def scoring(config, found, cache):
                         longest = max(map(len, rows))
                         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
                         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-                        logp = theirs_model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
+                        logp = theirs_model(input_ids=ids,
+                                            attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
                         logp = logp.gather(2, ids[:, 1:, None]).squeeze(2)
                         for s, row in zip(flat[a:a + size], logp):
                             out[address(s)] = row[len(s.prompt) - 1:len(s.prompt) - 1 + len(s.tokens)]
@@ -395,16 +440,19 @@ def scoring(config, found, cache):
             sides = {"transformers, as they come": lambda f=theirs, x=flat: f(x), "ours, packed": ours,
                      "transformers, by length": lambda f=theirs, x=by_length: f(x)}
         tokens = sum(len(s.prompt) + len(s.tokens) for s in flat)
-        padded = sum(max(len(s.prompt) + len(s.tokens) for s in flat[a:a + 64]) * len(flat[a:a + 64]) for a in range(0, len(flat), 64))
-        print(f"scoring {len(flat)} texts of countdown:{style}, {tokens:,} tokens, {padded:,} with padding in batches of 64")
+        padded = sum(max(len(s.prompt) + len(s.tokens) for s in flat[a:a + 64]) * len(flat[a:a + 64])
+                     for a in range(0, len(flat), 64))
+        print(f"scoring {len(flat)} texts of countdown:{style}, {tokens:,} "
+              f"tokens, {padded:,} with padding in batches of 64")
         seconds = alternate(sides, config.repeats)
         for name, values in seconds.items():
             show(name, values)
-            lines.append(f"- {style}, {tokens:,} tokens ({padded:,} padded), {name}: {statistics.median(values):.3f} s "
-                         f"({min(values):.3f} .. {max(values):.3f})")
+            lines.append(f"- {style}, {tokens:,} tokens ({padded:,} padded), {name}: "
+                         f"{statistics.median(values):.3f} s ({min(values):.3f} .. {max(values):.3f})")
         for name in sorted(seconds.keys() - {"ours, packed", "ours"}):
             faster = numbers[f"{style}, against {name}"] = ratio(seconds[name], seconds["ours, packed"])
-            lines.append(f"- {style}: {faster:.2f} times as fast as {name}; largest difference of a log-prob {worst:.1e}")
+            lines.append(f"- {style}: {faster:.2f} times as fast as {name}; "
+                         f"largest difference of a log-prob {worst:.1e}")
     return lines, numbers
 
 

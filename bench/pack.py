@@ -1,13 +1,18 @@
 """
-python -m bench pack: rows, rank balance, packed and shared training steps, each against its peer, one CPU thread.
+python -m bench pack: rows, rank balance, packed and shared training steps, each against its peer,
+one CPU thread.
 
-(a) bins            against trl.pack_dataset(strategy="bfd"), 20,000 lengths, lognormal(6.5, 0.9) capped at 8,192, rows of 8,192
-(b) ranks           the heaviest of 8 against max(mean load, largest sample), which no dealing can beat; 50 draws
-(c) padding         forward + backward of 64 sequences, ours against transformers with padded micro-batches of 8
-(d) shared prompts  a prompt of 1,024 and 8 responses of 256, stored once against repeated; and where it begins to pay
+(a) bins            against trl.pack_dataset(strategy="bfd"), 20,000 lengths, lognormal(6.5, 0.9)
+                    capped at 8,192, rows of 8,192
+(b) ranks           the heaviest of 8 against max(mean load, largest sample), which no dealing can
+                    beat; 50 draws
+(c) padding         forward + backward of 64 sequences, ours against transformers with padded
+                    micro-batches of 8
+(d) shared prompts  a prompt of 1,024 and 8 responses of 256, stored once against repeated; and where
+                    it begins to pay
 
-Times are CPU seconds of this process (other users of the machine do not count), sides alternate, medians with the spread.
-What both sides compute is compared before it is timed.
+Times are CPU seconds of this process (other users of the machine do not count), sides alternate,
+medians with the spread. What both sides compute is compared before it is timed.
 """
 import multiprocessing
 import random
@@ -23,7 +28,7 @@ import torch.nn.functional as F
 
 import pack
 from bench import alternate, finish, peer, ratio, show
-from common.run import die, flags
+from common.flags import die, flags
 from kernels import linear_logprob, packed_attention
 from train_gpt import GPT, GPTConfig
 
@@ -35,8 +40,8 @@ class Config:
     seed: int = 0                    # of lengths, tokens and weights
 
 
-SHAPE = GPTConfig(vocab_size=4096, n_layer=4, n_head=4, n_kv_head=4, head_dim=64, d_model=256, d_ff=688, max_len=2048, rope_theta=1e4,
-                  tie_embeddings=True)
+SHAPE = GPTConfig(vocab_size=4096, n_layer=4, n_head=4, n_kv_head=4, head_dim=64,
+                  d_model=256, d_ff=688, max_len=2048, rope_theta=1e4, tie_embeddings=True)
 
 
 def lengths_of(rng, n, mean, sigma, cap):
@@ -44,7 +49,8 @@ def lengths_of(rng, n, mean, sigma, cap):
 
 
 def network(seed):
-    """Seeded, and no matrix zero: what writes into the residual stream begins at zero, and would hide a mistake behind it."""
+    """Seeded, and no matrix zero: what writes into the residual stream begins at zero, and would
+    hide a mistake behind it."""
     model = GPT(SHAPE).init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -58,7 +64,10 @@ def network(seed):
 
 def bins(config):
     lengths = lengths_of(random.Random(config.seed), 20_000, 6.5, 0.9, 8192)
-    fill = lambda rows: sum(lengths) / (8192 * len(rows))
+
+    def fill(rows):
+        return sum(lengths) / (8192 * len(rows))
+
     rows = pack.pack(lengths, 8192)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     sides, fills = {"ours": lambda: pack.pack(lengths, 8192)}, {"ours": fill(rows)}
@@ -93,7 +102,8 @@ def ranks(config):
             over.append(max(sum(costs[i] for i in s) for s in pack.balance(costs, 8)) / floor)
             arrival.append(max(sum(costs[r::8]) for r in range(8)) / floor)
         result |= {f"ranks_{n}_median": statistics.median(over), f"ranks_{n}_worst": max(over)}
-        print(f"  {n:>4} samples: {statistics.median(over):.4f}, worst {max(over):.4f}   (as they come: {statistics.median(arrival):.3f})")
+        print(f"  {n:>4} samples: {statistics.median(over):.4f}, worst "
+              f"{max(over):.4f}   (as they come: {statistics.median(arrival):.3f})")
     return result
 
 
@@ -103,7 +113,8 @@ def ranks(config):
 
 def made(rng, prompt, n, index=0):
     tokens = [rng.randrange(SHAPE.vocab_size) for _ in range(n)]
-    return SimpleNamespace(prompt=prompt, tokens=tokens, logprobs=[0.0] * n, kept=None, advantage=1.0, reward=0.0, problem=0, index=index)
+    return SimpleNamespace(prompt=prompt, tokens=tokens, logprobs=[0.0] * n,
+                           kept=None, advantage=1.0, reward=0.0, problem=0, index=index)
 
 
 def ours(model, micro):
@@ -111,7 +122,8 @@ def ours(model, micro):
     model.zero_grad()
     total = 0.0
     for batch in micro:
-        hidden = model(batch.tokens_T, batch.positions_T, packed_attention(batch.cu_seqlens, batch.max_len, batch.parent))
+        hidden = model(batch.tokens_T, batch.positions_T,
+                       packed_attention(batch.cu_seqlens, batch.max_len, batch.parent))
         logp_N, _ = linear_logprob(hidden[batch.at_N], model.head_weight, batch.targets_N)
         loss = (logp_N * batch.advantage_N).sum()
         loss.backward()
@@ -151,19 +163,23 @@ def padding(config):
             theirs = qwen3.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
         for name, order in (("padded", texts), ("sorted", by_length)):
             waste = 1 - tokens / sum(8 * max(map(len, order[i : i + 8])) for i in range(0, 64, 8))
-            sides[f"transformers, 8 at a time, {name}, {waste:.0%} padding"] = lambda order=order: padded(theirs, order)
+            side = f"transformers, 8 at a time, {name}, {waste:.0%} padding"
+            sides[side] = lambda order=order: padded(theirs, order)
         sums = [run() for run in sides.values()]
         assert max(sums) - min(sums) <= 1e-5 * abs(sums[0]), f"the sides disagree: {sums}"
-        pairs = ((model.embed, theirs.model.embed_tokens), (model.blocks[0].down, theirs.model.layers[0].mlp.down_proj))
+        pairs = ((model.embed, theirs.model.embed_tokens),
+                 (model.blocks[0].down, theirs.model.layers[0].mlp.down_proj))
         for a, b in ((x.weight, y.weight) for x, y in pairs):
-            assert (a.grad - b.grad).abs().max() <= 1e-4 * b.grad.abs().max(), "the two models' gradients disagree"
+            assert (a.grad - b.grad).abs().max() <= 1e-4 * b.grad.abs().max(), (
+                "the two models' gradients disagree")
     else:
         print("  transformers is not installed, so ours alone: pip install transformers")
     seconds = alternate(sides, config.repeats)
     for name, s in seconds.items():
         show(name, s, tokens, "tok/s")
     mine, *others = seconds.values()
-    result = {"tok_s": tokens / statistics.median(mine), **{f"times_{n}": ratio(s, mine) for n, s in zip(("padded", "sorted"), others)}}
+    result = {"tok_s": tokens / statistics.median(mine),
+              **{f"times_{n}": ratio(s, mine) for n, s in zip(("padded", "sorted"), others)}}
     if others:
         print(f"  {result['times_padded']:.2f}x padded, {result['times_sorted']:.2f}x padded and sorted")
     return result
@@ -176,10 +192,12 @@ def few(seed, prompt, responses, n):
 
 
 def high_water():
-    """The most memory this process ever held, in MB. ru_maxrss would do, but Linux hands the parent's down to a child."""
+    """The most memory this process ever held, in MB. ru_maxrss would do, but Linux hands the
+    parent's down to a child."""
     status = Path("/proc/self/status")
     if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+        return next(int(line.split()[1]) for line in status.read_text().splitlines()
+                    if line.startswith("VmHWM")) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20     # macOS: bytes
 
 
@@ -187,7 +205,7 @@ def peak(share, seed, pipe):
     """In a process of its own: how far one forward + backward raises the peak."""
     torch.set_num_threads(1)
     model = network(seed)
-    ours(model, pack.batches(few(seed, 8, 2, 8), 1 << 14, SHAPE))          # what the first call allocates for ever
+    ours(model, pack.batches(few(seed, 8, 2, 8), 1 << 14, SHAPE))  # what the first call allocates for ever
     micro, before = pack.batches(few(seed, 1024, 8, 256), 1 << 14, SHAPE, share=share), high_water()
     ours(model, micro)
     pipe.send(high_water() - before)
@@ -199,7 +217,7 @@ def sharing(config):
         end, pipe = context.Pipe()
         worker = context.Process(target=peak, args=(share, config.seed, pipe))
         worker.start()
-        pipe.close()                                             # so that a child that dies is an EOFError here, not a wait
+        pipe.close()                  # so that a child that dies is an EOFError here, not a wait
         memory[share] = end.recv()
         worker.join()
 
@@ -209,18 +227,21 @@ def sharing(config):
         sums = [ours(model, micro[share]) for share in (True, False)]
         assert abs(sums[0] - sums[1]) <= 1e-5 * abs(sums[0]), f"shared and repeated disagree: {sums}"
         chosen = len(pack.batches(group, 1 << 14, SHAPE)[0].parent) > 8
-        return alternate({share: lambda share=share: ours(model, micro[share]) for share in (True, False)}, config.repeats), chosen
+        return alternate({share: lambda share=share: ours(model, micro[share]) for share in (True, False)},
+                         config.repeats), chosen
 
     print("(d) forward + backward, a prompt of 1,024 and 8 responses of 256 (bar: 0.4x the time)")
     seconds, _ = timed(1024, 256)
     for share, name in ((True, "shared"), (False, "repeated")):
         show(f"{name}, peak memory {memory[share]:.0f} MB", seconds[share])
-    result = {"shared_time": ratio(seconds[True], seconds[False]), "shared_memory": memory[True] / memory[False]}
+    result = {"shared_time": ratio(seconds[True], seconds[False]),
+              "shared_memory": memory[True] / memory[False]}
     print(f"  {result['shared_time']:.3f}x the time, {result['shared_memory']:.2f}x the memory")
     print("  where it pays: time of shared / repeated, and what plan() takes")
     for prompt, n in ((4, 256), (8, 64), (64, 256), (256, 64)):
         seconds, chosen = timed(prompt, n)
-        print(f"    prompt {prompt:>4}, 8 x {n:<4} {ratio(seconds[True], seconds[False]):.3f}   {'shared' if chosen else 'repeated'}")
+        print(f"    prompt {prompt:>4}, 8 x {n:<4} {ratio(seconds[True], seconds[False]):.3f}   "
+              f"{'shared' if chosen else 'repeated'}")
     return result
 
 

@@ -1,33 +1,38 @@
 """
 python -m bench rollout: the sampler against transformers on the same weights, one CPU thread.
 
-(a) skewed lengths    256 requests, lognormal(4.2, 0.9) capped at 512, 32 at a time, against generate() (batches of 32 in the order
-                      they come, padded, each as long as its longest; every other batch, for it takes longer than all else here:
-                      sides are compared by the time of a token) and against generate_batch(), tuned for a CPU; and ours with
-                      128 slots, since a peer's best should meet our best. All know the limits; ours begins with the longest
+(a) skewed lengths    256 requests, lognormal(4.2, 0.9) capped at 512, 32 at a time, against
+                      generate() (batches of 32 in the order they come, padded, each as long as its
+                      longest; every other batch, for it takes longer than all else here: sides are
+                      compared by the time per token) and against generate_batch(), tuned for a CPU;
+                      and ours with 128 slots, since a peer's best should meet our best. All know the
+                      limits; ours begins with the longest
 (b) uniform lengths   batches of 1, 8 and 32, against generate(); and what exact=True costs beside exact=False
-(c) one sequence      a 15M model, beside llama2.c's published shape: tokens a second as a share of the memory's bandwidth
+(c) one sequence      a 15M model, beside llama2.c's published shape: tokens per second as a share of
+                      the memory's bandwidth
 (d) one prompt        n = 16 samples of 512 tokens: what the prompt costs, against one sample
-(e) two ranks         256 skewed requests, 32 slots a rank, from a shared counter and dealt in turn: steps in which one rank has no row
-(f) on a GPU          a decode step of Qwen3's shapes, random weights: what it must read over the measured copy rate, as a share of its
-                      time, the host's part included; beside it the same step without CUDA graphs
+(e) two ranks         256 skewed requests, 32 slots per rank, from a shared counter and dealt in turn:
+                      steps in which one rank has no row
+(f) on a GPU          a decode step of Qwen3's shapes, random weights: what it must read over the
+                      measured copy rate, as a share of its time, the host's part included; beside it
+                      the same step without CUDA graphs
 
-Greedy, so that tokens can be compared before anything is timed. Times are CPU seconds of this process, sides alternate. The bars
-are of the medians.
+Greedy, so that tokens can be compared before anything is timed. Times are CPU seconds of this
+process, sides alternate. The bars are of the medians.
 """
 import random
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 
 from bench import alternate, finish, peer, ratio, show
-from common.run import flags
+from common.flags import flags
+from common.deal import Feed, SharedPrompts
 from kernels import backend
-from rollout import Deal, Sampler
+from rollout import Sampler
 from train_gpt import GPT, GPTConfig
 
 
@@ -42,9 +47,12 @@ class Config:
 
 LLAMA = dict(max_len=1024, rope_theta=1e4, tie_embeddings=True, norm_eps=1e-6)
 SHAPES = {
-    "4M": GPTConfig(vocab_size=4096, n_layer=4, n_head=4, n_kv_head=2, head_dim=64, d_model=256, d_ff=768, **LLAMA),
-    "28M": GPTConfig(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=4, head_dim=64, d_model=512, d_ff=1408, **LLAMA),
-    "15M": GPTConfig(vocab_size=32000, n_layer=6, n_head=6, n_kv_head=6, head_dim=48, d_model=288, d_ff=768, **LLAMA),
+    "4M": GPTConfig(vocab_size=4096, n_layer=4, n_head=4, n_kv_head=2,
+                    head_dim=64, d_model=256, d_ff=768, **LLAMA),
+    "28M": GPTConfig(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=4,
+                     head_dim=64, d_model=512, d_ff=1408, **LLAMA),
+    "15M": GPTConfig(vocab_size=32000, n_layer=6, n_head=6, n_kv_head=6,
+                     head_dim=48, d_model=288, d_ff=768, **LLAMA),
 }
 PROMPT = 32                          # tokens
 
@@ -69,13 +77,16 @@ def theirs(model):
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         model.save_hf(folder)
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                                 attn_implementation="sdpa").eval()
 
 
 def generate(hf, prompts, limits):
     """transformers.generate: all prompts have one length; a batch runs to its longest, the rest is cut."""
-    out = hf.generate(torch.tensor(prompts), attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.long),
-                      max_new_tokens=max(limits), min_new_tokens=max(limits), do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = hf.generate(torch.tensor(prompts),
+                      attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.long),
+                      max_new_tokens=max(limits), min_new_tokens=max(limits),
+                      do_sample=False, eos_token_id=None, pad_token_id=0)
     return [row[len(prompts[0]) :][:n] for row, n in zip(out.tolist(), limits)]
 
 
@@ -84,7 +95,8 @@ def ours(sampler, prompts, limits):
 
 
 def agreement(a, b):
-    """Equal counts are required; greedy tokens part for good where two logits tie within rounding, so their share is shown."""
+    """Equal counts are required; greedy tokens part for good where two logits tie within
+    rounding, so their share is shown."""
     assert [len(x) for x in a] == [len(x) for x in b], "the two sides made different numbers of tokens"
     same = sum(next((i for i, (s, t) in enumerate(zip(x, y)) if s != t), len(x)) for x, y in zip(a, b))
     return same / sum(len(x) for x in a)
@@ -109,11 +121,13 @@ def skew(config, name, model, hf):
     total, half = sum(limits), [i for i in range(n) if i // 32 % 2 == 0]
     print(f"(a) {name}: {n} requests, {total:,} tokens, mean {total / n:.0f}, longest {max(limits)}")
     small, wide = Sampler(model, stop=(), slots=32), Sampler(model, stop=(), slots=128)
-    sides = {"ours": (lambda P, L: ours(small, P, L), range(n)), "ours, 128 slots": (lambda P, L: ours(wide, P, L), range(n))}
+    sides = {"ours": (lambda P, L: ours(small, P, L), range(n)),
+             "ours, 128 slots": (lambda P, L: ours(wide, P, L), range(n))}
     if hf:
-        sides["generate"] = lambda P, L: [t for i in range(0, len(P), 32) for t in generate(hf, P[i : i + 32], L[i : i + 32])], half
+        sides["generate"] = lambda P, L: [t for i in range(0, len(P), 32)
+                                          for t in generate(hf, P[i : i + 32], L[i : i + 32])], half
         sides["generate_batch"] = lambda P, L: generate_batch(hf, P, L), range(n)
-    made, seconds = {}, {side: [] for side in sides}             # seconds a token
+    made, seconds = {}, {side: [] for side in sides}             # seconds per token
     for turn in range(1 + min(config.repeats, 2 if name == "4M" else 1)):
         for side, (run, which) in sides.items():
             some = list(which) if turn else list(which)[:8]      # a few requests to warm up
@@ -128,7 +142,8 @@ def skew(config, name, model, hf):
         return result
     result["agree"] = agreement([made["ours"][i] for i in half], [made["generate"][i] for i in half])
     result["vs_generate"] = ratio(seconds["generate"], seconds["ours"])
-    print(f"  {result['agree']:.1%} of greedy tokens equal; {result['vs_generate']:.2f}x generate (bar: {4 if name == '4M' else 3.5}x)")
+    print(f"  {result['agree']:.1%} of greedy tokens equal; {result['vs_generate']:.2f}x "
+          f"generate (bar: {4 if name == '4M' else 3.5}x)")
     agreement(list(made["ours"].values()), list(made["generate_batch"].values()))
     result["vs_generate_batch"] = ratio(seconds["generate_batch"], seconds["ours"])
     best = ratio(seconds["generate_batch"], seconds["ours, 128 slots"])
@@ -137,12 +152,15 @@ def skew(config, name, model, hf):
 
 
 def generate_batch(hf, prompts, limits):
-    """transformers' continuous batching with small pages and buffers, no second stream and no sharing of prompts that differ: its
-    defaults are sized for a GPU and many times slower here. 16 requests at a time: 32 are 8% slower, all 256 half as fast."""
+    """transformers' continuous batching with small pages and buffers, no second stream and no
+    sharing of prompts that differ: its defaults are sized for a GPU and many times slower here.
+    16 requests at a time: 32 are 8% slower, all 256 half as fast."""
     transformers = peer("transformers")
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
-    settings = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=512, use_cuda_graph=False)
-    cb = ContinuousBatchingConfig(page_size=32, num_blocks=32 * 20, max_batch_tokens=512, max_requests_per_batch=16,
+    settings = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0,
+                                             max_new_tokens=512, use_cuda_graph=False)
+    cb = ContinuousBatchingConfig(page_size=32, num_blocks=32 * 20,
+                                  max_batch_tokens=512, max_requests_per_batch=16,
                                   use_async_batching=False, allow_block_sharing=False)
     manager = hf.init_continuous_batching(generation_config=settings, continuous_batching_config=cb)
     manager.start()
@@ -180,7 +198,8 @@ def uniform(config, name, model, hf):
             show(f"batch {B}, {side}", s, per=B * steps, unit="tok/s")
         row = {"exact_costs": ratio(seconds["ours, exact"], seconds["ours"])}
         if hf:
-            row |= {"agree": agreement(made["ours"], made["hf"]), "vs_generate": ratio(seconds["generate"], seconds["ours"])}
+            row |= {"agree": agreement(made["ours"], made["hf"]),
+                    "vs_generate": ratio(seconds["generate"], seconds["ours"])}
             print(f"  {row['vs_generate']:.2f}x generate (bar: {bar}x); {row['agree']:.0%} of tokens equal; "
                   f"exact costs {row['exact_costs']:.2f}x")
         result[B] = row
@@ -192,7 +211,7 @@ def uniform(config, name, model, hf):
 
 
 def bandwidth():
-    """Bytes a second that one core reads, from a tensor no cache holds."""
+    """Bytes per second that one core reads, from a tensor no cache holds."""
     x = torch.ones(64 << 20)
     x.sum()
     best = []
@@ -212,7 +231,8 @@ def alone(config):
     rate, read = 64 / statistics.median(seconds), bandwidth()
     print("(c) 15M (llama2.c's stories15M shape), batch 1")
     show("ours", seconds, per=64, unit="tok/s")
-    print(f"  {rate * size / 1e9:.1f} GB/s of weights, {rate * size / read:.0%} of the {read / 1e9:.1f} GB/s that a sum over memory reads: "
+    print(f"  {rate * size / 1e9:.1f} GB/s of weights, {rate * size / read:.0%} "
+          f"of the {read / 1e9:.1f} GB/s that a sum over memory reads: "
           "what bounds it is reading the weights, then launching ~30 operations a layer")
     return {"tokens_per_second": rate, "share_of_bandwidth": rate * size / read}
 
@@ -221,7 +241,8 @@ def shared(config):
     model = build("28M", config.seed)
     prompt = prompts_of(random.Random(config.seed), 1, 8192, 512)
     one, many = (Sampler(model, stop=(), slots=16, exact=False) for _ in range(2))
-    sides = {"one sample": lambda: one.generate(prompt, 1, 1), "16 samples": lambda: many.generate(prompt, 16, 1)}
+    sides = {"one sample": lambda: one.generate(prompt, 1, 1),
+             "16 samples": lambda: many.generate(prompt, 16, 1)}
     seconds = alternate(sides, 2 * config.repeats)
     print("(d) 28M: a prompt of 512 tokens and the first token of its samples")
     for side, s in seconds.items():
@@ -236,9 +257,10 @@ def shared(config):
 
 
 def ranks(config, rounds=20):
-    """Two samplers in turn, a step each, over one store: what two processes do, without the noise of their clocks. A tiny model
-    with forced lengths, for what is counted is steps."""
-    shape = GPTConfig(vocab_size=64, n_layer=1, n_head=1, n_kv_head=1, head_dim=16, d_model=16, d_ff=32, **LLAMA)
+    """Two samplers in turn, a step each, over one store: what two processes do, without the noise
+    of their clocks. A tiny model with forced lengths, for what is counted is steps."""
+    shape = GPTConfig(vocab_size=64, n_layer=1, n_head=1, n_kv_head=1,
+                      head_dim=16, d_model=16, d_ff=32, **LLAMA)
     model = GPT(shape).init_weights(0).requires_grad_(False)
     slots, shares = 32, {"counter": [], "in turn": []}
     for r in range(rounds):
@@ -246,31 +268,28 @@ def ranks(config, rounds=20):
         limits = skewed(rng, 256)
         for how, found in shares.items():
             store, idle, steps = torch.distributed.HashStore(), 0, 0
-            pair = [SimpleNamespace(sampler=Sampler(model, stop=(), slots=slots, exact=False), groups={}, more=True, left=True,
-                                    deal=Deal(range(256), store, how) if how == "counter" else Deal(range(256), rank=rank, world=2))
-                    for rank in range(2)]
-            while any(p.left for p in pair):
-                for p in pair:
-                    s = p.sampler
-
-                    def submit(i, n, resume=(), s=s):
-                        s.submit(i, [1], n, limits[i], resume=resume)  # noqa: B023
-                    while p.more and len(s.waiting) < slots - len(s.rows):
-                        i = next(p.deal, None)
-                        p.more = i is not None
-                        if p.more:
-                            p.groups[i] = []
-                            submit(i, 1)
-                    p.left = p.more or s.even(p.deal, p.groups, 1, submit)
-                live = [p.sampler.live > 0 for p in pair]
+            pair = []
+            for rank in range(2):
+                sampler = Sampler(model, stop=(), slots=slots, exact=False)
+                feed = Feed(sampler, dict.fromkeys(range(256), [1]), 1, dict(enumerate(limits)))
+                feed.shared = SharedPrompts(range(256), rank=rank, world=2)
+                if how == "counter":
+                    feed.shared = SharedPrompts(range(256), store, how)
+                pair.append(feed)
+            while any(feed.left for feed in pair):
+                for feed in pair:
+                    while feed.more and len(feed.sampler.waiting) < slots - len(feed.sampler.running):
+                        feed.admit()
+                    feed.rebalance()
+                live = [feed.sampler.live > 0 for feed in pair]
                 steps, idle = steps + any(live), idle + (any(live) and not all(live))
-                for p in pair:
-                    for sample in p.sampler.step():
-                        del p.groups[sample.problem]
-                        p.deal.end()
+                for feed in pair:
+                    for sample in feed.step():
+                        feed.finish(sample.problem)
             found.append(idle / steps)
     result = {how.replace(" ", "_"): statistics.median(found) for how, found in shares.items()}
-    print(f"(e) two ranks, {slots} slots each, {rounds} rounds, lengths unknown: steps in which one rank has no row, in the median\n"
+    print(f"(e) two ranks, {slots} slots each, {rounds} rounds, lengths "
+          "unknown: steps in which one rank has no row, in the median\n"
           f"  shared counter {result['counter']:.1%} (bar: 10%), dealt in turn {result['in_turn']:.1%}")
     return result
 
@@ -281,13 +300,15 @@ def ranks(config, rounds=20):
 
 QWEN = dict(vocab_size=151936, n_kv_head=8, head_dim=128, max_len=4096, rope_theta=1e6)
 LARGE = {                            # and the least share of the roofline at each batch size
-    "0.6B": (GPTConfig(n_layer=28, n_head=16, d_model=1024, d_ff=3072, tie_embeddings=True, **QWEN), {1: None, 64: 0.45, 256: 0.7}),
-    "8B": (GPTConfig(n_layer=36, n_head=32, d_model=4096, d_ff=12288, **QWEN), {1: None, 64: 0.7, 256: 0.7}),
+    "0.6B": (GPTConfig(n_layer=28, n_head=16, d_model=1024, d_ff=3072, tie_embeddings=True, **QWEN),
+             {1: None, 64: 0.45, 256: 0.7}),
+    "8B": (GPTConfig(n_layer=36, n_head=32, d_model=4096, d_ff=12288, **QWEN),
+           {1: None, 64: 0.7, 256: 0.7}),
 }
 
 
 def copy_rate():
-    """Bytes a second, read and written, of a copy that no cache holds."""
+    """Bytes per second, read and written, of a copy that no cache holds."""
     source = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda")
     target, seconds = torch.empty_like(source), []
     for _ in range(10):
@@ -312,21 +333,22 @@ def roofline(config, context=1024, steps=64):
         model = model.to_empty(device="cuda").requires_grad_(False)
         for p in model.parameters():
             p.normal_(std=0.02) if p.ndim == 2 else p.fill_(1.0)
-        read = sum(p.nbytes for n, p in model.named_parameters() if shape.tie_embeddings or not n.startswith("embed"))
+        read = sum(p.nbytes for n, p in model.named_parameters()
+                   if shape.tie_embeddings or not n.startswith("embed"))
         a_key = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * 2
         for B, bar in bars.items():
             new = (2 * config.repeats + 2) * steps
             sampler = Sampler(model, stop=(), slots=B, max_len=context + new + 8)
             for i, prompt in enumerate(prompts_of(random.Random(i), 1, 1000, context)[0] for i in range(B)):
                 sampler.submit(i, prompt, 1, new)
-            while len(sampler.rows) < B:
+            while len(sampler.running) < B:
                 sampler.step()
             seconds, share = {"graphs": [], "no graphs": []}, []
             for turn in range(2 * config.repeats + 1):
                 how = ("graphs", "no graphs")[turn % 2]
                 sampler.replayed = how == "graphs"
                 torch.cuda.synchronize()
-                keys, start = sum(row.keys for row in sampler.rows.values()), time.perf_counter()
+                keys, start = sum(s.cached for s in sampler.running.values()), time.perf_counter()
                 for _ in range(steps):
                     sampler.step()
                 torch.cuda.synchronize()
@@ -337,7 +359,8 @@ def roofline(config, context=1024, steps=64):
             for how, s in seconds.items():
                 show(f"{name}, batch {B}, {context}+ keys a row, {how}", s, per=B, unit="tok/s")
             result[f"{name}_{B}"] = statistics.median(share)
-            print(f"  {result[f'{name}_{B}']:.0%} of the roofline" + (f" (bar: {bar:.0%})" if bar else ""), flush=True)
+            print(f"  {result[f'{name}_{B}']:.0%} of the roofline" + (f" (bar: {bar:.0%})" if bar else ""),
+                  flush=True)
             del sampler
             torch.cuda.empty_cache()
         del model

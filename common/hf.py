@@ -1,16 +1,18 @@
 """
-common/hf.py: Hugging Face folders in and out. config.json, tensor names, safetensors; it knows names and shapes, no model.
+Hugging Face folders in and out: config.json, tensor names, safetensors. Names and shapes, no model.
 
-A folder is config.json + model.safetensors (or shards with an index) + tokenizer files. Our parameters merge what the
-folder keeps apart (q, k, v in one matrix; gate and up in one), so a parameter is the rows of several HF tensors one after
-another: `names()` is that table and reading is a copy of each tensor into its slice of rows, straight into place. Shards are
-mapped, not read: memory peaks at the weights themselves.
+A folder is config.json + model.safetensors (or shards with an index) + tokenizer files. Our
+parameters merge what the folder keeps apart (q, k, v in one matrix; gate and up in one), so a
+parameter is the rows of several HF tensors one after another: `names()` is that table and reading
+is a copy of each tensor into its slice of rows, straight into place. Shards are mapped, not read:
+memory peaks at the weights themselves.
 
-Three dense families are one table apart: Qwen2 and 2.5 (biases on q, k, v), Qwen3 (norms on q and k), Llama 3 (neither). A folder
-of another shape is refused by the name of what is different, and so is a tensor that nothing here would read: a model that loads
-and is silently another one costs a week.
+Three dense families are one table apart: Qwen2 and 2.5 (biases on q, k, v), Qwen3 (norms on q and
+k), Llama 3 (neither). A folder of another shape is refused, naming what is different, and so is a
+tensor that nothing here would read: a model that loads and is silently another one costs a week.
 
-Deleted: no hub client, no auto classes, no device maps, no quantised weights. A folder on disk or an error that says what to run.
+Left out of the usual recipe: hub clients, auto classes, device maps, quantised weights. There is a
+folder on disk, or an error that says what to run.
 """
 
 import json
@@ -29,7 +31,7 @@ from common.run import newest
 
 
 def find(path):
-    """A Hugging Face folder, or a run folder (its last complete checkpoint) -> the folder with config.json and tensors."""
+    """A Hugging Face folder, or a run (its last complete checkpoint) -> the folder of the tensors."""
     path = Path(path)
     if any(path.glob("*.safetensors")):
         return path
@@ -39,7 +41,8 @@ def find(path):
     if path.is_dir():
         raise FileNotFoundError(f"{path} holds no model: no .safetensors file and no complete checkpoint")
     if str(path).count("/") == 1 and not str(path).startswith((".", "/", "runs/")):
-        raise FileNotFoundError(f"no folder {path}; for the hub's model of that name: hf download {path} --local-dir {path.name}")
+        raise FileNotFoundError(f"no folder {path}; for the hub's model of that name: "
+                                f"hf download {path} --local-dir {path.name}")
     raise FileNotFoundError(f"no folder {path}: give a Hugging Face folder or a run folder")
 
 
@@ -47,9 +50,9 @@ def find(path):
 # config.json <-> the keyword arguments of a GPTConfig
 
 FAMILIES = {  # architecture: (qkv_bias, qk_norm)
-    "Qwen2ForCausalLM": (True, False),           # Qwen2, Qwen2.5, and what was distilled into them
+    "Qwen2ForCausalLM": (True, False),     # Qwen2, Qwen2.5, and what was distilled into them
     "Qwen3ForCausalLM": (False, True),
-    "LlamaForCausalLM": (False, False),          # Llama 3, 3.1, 3.2, and the many that share its shape
+    "LlamaForCausalLM": (False, False),    # Llama 3, 3.1, 3.2, and the many that share its shape
 }
 
 
@@ -64,59 +67,88 @@ def _json(path):
 
 
 def read_config(folder):
-    """-> dict of GPTConfig's fields. ValueError / FileNotFoundError with the whole story in one line."""
+    """-> dict of GPTConfig's fields. ValueError or FileNotFoundError, the whole story in one line."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: give a Hugging Face folder or a run folder")
     c = _json(path)
+    wrong = f"{path} is no model's config"
+    again = "download or copy it again"
     arch = (c.get("architectures") or ["?"])[0]
     if arch not in FAMILIES:
         raise ValueError(f"{path}: architecture {arch} is not known here; known: {', '.join(FAMILIES)}")
     qkv_bias, qk_norm = FAMILIES[arch]
     try:
-        heads, max_len = c["num_attention_heads"], c["max_position_embeddings"]
+        heads = c["num_attention_heads"]
+        max_len = c["max_position_embeddings"]
         theta, scaling = _rope(c, max_len)
         fields = dict(
-            vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_head=heads, n_kv_head=c.get("num_key_value_heads") or heads,
-            head_dim=c.get("head_dim") or c["hidden_size"] // heads, d_model=c["hidden_size"], d_ff=c["intermediate_size"],
-            max_len=max_len, rope_theta=theta, rope_scaling=scaling, norm_eps=c.get("rms_norm_eps", 1e-6),
-            qkv_bias=qkv_bias, qk_norm=qk_norm, tie_embeddings=bool(c.get("tie_word_embeddings", False)))
+            vocab_size=c["vocab_size"],
+            n_layer=c["num_hidden_layers"],
+            n_head=heads,
+            n_kv_head=c.get("num_key_value_heads") or heads,
+            head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+            d_model=c["hidden_size"],
+            d_ff=c["intermediate_size"],
+            max_len=max_len,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=c.get("rms_norm_eps", 1e-6),
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            tie_embeddings=bool(c.get("tie_word_embeddings", False)))
         different = _different(c, arch, max_len)
     except KeyError as e:
-        raise ValueError(f"{path} has no {e}: download or copy it again") from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:              # "4" for 4, a list for a dict
-        raise ValueError(f"{path} is no model's config ({e}): download or copy it again") from None
-    for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "max_len"):
+        raise ValueError(f"{path} has no {e}: {again}") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+        # "4" for 4, a list for a dict
+        raise ValueError(f"{wrong} ({e}): {again}") from None
+    for name in "vocab_size n_layer n_head n_kv_head head_dim d_model d_ff max_len".split():
         if not isinstance(fields[name], int) or fields[name] < 1:
-            raise ValueError(f"{path} is no model's config ({name} would be {fields[name]!r}): download or copy it again")
+            raise ValueError(f"{wrong} ({name} would be {fields[name]!r}): {again}")
     if not isinstance(theta, int | float):
-        raise ValueError(f"{path} is no model's config (rope_theta is {theta!r}): download or copy it again")
+        raise ValueError(f"{wrong} (rope_theta is {theta!r}): {again}")
     if different:
-        raise ValueError(f"{path}: {different}, which the {arch} written here does not have; it would load and compute something else")
+        raise ValueError(f"{path}: {different}, which the {arch} written here does not have; "
+                         "it would load and compute something else")
     return fields
 
 
-NUMBERS = {"linear": ["factor"], "yarn": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
+NUMBERS = {
+    "linear": ["factor"],
+    "yarn": ["factor"],
+    "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
+}
 
 
 def _rope(c, max_len):
-    """the new spelling (rope_parameters), the old one (rope_theta, rope_scaling) -> theta, and None or our dict"""
+    """both spellings (rope_parameters; rope_theta and rope_scaling) -> theta, and None or our dict"""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     theta = rope.get("rope_theta", c.get("rope_theta", 10000.0))
-    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "type", "partial_rotary_factor")}
-    kind = scaling["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    elsewhere = ("rope_theta", "type", "partial_rotary_factor")
+    scaling = {key: value for key, value in rope.items() if key not in elsewhere}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling["rope_type"] = kind
     if kind == "default":
         return theta, None
     for needed in NUMBERS.get(kind, ()):
-        scaling[needed] = float(scaling[needed])                     # or the error that says which one is missing
+        scaling[needed] = float(scaling[needed])       # or the error that says which one is missing
     if kind in ("llama3", "yarn"):
-        scaling["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings") or max_len
+        original = scaling.get("original_max_position_embeddings")
+        scaling["original_max_position_embeddings"] = original or max_len
     if kind == "yarn" and scaling.get("attention_factor") is None:
-        def temperature(m=1.0):
-            return 0.1 * m * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
-        m, m_all = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
-        scaling["attention_factor"] = temperature(m) / temperature(m_all) if m and m_all else temperature()
+        m = scaling.pop("mscale", None)
+        m_all = scaling.pop("mscale_all_dim", None)
+        factor = scaling["factor"]
+        temperature = _temperature(factor)
+        if m and m_all:
+            temperature = _temperature(factor, m) / _temperature(factor, m_all)
+        scaling["attention_factor"] = temperature
     return theta, scaling
+
+
+def _temperature(factor, m=1.0):
+    return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _different(c, arch, max_len):
@@ -136,7 +168,8 @@ def _different(c, arch, max_len):
     if c.get("num_experts") or c.get("num_local_experts"):
         return "a mixture of experts"
     if c.get("quantization_config"):
-        return f"weights quantised by {c['quantization_config'].get('quant_method', 'quantization_config')!r}"
+        method = c["quantization_config"].get("quant_method", "quantization_config")
+        return f"weights quantised by {method!r}"
     if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) != 1.0:
         return "partial_rotary_factor"
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -149,21 +182,43 @@ def config_json(c, dtype, eos=None):
     """The config.json of GPTConfig fields `c` (a dict)."""
     arch = next((a for a, flags in FAMILIES.items() if flags == (c["qkv_bias"], c["qk_norm"])), None)
     if arch is None:
-        raise ValueError("a model with both qkv_bias and qk_norm has no name in Hugging Face's library: turn one of them off")
-    known = dict(
-        architectures=[arch], model_type=arch.removesuffix("ForCausalLM").lower(), torch_dtype=str(dtype).removeprefix("torch."),
-        vocab_size=c["vocab_size"], hidden_size=c["d_model"], intermediate_size=c["d_ff"], num_hidden_layers=c["n_layer"],
-        num_attention_heads=c["n_head"], num_key_value_heads=c["n_kv_head"], head_dim=c["head_dim"], hidden_act="silu",
-        max_position_embeddings=c["max_len"], rope_theta=c["rope_theta"], rope_scaling=c["rope_scaling"], rms_norm_eps=c["norm_eps"],
-        tie_word_embeddings=c["tie_embeddings"], attention_dropout=0.0, use_cache=True, bos_token_id=None, eos_token_id=eos)
-    return known | (dict(mlp_bias=False) if arch == "LlamaForCausalLM" else dict(use_sliding_window=False)) \
-        | ({} if arch == "Qwen2ForCausalLM" else dict(attention_bias=False))
+        raise ValueError("a model with both qkv_bias and qk_norm has no name in Hugging Face's library: "
+                         "turn one of them off")
+    written = dict(
+        architectures=[arch],
+        model_type=arch.removesuffix("ForCausalLM").lower(),
+        torch_dtype=str(dtype).removeprefix("torch."),
+        vocab_size=c["vocab_size"],
+        hidden_size=c["d_model"],
+        intermediate_size=c["d_ff"],
+        num_hidden_layers=c["n_layer"],
+        num_attention_heads=c["n_head"],
+        num_key_value_heads=c["n_kv_head"],
+        head_dim=c["head_dim"],
+        hidden_act="silu",
+        max_position_embeddings=c["max_len"],
+        rope_theta=c["rope_theta"],
+        rope_scaling=c["rope_scaling"],
+        rms_norm_eps=c["norm_eps"],
+        tie_word_embeddings=c["tie_embeddings"],
+        attention_dropout=0.0,
+        use_cache=True,
+        bos_token_id=None,
+        eos_token_id=eos)
+    written["mlp_bias" if arch == "LlamaForCausalLM" else "use_sliding_window"] = False
+    if arch != "Qwen2ForCausalLM":
+        written["attention_bias"] = False
+    return written
 
 
 def names(c):
-    """{our parameter: [(hf tensor, rows)]}: the rows of the HF tensors, one after another, are our parameter."""
-    q, kv = c["n_head"] * c["head_dim"], c["n_kv_head"] * c["head_dim"]
-    table = {"embed.weight": [("model.embed_tokens.weight", c["vocab_size"])], "norm.weight": [("model.norm.weight", c["d_model"])]}
+    """{our parameter: [(hf tensor, rows)]}: their rows, one after another, are our parameter."""
+    q = c["n_head"] * c["head_dim"]
+    kv = c["n_kv_head"] * c["head_dim"]
+    table = {
+        "embed.weight": [("model.embed_tokens.weight", c["vocab_size"])],
+        "norm.weight": [("model.norm.weight", c["d_model"])],
+    }
     if not c["tie_embeddings"]:
         table["head.weight"] = [("lm_head.weight", c["vocab_size"])]
     for i in range(c["n_layer"]):
@@ -171,12 +226,17 @@ def names(c):
         table[ours + "attn_norm.weight"] = [(hf + "input_layernorm.weight", c["d_model"])]
         table[ours + "mlp_norm.weight"] = [(hf + "post_attention_layernorm.weight", c["d_model"])]
         for kind in ("weight", "bias") if c["qkv_bias"] else ("weight",):
-            table[ours + f"qkv.{kind}"] = [(hf + f"self_attn.{p}_proj.{kind}", n) for p, n in (("q", q), ("k", kv), ("v", kv))]
+            table[ours + f"qkv.{kind}"] = [
+                (hf + f"self_attn.q_proj.{kind}", q),
+                (hf + f"self_attn.k_proj.{kind}", kv),
+                (hf + f"self_attn.v_proj.{kind}", kv)]
         table[ours + "out.weight"] = [(hf + "self_attn.o_proj.weight", c["d_model"])]
         if c["qk_norm"]:
             table[ours + "q_norm.weight"] = [(hf + "self_attn.q_norm.weight", c["head_dim"])]
             table[ours + "k_norm.weight"] = [(hf + "self_attn.k_norm.weight", c["head_dim"])]
-        table[ours + "gate_up.weight"] = [(hf + "mlp.gate_proj.weight", c["d_ff"]), (hf + "mlp.up_proj.weight", c["d_ff"])]
+        table[ours + "gate_up.weight"] = [
+            (hf + "mlp.gate_proj.weight", c["d_ff"]),
+            (hf + "mlp.up_proj.weight", c["d_ff"])]
         table[ours + "down.weight"] = [(hf + "mlp.down_proj.weight", c["d_model"])]
     return table
 
@@ -185,31 +245,23 @@ def names(c):
 # tensors
 
 
+@torch.no_grad()
 def load(folder, c, params):
     """Copies the folder's tensors into `params` ({name: tensor}), each into its rows, cast on the way."""
     folder = Path(folder)
     files = shards(folder)
-    places = {hf: (ours, rows, at) for ours, parts in names(c).items()
-              for (hf, rows), at in zip(parts, _starts([rows for _, rows in parts]))}
-    missing = set(places)
+    into = {}                              # hf tensor -> the rows that it fills
+    for ours, parts in names(c).items():
+        first = 0
+        for hf, rows in parts:
+            into[hf] = params[ours].narrow(0, first, rows)
+            first += rows
+    missing = set(into)
     for file in files:
         try:
-            with safe_open(file, framework="pt") as shard, torch.no_grad():
+            with safe_open(file, framework="pt") as shard:
                 for hf in shard.keys():
-                    if hf not in places:
-                        # rotary buffers and a tied head written twice say nothing new; anything else says: another model
-                        if hf.endswith("rotary_emb.inv_freq") or (hf == "lm_head.weight" and c["tie_embeddings"]):
-                            continue
-                        raise ValueError(f"{file}: {hf} has no place in the model that config.json describes: its architecture is not "
-                                         "what it says")
-                    ours, rows, at = places[hf]
-                    into = params[ours].narrow(0, at, rows)
-                    piece = shard.get_slice(hf)
-                    if tuple(piece.get_shape()) != tuple(into.shape):
-                        raise ValueError(f"{file}: {hf} has shape {tuple(piece.get_shape())}, config.json says {tuple(into.shape)}")
-                    if piece.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                        raise ValueError(f"{file}: {hf} is stored as {piece.get_dtype()}: only plain bf16, fp16 and fp32 are read")
-                    into.copy_(shard.get_tensor(hf))
+                    _copy(file, shard, hf, into.get(hf), c)
                     missing.discard(hf)
         except SafetensorError as e:
             raise ValueError(f"{file} is damaged or cut short ({e}): download or copy it again") from None
@@ -217,34 +269,51 @@ def load(folder, c, params):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, {sorted(missing)[0]} first")
 
 
+def _copy(file, shard, hf, rows, c):
+    if rows is None:
+        # rotary buffers and a tied head written twice say nothing new; anything else says: another model
+        if hf.endswith("rotary_emb.inv_freq") or (hf == "lm_head.weight" and c["tie_embeddings"]):
+            return
+        raise ValueError(f"{file}: {hf} has no place in the model that config.json describes: "
+                         "its architecture is not what it says")
+    piece = shard.get_slice(hf)
+    shape = tuple(piece.get_shape())
+    dtype = piece.get_dtype()
+    if shape != tuple(rows.shape):
+        raise ValueError(f"{file}: {hf} has shape {shape}, config.json says {tuple(rows.shape)}")
+    if dtype not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(f"{file}: {hf} is stored as {dtype}: only plain bf16, fp16 and fp32 are read")
+    rows.copy_(shard.get_tensor(hf))
+
+
 def shards(folder):
-    """the files that hold the tensors: all of those that the index names, or the only one"""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    """the files that hold the tensors: all that the index names, or the only one"""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
     if not index.is_file():
         if not single.is_file():
             raise FileNotFoundError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
         return [single]
     where = _json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+    whole = isinstance(where, dict) and where and all(isinstance(file, str) for file in where.values())
+    if not whole:
         raise ValueError(f"{index} has no weight_map: download or copy it again")
-    for file in sorted(set(where.values())):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / file} is missing: the index names it; download the folder again")
-    return [folder / file for file in sorted(set(where.values()))]
-
-
-def _starts(sizes):
-    return [sum(sizes[:i]) for i in range(len(sizes))]
+    files = [folder / file for file in sorted(set(where.values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: the index names it; download the folder again")
+    return files
 
 
 def save(folder, c, params, dtype, eos=None):
     """
-    Writes config.json, generation_config.json and model.safetensors. The caller makes the folder appear at once. A tokenizer that came
-    from a Hugging Face folder is saved after this and puts that folder's own generation_config.json back.
+    Writes config.json, generation_config.json and model.safetensors. The caller makes the folder
+    appear at once. A tokenizer that came from a Hugging Face folder is saved after this and puts
+    that folder's own generation_config.json back.
     """
     folder = Path(folder)
-    eos = sorted(eos) if isinstance(eos, (set, list, tuple)) else eos
-    eos = eos[0] if isinstance(eos, list) and len(eos) == 1 else eos
+    if isinstance(eos, (set, list, tuple)):
+        eos = sorted(eos) if len(eos) != 1 else next(iter(eos))
     config = config_json(c, dtype, eos)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -254,5 +323,6 @@ def save(folder, c, params, dtype, eos=None):
             tensors[hf] = piece.contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     os.chmod(folder / "model.safetensors", 0o644)
+    generation = dict(eos_token_id=eos, do_sample=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=eos, do_sample=True), indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

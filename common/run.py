@@ -1,31 +1,25 @@
 """
-The ground every script stands on: flags from a Config, a device and a process group, a run folder, checkpoints.
+What every script stands on: a device and a process group, a run folder, checkpoints.
 
-A script's flags are the fields of one flat dataclass at its top; the comment beside a field is its help. There is no
-argparse parser to keep in step with it, no YAML, no trainer that owns the loop: the loop is yours, these are its tools.
+There is no trainer that owns the loop: the loop is yours, these are its tools.
 
-    config = flags(Config, argv, __doc__)             # --batch-size 8, --no-compile, --help
-    env = start(config.device)                        # one process, or one of many under torchrun: the same code
-    run = Run(f"runs/{config.name}", config, env, resume=config.resume, free=("steps",), sources=[__file__])
-    run.rewind(step)                                  # once, before the first step: the files end where the weights begin
+    config = flags(Config, argv, __doc__)      # common/flags.py
+    env = start(config.device)                 # one process, or one of many under torchrun
+    run = Run(f"runs/{config.name}", config, env, resume=config.resume, sources=[__file__])
+    run.rewind(step)                           # once, at the start: the files end where the weights begin
     for step in ...:
         run.metrics(step, loss=loss)
-        if run.stopping():                            # SIGTERM or Ctrl-C on any rank: all of them leave together
+        if run.stopping():                     # SIGTERM or Ctrl-C on any rank: all of them leave together
             run.save(step, write, state)
             run.bye(step)
 
-Deleted from the usual recipe: a checkpoint has no collectives and no "latest" pointer. Each rank writes its own file
-aside, syncs it and renames it, and a folder counts when every file of it is there. So a kill at any instruction leaves
-either the old checkpoint or the new one, and a rank that hangs can never drag the others into half a save.
+Left out of the usual recipe: a checkpoint has no collectives and no "latest" pointer. Each rank
+writes its own file under another name, syncs it and renames it, and a folder counts when every file
+of it is there. So a kill at any instruction leaves either the old checkpoint or the new one, and a
+rank that hangs can never drag the others into half a save.
 """
-import ast
 import atexit
-import contextlib
 import dataclasses
-import difflib
-import inspect
-import io
-import itertools
 import json
 import math
 import os
@@ -37,169 +31,46 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
-import time
-import tokenize
 import types
-import typing
-from datetime import timedelta
+from datetime import date, timedelta
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
+from common.flags import die, moved
+from common.watch import Watch
 
-def die(message):
-    """the end of every bad input: one line that says what is wrong, where, and what to do"""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+MOVED = {"flags": "common.flags", "positive": "common.flags", "GONE": "common.watch",
+         "ONE": "common.cpu:ONE_THREAD", "times": "common.cpu:matmul_t", "spare": "common.cpu:spare_rows"}
+__getattr__ = moved(__name__, MOVED)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# flags: a dataclass is the parser
-
-def _comments(Config):
-    """field -> the comment at the end of its line, read from the class's own source"""
-    try:
-        source = textwrap.dedent(inspect.getsource(Config))
-    except (OSError, TypeError):       # a class typed into a prompt has no source: flags without help texts
-        return {}
-    on_line = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline)
-               if t.type == tokenize.COMMENT}
-    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-    return {node.target.id: on_line.get(node.end_lineno, "") for node in fields}
-
-
-def _kinds(hint):
-    """int | None -> ([int], True)"""
-    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return [m for m in members if m is not type(None)], type(None) in members
-
-
-def _expected(kinds, optional):
-    words = [str(c) for k in kinds for c in (typing.get_args(k) or (k.__name__,))]
-    return "|".join(words + ["none"] * optional)
-
-
-def _value(flag, text, hint, default, signed):
-    kinds, optional = _kinds(hint)
-    if optional and text.lower() == "none":
-        return None
-    for kind in kinds:
-        if typing.get_origin(kind) is typing.Literal:
-            for choice in typing.get_args(kind):
-                if text == str(choice):
-                    return choice
-        elif kind is str:
-            return text
-        else:
-            try:
-                number = float(text)
-                # 1e6 is a fine way to write an int, 1.5 is not; big ints must not pass through a float
-                value = number if kind is float else int(number) if number.is_integer() and "e" in text.lower() else int(text)
-            except (ValueError, OverflowError):
-                continue
-            if not math.isfinite(value) and value != default:
-                die(f"--{flag} is {text}: must be a finite number")
-            if value < 0 and not signed and (default is None or default is dataclasses.MISSING or default >= 0):
-                die(f"--{flag} is {text}: must be 0 or more")
-            return value
-    near = difflib.get_close_matches(text, _expected(kinds, optional).split("|"), 1)
-    die(f"--{flag} is {text!r}: expected {_expected(kinds, optional)}" + (f" (did you mean {near[0]}?)" if near else ""))
-
-
-def _help(doc, rows):
-    print((doc or "").strip() + "\n\nflags:" if doc else "flags:")
-    left, middle = (max(len(row[i]) for row in rows) for i in (0, 1))
-    for row in rows:
-        print(f"  {row[0]:<{left}}  {row[1]:<{middle}}  {row[2]}".rstrip())
-    raise SystemExit(0)
-
-
-def flags(Config, argv=None, doc=""):
-    """
-    argv -> Config. Negative numbers are refused where the default is not negative (a step count, a rate, a size), unless
-    the field's comment says "may be negative". nan and inf are refused too, except where inf is the default.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    hints, comments = typing.get_type_hints(Config), _comments(Config)
-    fields = {f.name.replace("_", "-"): f for f in dataclasses.fields(Config)}
-    switches = {flag for flag, f in fields.items() if bool in _kinds(hints[f.name])[0]}
-    names = [*fields, *(f"no-{flag}" for flag in switches), "help"]
-    values = {}
-    while argv:
-        word = argv.pop(0)
-        if word in ("--help", "-h"):
-            _help(doc, [(f"--{flag}, --no-{flag}" if flag in switches else f"--{flag} {_expected(*_kinds(hints[f.name]))}",
-                         "(required)" if f.default is dataclasses.MISSING else f"({f.default})" if f.default != "" else '("")',
-                         comments.get(f.name, "")) for flag, f in fields.items()])
-        if not word.startswith("--"):
-            die(f"{word!r} is not a flag: everything is given as --flag value (--help lists them)")
-        flag, given, text = word[2:].partition("=")
-        off = flag not in fields and flag.startswith("no-") and flag[3:] in switches
-        if flag in switches or off:
-            if given:
-                die(f"--{flag} takes no value: say --{flag.removeprefix('no-')} or --no-{flag.removeprefix('no-')}")
-            values[fields[flag[3:] if off else flag].name] = not off
-            continue
-        if flag not in fields:
-            near = difflib.get_close_matches(flag.replace("_", "-"), names, 1, cutoff=0.4)
-            die(f"--{flag} is no flag of this script" + (f"; did you mean --{near[0]}?" if near else "") + " (--help lists them)")
-        field = fields[flag]
-        if not given:
-            if not argv or argv[0].startswith("--"):
-                die(f"--{flag} needs a value: {_expected(*_kinds(hints[field.name]))}")
-            text = argv.pop(0)
-        signed = "may be negative" in comments.get(field.name, "")
-        values[field.name] = _value(flag, text, hints[field.name], field.default, signed)
-    for flag, f in fields.items():
-        if f.default is dataclasses.MISSING and f.name not in values:
-            die(f"--{flag} is required: {comments.get(f.name) or _expected(*_kinds(hints[f.name]))}")
-    return Config(**values)
-
-
-def positive(config, names):
-    """refuses the first of these flags that is below 1"""
-    for name in names.split():
-        if getattr(config, name) < 1:
-            die(f"--{name.replace('_', '-')} is {getattr(config, name)}: give at least 1")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # device and process group
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def start(device="auto", dtype="auto", threads=0, deterministic=None):
-    """where this process runs: SimpleNamespace(rank, local_rank, world, master, device, dtype, deterministic)"""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """-> where this process runs: rank, local_rank, world, master, device, dtype, deterministic"""
+    rank = int(os.environ.get("RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(k for k in have if have[k]) if device == "auto" else device
-    if kind not in have:
-        die(f"--device is {device!r}: expected auto|cpu|cuda|mps")
-    if not have[kind]:
-        die(f"--device is {kind}, but this torch ({torch.__version__}) sees no {kind} device: use --device cpu, or install another torch")
+    kind = _kind(device)
     if dtype != "auto" and dtype not in DTYPES:
         die(f"--dtype is {dtype!r}: expected auto|{'|'.join(DTYPES)}")
+    if dtype == "auto":
+        dtype = "bf16" if kind == "cuda" else "fp32"
     deterministic = kind == "cpu" if deterministic is None else bool(deterministic)
 
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            die(f"process {local_rank} of this node has no GPU: {torch.cuda.device_count()} seen; lower --nproc_per_node")
-        if not torch.cuda.is_initialized() and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")    # ragged batches fragment the pool
-        if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.cuda.set_device(local_rank)
-        torch.set_float32_matmul_precision("high")
+        _prepare_cuda(local_rank, deterministic)
     if kind == "cpu":
-        torch.set_flush_denormal(True)                           # before the first thread: numbers below 1e-38 cost ten times the others
+        # before the first thread: numbers below 1e-38 cost ten times the others
+        torch.set_flush_denormal(True)
     if threads:
         torch.set_num_threads(threads)
     elif kind == "cpu" and "RANK" in os.environ:
@@ -208,7 +79,8 @@ def start(device="auto", dtype="auto", threads=0, deterministic=None):
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     # on a GPU a few operations have no deterministic form (cumsum of floats): warn there, do not stop
     torch.use_deterministic_algorithms(deterministic, warn_only=kind == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False    # a debugging aid that would fill every torch.empty
+    # a debugging aid that would fill every torch.empty
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
     place = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
     if "RANK" in os.environ and not dist.is_initialized():
@@ -216,108 +88,50 @@ def start(device="auto", dtype="auto", threads=0, deterministic=None):
                                 device_id=place if kind == "cuda" else None)
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
         if world > 1:
-            _watch(rank, world)
-    precision = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if kind == "cuda" else torch.float32
-    return types.SimpleNamespace(rank=rank, local_rank=local_rank, world=world, master=rank == 0, device=place,
-                                 dtype=precision, deterministic=deterministic)
+            Watch(rank, world).start()
+    return types.SimpleNamespace(rank=rank, local_rank=local_rank, world=world, master=rank == 0,
+                                 device=place, dtype=DTYPES[dtype], deterministic=deterministic)
 
 
-GONE = 40.0                                            # seconds without a sign of life
+def _kind(device):
+    """auto -> the fastest kind that this torch sees; what it does not see is refused"""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(kind for kind in have if have[kind])
+    if device not in have:
+        die(f"--device is {device!r}: expected auto|cpu|cuda|mps")
+    if not have[device]:
+        die(f"--device is {device}, but this torch ({torch.__version__}) sees no {device} device: "
+            "use --device cpu, or install another torch")
+    return device
 
 
-def _watch(rank, world):
-    """Every rank says each second that it lives, and at its end what ended it. One that raised, or is silent for GONE seconds, is named
-    by the others, and they stop: a collective alone would let them wait for minutes and then blame the wire."""
-    store = dist.distributed_c10d._get_default_store().clone()         # a connection of its own: the other may be busy waiting
-    hook, leaving, limit, lost = sys.excepthook, threading.Event(), [GONE], threading.Event()
-
-    def name(r, what):
-        print(f"error: rank {r} {what}. The others stop; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
-
-    def look():
-        seen = {r: ("", time.monotonic()) for r in range(world) if r != rank}
-        try:
-            for beat in itertools.count():
-                if leaving.wait(1.0):
-                    return
-                store.set(f"alive/{rank}", str(beat))
-                for r, (old, since) in seen.items():
-                    word = store.get(f"alive/{r}").decode() if store.check([f"alive/{r}"]) else ""
-                    silent = time.monotonic() - since
-                    if word != old:
-                        seen[r] = word, time.monotonic()
-                    elif word != "done" and silent > limit[0]:
-                        word = f"died: no sign of life for {silent:.0f} s"
-                    if word.startswith(("raised", "died")):
-                        name(r, word)
-                        os._exit(1)
-        except RuntimeError:                           # rank 0 holds the store where torchrun does not, and may end first
-            lost.set()
-
-    def ended(kind, e, trace):
-        if isinstance(e, RuntimeError) and re.search("connection|peer|gloo|nccl|socket|store", f"{kind} {e}", re.IGNORECASE):
-            limit[0] = 5.0                             # another rank broke this one's collective: look closer, and name it
-            thread.join(15.0)
-            if lost.is_set():
-                name(0, "died, and the store with it")
-        else:
-            leaving.set()
-            thread.join(3.0)
-            store.set(f"alive/{rank}", f"raised {kind.__name__}: {e}".splitlines()[0])
-            time.sleep(2.5)                            # the store may be ours, and the others have to read this
-        leaving.set()
-        hook(kind, e, trace)
-
-    def done():
-        if not leaving.is_set() and not lost.is_set():
-            leaving.set()
-            thread.join(3.0)
-            with contextlib.suppress(RuntimeError):
-                store.set(f"alive/{rank}", "done")
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    sys.excepthook = ended
-    atexit.register(done)
+def _prepare_cuda(local_rank, deterministic):
+    if local_rank >= torch.cuda.device_count():
+        die(f"process {local_rank} of this node has no GPU: {torch.cuda.device_count()} seen; "
+            "lower --nproc_per_node")
+    if not torch.cuda.is_initialized() and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # ragged batches fragment the pool
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.cuda.set_device(local_rank)
+    torch.set_float32_matmul_precision("high")
 
 
-ONEDNN = torch.backends.mkldnn.is_available()
-PRODUCT = torch.ops.mkldnn._linear_pointwise.default if ONEDNN else None         # the overload: to find it costs as much as an addition
-FEW = 4                                                # rows of x: with fewer the BLAS starts sooner,
-LARGE = 1 << 18                                        # which weighs less than how slowly it reads a w of so many numbers from memory
-# numpy's BLAS multiplies one row up to twice as fast as both. Only where it was told to keep to one thread: its threads and torch's
-# wait for work by spinning, each on the cores of the other, and a step takes ten times as long
-ONE = os.environ.get("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS")) == "1"
-
-
-def spare(rows, like):
-    """How many rows to add so that oneDNN has met their number before. It compiles each product for its shape, which takes longer than
-    the product, and the rows of ragged batches would be new at every step."""
-    return -rows % 64 if ONEDNN and rows > 256 and like.is_cpu and like.dtype == torch.float32 else 0
-
-
-def times(x, w):
-    """x w^T. Two fp32 matrices on a CPU go to oneDNN: the BLAS that torch links takes its AVX2 path on AMD, and oneDNN is 1.3 to
-    2.4 times as fast there. It also sums each row in the same order whatever the number of rows. No autograd: see kernels.linear."""
-    if ONE and len(x) == 1 and x.is_cpu and x.dtype == w.dtype == torch.float32 and torch.is_inference_mode_enabled():
-        return torch.from_numpy(x.numpy() @ w.detach().numpy().T)
-    if ONEDNN and x.is_cpu and (len(x) >= FEW or w.numel() >= LARGE) and x.dtype == w.dtype == torch.float32:
-        return PRODUCT(x, w, None, "none", [], "")
-    return F.linear(x, w)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # collectives: the identity where there is no group, so one process runs the same lines as eight
 
 def _reduce(x, op):
     if not dist.is_initialized():
         return x
-    place = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    place = "cuda" if dist.get_backend() == "nccl" else "cpu"
     if not torch.is_tensor(x):
-        t = torch.tensor(x, device=place, dtype=torch.int64 if isinstance(x, int) else torch.float64)
+        dtype = torch.int64 if isinstance(x, int) else torch.float64
+        t = torch.tensor(x, device=place, dtype=dtype)
         dist.all_reduce(t, op)
         return t.item()
-    t = x if x.device.type == place.type else x.to(place)
+    t = x if x.device.type == place else x.to(place)
     dist.all_reduce(t, op)
     return x if t is x else x.copy_(t)
 
@@ -328,7 +142,7 @@ def all_sum(x):
 
 
 def all_max(x):
-    """the largest over ranks of a number, or elementwise of a tensor (in place, and returned)"""
+    """the largest over ranks, elementwise in a tensor; otherwise as all_sum"""
     return _reduce(x, dist.ReduceOp.MAX)
 
 
@@ -354,13 +168,15 @@ def broadcast(obj, src=0):
     return box[0]
 
 
-def progress(total, desc):
-    """a bar on stderr, of rank 0 only; a log file that is no terminal gets a line every half minute"""
-    return tqdm(total=total, desc=desc, file=sys.stderr, disable=int(os.environ.get("RANK", "0")) != 0, dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 30)
+def progress(total, desc, done=0):
+    """a bar on stderr, of rank 0 only; a log file gets a line every half minute"""
+    other_rank = int(os.environ.get("RANK", "0")) != 0
+    seconds = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(total=total, desc=desc, initial=done, file=sys.stderr,
+                disable=other_rank, mininterval=seconds, dynamic_ncols=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # files that are whole or not there
 
 def _sync(path):
@@ -372,7 +188,7 @@ def _sync(path):
 
 
 def _put(path, fill):
-    """write aside, sync, rename, sync the folder: after this line the file survives a power cut"""
+    """write under another name, sync, rename, sync the folder: the file survives a power cut"""
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "wb") as f:
         fill(f)
@@ -383,38 +199,42 @@ def _put(path, fill):
 
 
 def _complete(folder):
-    """the checkpoint's world size if every file of it is there, else 0; meta.json is the last file that rank 0 writes"""
+    """the checkpoint's world size if every file of it is there, else 0; meta.json is written last"""
     try:
         world = json.loads((folder / "meta.json").read_text())["world"]
     except (OSError, ValueError, KeyError):
         return 0
-    return world if all((folder / f"state_{r}_of_{world}.pt").exists() for r in range(world)) else 0
+    whole = all((folder / f"state_{r}_of_{world}.pt").exists() for r in range(world))
+    return world if whole else 0
 
 
 def _steps(run_folder):
     """(step, path) of all checkpoint folders, complete or not, oldest first"""
-    found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in (Path(run_folder) / "ckpt").glob("step_*")]
-    return sorted((int(m[1]), p) for m, p in found if m)
+    paths = (Path(run_folder) / "ckpt").glob("step_*")
+    found = [(re.fullmatch(r"step_(\d+)", path.name), path) for path in paths]
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def newest(run_folder):
-    """(path, step) of a run's last complete checkpoint, or None: for those who read a run and do not own it"""
-    return max(((p, step) for step, p in _steps(run_folder) if _complete(p)), key=lambda found: found[1], default=None)
+    """(path, step) of a run's last complete checkpoint, or None"""
+    whole = [(path, step) for step, path in _steps(run_folder) if _complete(path)]
+    return whole[-1] if whole else None
 
 
 def _disk_error(e):
-    """the system's reason if writing failed, else None: torch and safetensors wrap it in errors of their own"""
+    """the system's reason if writing failed, else None; torch and safetensors wrap it"""
     while e is not None:
         if isinstance(e, OSError):
             return e.strerror or str(e)
-        if "(os error " in str(e) or ("inline_container" in str(e) and not isinstance(e.__context__, OSError)):
+        by_torch = "inline_container" in str(e) and not isinstance(e.__context__, OSError)
+        if by_torch or "(os error " in str(e):             # the second: by safetensors
             return str(e)
         e = e.__cause__ or e.__context__
     return None
 
 
 def _discard(folder):
-    # the marker goes first: a folder killed in mid-removal must not count as a checkpoint
+    # the marker goes first: a folder whose removal is interrupted must not count as a checkpoint
     (folder / "meta.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -432,7 +252,8 @@ def _clean(x):
 
 def _git(*words):
     try:
-        done = subprocess.run(["git", *words], capture_output=True, check=False, text=True, cwd=Path(__file__).parent, timeout=10)
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, check=False,
+                              text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -444,13 +265,14 @@ def _command(*extra):
     words = [w for w in words if w not in extra] + list(extra)
     if "RANK" not in os.environ:
         return shlex.join(["python", *words])
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    nodes = int(os.environ["WORLD_SIZE"]) // local
-    return shlex.join(["torchrun", *[f"--nnodes={nodes}"] * (nodes > 1), f"--nproc_per_node={local}", *words])
+    world = int(os.environ["WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    nodes = world // local
+    many = [f"--nnodes={nodes}"] if nodes > 1 else []
+    return shlex.join(["torchrun", *many, f"--nproc_per_node={local}", *words])
 
 
 def _versions():
-    """one line: what a reader of an old log needs first"""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("numpy", "triton"):
         try:
@@ -460,52 +282,152 @@ def _versions():
     return ", ".join(f"{k} {v}" for k, v in found.items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def _head(env, sources):
+    """how log.txt begins: what a reader of an old log needs to make the run again"""
+    commit = _git("rev-parse", "HEAD")
+    dirty = _git("status", "--porcelain", "--untracked-files=no")
+    on_gpu = env.device.type == "cuda"
+    device = torch.cuda.get_device_name(env.device) if on_gpu else platform.machine()
+    where = f"{env.device} ({device}), {env.world} processes, {env.dtype}, {torch.get_num_threads()} threads"
+    lines = [f"versions: {_versions()}", f"device: {where}", f"command: {_command()}"]
+    if commit:
+        lines.append(f"commit: {commit}{' with uncommitted changes' if dirty else ''}")
+    for source in map(Path, sources):
+        lines.append(f"source of {source.name}:\n{source.read_text(encoding='utf-8')}")
+    return "\n".join(lines) + "\n"
+
+
+def _flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+# ------------------------------------------------------------------------------
 # a run: its folder, its files, its checkpoints, its end
 
+def check_day(day):
+    """refuses a --date that is no day"""
+    try:
+        known = not day or date.fromisoformat(day).isoformat() == day
+    except ValueError:
+        known = False
+    if not known:
+        die(f"--date {day!r} is no day: give it as 2026-01-31")
+
+
+def dated(config, tok, chats):
+    """
+    -> Config. A chat template may ask for today's date, as Llama 3.2's does. It gets the day on
+    which the run began, which the config keeps: resumed tomorrow, the run asks the same.
+    """
+    if not (chats and tok.asks_date):
+        if config.date:
+            why = "its chat template asks for no date" if chats else "there are no chats"
+            die(f"--date {config.date} has no effect: {why}")
+        return config
+    day = config.date
+    if config.resume and not day:
+        try:
+            day = json.loads(Path("runs", config.name, "config.json").read_text()).get("date", "")
+        except (OSError, ValueError, AttributeError):
+            pass                               # no run, or a damaged one: Run says so
+    tok.date = broadcast(day or date.today().isoformat())
+    return dataclasses.replace(config, date=tok.date)
+
+
+def check_name(name):
+    """refuses a --name that is no folder within runs/"""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") or not part.isprintable() for part in parts):
+        die(f"--name {name!r} is no name of a run: it becomes the folder runs/NAME, so give a word, or "
+            "words with a / between them, none of them . or ..")
+    for i in range(len(parts) + 1):
+        folder = Path("runs", *parts[:i])
+        if folder.exists() and not folder.is_dir():
+            die(f"{folder} is a file, not a run folder: choose another --name")
+
+
 class Run:
-    """runs/NAME: config.json, metrics.jsonl, samples.jsonl, log.txt, ckpt/step_N. Rank 0 writes, the others stay silent"""
+    """
+    runs/NAME: config.json, metrics.jsonl, samples.jsonl, log.txt, ckpt/step_N, best/step_N.
+    Rank 0 writes, the others stay silent
+    """
 
     def __init__(self, folder, config, env, resume=False, free=(), sources=()):
-        self.folder, self.env, self.saved, self.files, self.wandb = Path(folder), env, None, {}, None
-        self.signalled, self.handlers = False, {}
+        """free: flags that a resumed run may change. sources: the files that log.txt begins with"""
+        self.folder = Path(folder)
         self.ckpt = self.folder / "ckpt"
-        problem = broadcast(self._open(config, resume, {"resume", *free}, sources) if env.master else None)
+        self.env = env
+        self.saved = None              # the step of the last checkpoint, if it is this run's state
+        self.files = {}
+        self.wandb = None
+        self.signalled = False
+        self.handlers = {}             # signal -> what handled it before
+        problem = None
+        if env.master:                 # the others wait for its verdict
+            problem = self._refusal(config, resume, {"resume", *free})
+            problem = problem or self._open(config, sources)
+        problem = broadcast(problem)
         if problem:
             if env.master:
                 die(problem)
             raise SystemExit(2)
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.handlers[number] = signal.signal(number, self._handle)
 
-    def _open(self, config, resume, free, sources):
-        """returns what is wrong, before a single file is written"""
-        folder, new = self.folder, {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    def _refusal(self, config, resume, free):
+        """what is wrong, in one line, before a single file is written; or None"""
+        folder = self.folder
         if folder.exists() and not folder.is_dir():
             return f"{folder} is a file, not a run folder: choose another --name"
         if resume and not (folder / "config.json").exists():
-            return f"--resume: {folder} holds no run to go on with: leave --resume out to start it, or correct --name"
-        if not resume and folder.exists() and any(folder.iterdir()):
-            return f"{folder} exists already: go on with it by --resume, or choose another --name"
-        if resume:
-            try:
-                old = json.loads((folder / "config.json").read_text())
-            except ValueError:
-                return f"{folder / 'config.json'} is damaged: start again under another --name"
-            # a field younger than the run counts as its default then
-            old = {f.name: old.get(f.name, f.default) for f in dataclasses.fields(config)}
-            changed = [f"--{k.replace('_', '-')} was {old[k]}, is {new[k]}" for k in new
-                       if k not in free and json.dumps(old[k], default=str) != json.dumps(new[k], default=str)]
-            if changed:
-                return f"--resume: {folder} was made with another config: {'; '.join(changed)}. Give the old values, or another --name"
+            return (f"--resume: {folder} holds no run to continue: leave --resume out to start it, "
+                    "or correct --name")
+        # half a config.json is all that a process leaves which is killed at once: there is no run yet
+        begun = folder.exists() and any(path.name != "config.json.tmp" for path in folder.iterdir())
+        if not resume and begun:
+            return f"{folder} exists already: continue it with --resume, or choose another --name"
         if getattr(config, "wandb", ""):
             try:
-                import wandb
+                import wandb  # noqa: F401
             except ImportError:
                 return "--wandb is given, but the package is not installed: pip install wandb"
+        return self._changed(config, free) if resume else None
+
+    def _changed(self, config, free):
+        """how the config that made this folder differs from the one given, in one line; or None"""
+        path = self.folder / "config.json"
+        fields = {f.name: f.default for f in dataclasses.fields(config)}
+        try:
+            old = json.loads(path.read_text())
+        except ValueError:
+            old = None
+        if not isinstance(old, dict):
+            return f"{path} is damaged: start again under another --name"
+        unknown = [_flag(name) for name in old if name not in fields]
+        if unknown:
+            return (f"--resume: {self.folder} was made by another version of this script, "
+                    f"with {', '.join(unknown)}, which this one does not know. "
+                    "Resume it with that version, or choose another --name")
+        changed = []
+        for name, default in fields.items():
+            was = old.get(name, default)       # a field younger than the run counts as its default
+            new = getattr(config, name)
+            if name not in free and json.dumps(was, default=str) != json.dumps(new, default=str):
+                changed.append(f"{_flag(name)} was {was}, is {new}")
+        if changed:
+            return (f"--resume: {self.folder} was made with another config: {'; '.join(changed)}. "
+                    "Give the old values, or another --name")
+        return None
+
+    def _open(self, config, sources):
+        """makes the folder and its files; returns what is wrong with the disk, or None"""
+        folder = self.folder
+        fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        text = json.dumps(fields, indent=1, default=str) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _put(folder / "config.json", lambda f: f.write(json.dumps(new, indent=1, default=str).encode() + b"\n"))
+            _put(folder / "config.json", lambda f: f.write(text.encode()))
             self.ckpt.mkdir(exist_ok=True)
             self._sweep()
             for name in ("metrics.jsonl", "samples.jsonl", "log.txt"):
@@ -513,25 +435,21 @@ class Run:
         except OSError as e:
             return f"cannot write to {folder}: {e.strerror}; choose another --name or make room"
         if getattr(config, "wandb", ""):
-            note = folder / "wandb_id.txt"     # so that --resume goes on with the same curves
-            self.wandb = wandb.init(project=config.wandb, name=folder.name, dir=folder, config=new, resume="allow",
-                                    id=note.read_text().strip() if note.exists() else None)
+            import wandb
+            note = folder / "wandb_id.txt"     # so that --resume continues the same curves
+            known = note.read_text().strip() if note.exists() else None
+            self.wandb = wandb.init(project=config.wandb, name=folder.name, dir=folder, config=fields,
+                                    resume="allow", id=known)
             note.write_text(self.wandb.id + "\n")
-        commit, dirty = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
-        device = torch.cuda.get_device_name(self.env.device) if self.env.device.type == "cuda" else platform.machine()
-        where = f"{self.env.device} ({device}), {self.env.world} processes, {self.env.dtype}, {torch.get_num_threads()} threads"
-        head = [f"versions: {_versions()}", f"device: {where}", f"command: {_command()}"]
-        if commit:
-            head.append(f"commit: {commit}{' with uncommitted changes' if dirty else ''}")
-        for source in sources:
-            head.append(f"source of {Path(source).name}:\n{Path(source).read_text(encoding='utf-8')}")
-        self.files["log.txt"].write("\n".join(head) + "\n")
+        self.files["log.txt"].write(_head(self.env, sources))
+        return None
 
     # --- words and numbers
 
     def _append(self, name):
         # half a character, as a byte-level tokenizer may decode to, is written as its JSON escape
-        self.files[name] = open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        self.files[name] = open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace",
+                                buffering=1)
 
     def log(self, text):
         if self.env.master:
@@ -541,7 +459,8 @@ class Run:
 
     def _rows(self, name, rows):
         if self.env.master:
-            self.files[name].write("".join(json.dumps(_clean(row), ensure_ascii=False) + "\n" for row in rows))
+            lines = [json.dumps(_clean(row), ensure_ascii=False) + "\n" for row in rows]
+            self.files[name].write("".join(lines))
             self.files[name].flush()           # a reader sees the step when it has happened
 
     def metrics(self, step, **numbers):
@@ -553,24 +472,28 @@ class Run:
         self._rows("samples.jsonl", rows)
 
     def rewind(self, step):
-        """forget what came after this step (rows, later checkpoints, a half-written last line). Every rank calls it"""
+        """
+        forget what came after this step: rows, later checkpoints, a half-written last line.
+        Every rank calls it
+        """
         if self.env.master:
             for name in ("metrics.jsonl", "samples.jsonl"):
-                # bytes, because str.splitlines also splits at characters that JSON leaves inside a row
-                kept = [line + b"\n" for line in (self.folder / name).read_bytes().splitlines() if _step(line) <= step]
+                # bytes, because str.splitlines also splits at characters that JSON leaves in a row
+                lines = (self.folder / name).read_bytes().splitlines()
+                kept = [line + b"\n" for line in lines if _step(line) <= step]
                 self.files[name].close()
                 _put(self.folder / name, lambda f, kept=kept: f.write(b"".join(kept)))
                 self._append(name)
             for later, path in _steps(self.folder):
                 if later > step:
                     _discard(path)
-        barrier()      # nobody may save into a folder that is just being removed
+        barrier()      # no rank may save into a folder that is just being removed
         self.saved = step if _complete(self.ckpt / f"step_{step}") else None
 
     # --- checkpoints
 
     def _sweep(self, current=None):
-        """remove what a crash left behind; the folder being written now belongs to all ranks and stays"""
+        """remove what a crash left behind, except the folder that the ranks are writing now"""
         for step, path in _steps(self.folder):
             if step != current and not _complete(path):
                 _discard(path)
@@ -579,49 +502,79 @@ class Run:
 
     def save(self, step, write, state, keep=2):
         """
-        Every rank calls it; no rank waits for another. write(folder): rank 0's model files; state: this rank's own.
-        It needs one collective somewhere between two saves, as every training step has, so that ranks are never two apart.
+        Every rank calls it; no rank waits for another. write(folder): rank 0's model files; state:
+        this rank's own. Between two saves there must be a collective, as every training step has,
+        so that ranks are never two saves apart.
         """
         if step == self.saved:             # the periodic save and the last one may fall on the same step
             return
-        final, aside = self.ckpt / f"step_{step}", self.ckpt / f"step_{step}.tmp"
+        final = self.ckpt / f"step_{step}"
+        aside = self.ckpt / f"step_{step}.tmp"
         try:
-            final.mkdir(parents=True, exist_ok=True)
-            _sync(self.ckpt)
-            if self.env.master:
-                self._sweep(step)
-                aside.mkdir()
-                write(aside)
-                for path in [p for p in aside.rglob("*") if p.is_file()]:
-                    _sync(path)
-                for path in aside.iterdir():
-                    os.replace(path, final / path.name)
-                aside.rmdir()
-            _put(final / f"state_{self.env.rank}_of_{self.env.world}.pt", lambda f: torch.save(state, f))
-            if self.env.master:
-                meta = json.dumps({"step": step, "world": self.env.world})
-                _put(final / "meta.json", lambda f: f.write(meta.encode()))
+            self._write(step, write, state, final, aside)
         except Exception as e:
-            # the half-written folder goes, the checkpoints before it stay; a rank still writing here fails in its turn
+            # the half-written folder goes, the others stay; a rank still writing here fails in its turn
             shutil.rmtree(aside, ignore_errors=True)
             _discard(final)
             reason, last = _disk_error(e), newest(self.folder)
             if reason is None:
                 raise
-            go_on = f"go on from step {last[1]} with --resume" if last else "start again under another --name"
-            die(f"could not write {final}: {reason}. Nothing of it is left; make room, then {go_on}")
+            then = (f"continue from step {last[1]} with --resume" if last
+                    else "start again under another --name")
+            die(f"could not write {final}: {reason}. Nothing of it is left; make room, then {then}")
         self.saved = step
         if self.env.master:
             whole = [path for _, path in _steps(self.folder) if _complete(path)]
-            for path in whole[:-keep]:     # with a slower rank still writing, one more than `keep` waits for the next save
+            # with a slower rank still writing, one more than `keep` waits for the next save
+            for path in whole[:-keep]:
                 _discard(path)
+
+    def _write(self, step, write, state, final, aside):
+        """the model's files, then every rank's state, then the marker that makes it a checkpoint"""
+        final.mkdir(parents=True, exist_ok=True)
+        _sync(self.ckpt)
+        if self.env.master:
+            self._sweep(step)
+            aside.mkdir()
+            write(aside)
+            for path in [p for p in aside.rglob("*") if p.is_file()]:
+                _sync(path)
+            for path in aside.iterdir():
+                os.replace(path, final / path.name)
+            aside.rmdir()
+        own = final / f"state_{self.env.rank}_of_{self.env.world}.pt"
+        state = plain(state)
+        _put(own, lambda f: torch.save(state, f))
+        if self.env.master:
+            meta = json.dumps({"step": step, "world": self.env.world})
+            _put(final / "meta.json", lambda f: f.write(meta.encode()))
+
+    def keep_best(self, step, write):
+        """
+        write(folder) fills FOLDER/best/step_N, which no later checkpoint removes. The one kept
+        before goes when this one is whole. Every rank calls it, and waits for rank 0.
+        """
+        if self.env.master:
+            best = self.folder / "best"
+            final = best / f"step_{step}"
+            aside = best / f"step_{step}.tmp"
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            write(aside)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
+            for older in best.iterdir():
+                if older != final:
+                    shutil.rmtree(older)
+        barrier()
 
     def latest(self):
         return newest(self.folder)
 
     def load(self, path):
-        """every rank's state, on the CPU, mapped and not read: a rank touches only what it needs of the others"""
-        path, world = Path(path), _complete(Path(path))
+        """every rank's state, on the CPU, mapped and not read: a rank touches only what it needs"""
+        path = Path(path)
+        world = _complete(path)
         if not world:
             die(f"{path} is not a complete checkpoint: its meta.json or a state file is missing")
         return [_load(path / f"state_{r}_of_{world}.pt") for r in range(world)]
@@ -638,7 +591,7 @@ class Run:
         return bool(all_max(int(self.signalled)))
 
     def bye(self, step):
-        self.log(f"stopped after step {step}. To go on: {_command('--resume')}")
+        self.log(f"stopped after step {step}. To continue: {_command('--resume')}")
         self.close()
         raise SystemExit(130)
 
@@ -659,8 +612,31 @@ def _step(line):
         return math.inf
 
 
+def plain(x, where="state"):
+    """
+    A state as tensors, numbers, strings and what holds them: lists, tuples, dicts. What numpy made
+    becomes Python's own. So a checkpoint can be read without running what is written in it.
+    """
+    if torch.is_tensor(x) or x is None:
+        return x
+    if hasattr(x, "tolist"):                   # an array of numpy, or a number
+        return x.tolist()
+    if type(x) in (bool, int, float, str):
+        return x
+    if isinstance(x, dict):
+        return {plain(k, f"{where}, a key"): plain(v, f"{where}.{k}") for k, v in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)(plain(v, f"{where}[{i}]") for i, v in enumerate(x))
+    raise TypeError(f"{where} is a {type(x).__name__}: a checkpoint keeps tensors, numbers, strings, "
+                    "lists and dicts; keep vars(it), and make it anew from them")
+
+
 def _load(path):
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:     # a state with objects of ours in it; a run folder is trusted like the code beside it
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    except pickle.UnpicklingError:
+        die(f"{path} holds more than tensors, numbers, strings and lists. Reading it would run code that is "
+            "written in it, so it is not read: begin under another --name (--init takes the model alone)")
+    except (RuntimeError, EOFError) as e:
+        said = str(e).partition("\n")[0][:100]
+        die(f"{path} is damaged ({said}): remove {path.parent}, and --resume takes the checkpoint before it")

@@ -1,20 +1,25 @@
 r"""
-Answers in mathematics: the last thing a text says, a normal form of it, and whether two of them are the same.
+Answers in mathematics: the last thing a text says, a normal form of it, and whether two of
+them are the same.
 
-    extract(r"... so the result is \boxed{\frac12}")   # '\\frac12': the last \boxed{}, else after ####, else after "answer is", else None
-    canon(r"\frac12") == canon("0.5")                  # hashable: votes for one answer in two spellings are one vote
-    same("3+2i", "2i + 3")                             # equality; more patient than canon (a decimal and what it rounds)
+    extract(r"the result is \boxed{\frac12}")    # '\\frac12': the last \boxed{}, else what follows
+                                                 # ####, else "answer is", else None
+    canon(r"\frac12") == canon("0.5")            # hashable: two spellings of an answer are one vote
+    same("3+2i", "2i + 3")                       # equality; more patient than canon (a decimal and
+                                                 # what it rounds)
 
-The normal form is not a string that was cleaned. LaTeX is parsed, and an expression IS its value: a rational number exactly, a
-number with roots or pi as a float of sixteen digits, one with variables as its values at three fixed points, where two
-different polynomials do not meet. So \frac{\sqrt2}{2} and 1/\sqrt2 need no rule, nor x^2+x-2 and (x+2)(x-1). Around expressions stand
-tuples, sets, intervals, matrices, equations and words. Units, currency signs, degrees, number bases and a leading "x =" are dropped: the
-question said them.
+The normal form is not a string that was cleaned. LaTeX is parsed, and an expression IS its value:
+a rational number exactly, a number with roots or pi as a float of sixteen digits, one with
+variables as its values at three fixed points, where two different polynomials do not meet. So
+\frac{\sqrt2}{2} and 1/\sqrt2 need no rule, nor x^2+x-2 and (x+2)(x-1). Around expressions stand
+tuples, sets, intervals, matrices, equations and words. Units, currency signs, degrees, number
+bases and a leading "x =" are dropped: the question said them.
 
-Deleted from the usual recipe: the last number of a text as its answer (a text that was cut off then votes with whatever it was
-computing), "" as an answer (it wins votes), eval and sympy's parser (hostile text is run, or runs for ever). Length, depth and the size
-of every number are bounded before anything is computed; what cannot be parsed is itself, without its spaces, and only such a pair is
-handed to math-verify, where that is installed.
+Left out of the usual recipe: the last number of a text as its answer (a text that was cut off
+then votes with whatever it was computing), "" as an answer (it wins votes), eval and sympy's
+parser (hostile text is run, or runs for ever). Length, depth and the size of every number are
+bounded before anything is computed; what cannot be parsed is itself, without its spaces, and only
+such a pair is handed to math-verify, where that is installed.
 """
 import cmath
 import functools
@@ -32,14 +37,15 @@ BITS = 30_000            # of an exact number
 PATIENCE = 2             # seconds for each step of math-verify
 POINTS = 3               # at which expressions with variables are compared
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what a text answers
 
 
 def extract(text):
-    r"""the last closed \boxed{...} that holds something; else what follows the last ####; else the last "answer is"; else None"""
+    r"""the last closed \boxed{...} that holds something; else what follows the last ####; else
+    the last "answer is"; else None"""
     end = len(text)
-    for _ in range(20):                                              # twenty boxes that are cut or empty: this text answers nothing
+    for _ in range(20):          # twenty boxes that are cut or empty: this text answers nothing
         start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
         if start < 0:
             break
@@ -66,43 +72,52 @@ BRACE = re.compile(r"\\[\s\S]|[{}]")
 def braced(text, at):
     """the text from `at` up to the brace that closes the one before it; None: it is never closed"""
     depth = 1
-    for match in BRACE.finditer(text, at, at + 4 * LONGEST):         # \\{ is a line's end and a brace, \{ is none
+    for match in BRACE.finditer(text, at, at + 4 * LONGEST):  # \\{ is a line's end and a brace, \{ is none
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
             return text[at:match.start()]
     return None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # LaTeX -> a plainer line of symbols
 
 SPELLINGS = [(re.compile(pattern), by) for pattern, by in [
-    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|q?quad|[!;:, ]|hspace\{[^{}]*\}|phantom\{[^{}]*\}|phantom)(?![a-zA-Z])", " "),
-    (r"~|\\\(|\\\)|\\\[|\\\]|\$|\\\$|£|€", " "),
-    (r"\\[dtc]frac", r"\\frac"), (r"\\(?:cdot|times|ast)(?![a-zA-Z])|[*·×⋅]", " * "), (r"\\div(?![a-zA-Z])|÷|:", "/"), ("[−–]", "-"),
-    (r"\\leq?(?:slant)?(?![a-zA-Z])|≤|<=", "≤"), (r"\\geq?(?:slant)?(?![a-zA-Z])|≥|>=", "≥"), (r"\\lt(?![a-zA-Z])", "<"),
-    (r"\\gt(?![a-zA-Z])", ">"), (r"\\neq?(?![a-zA-Z])|≠|!=", "≠"), (r"\\in(?![a-zA-Z])|∈", "∈"), (r"\\(?:cup|bigcup)(?![a-zA-Z])|∪", "∪"),
-    (r"\\infty(?![a-zA-Z])|(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", "∞"), (r"\\pi(?![a-zA-Z])|(?<![\\a-zA-Z])pi(?![a-zA-Z])", "π"),
-    (r"\\pm(?![a-zA-Z])", "±"), (r"\\mp(?![a-zA-Z])", "∓"), (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])", "°"),
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|q?quad|[!;:, ]"
+     r"|hspace\{[^{}]*\}|phantom\{[^{}]*\}|phantom)(?![a-zA-Z])", " "),
+    (r"~|\\\(|\\\)|\\\[|\\\]|\$|\\\$|£|€", " "), (r"\\[dtc]frac", r"\\frac"),
+    (r"\\(?:cdot|times|ast)(?![a-zA-Z])|[*·×⋅]", " * "), (r"\\div(?![a-zA-Z])|÷|:", "/"), ("[−–]", "-"),
+    (r"\\leq?(?:slant)?(?![a-zA-Z])|≤|<=", "≤"), (r"\\geq?(?:slant)?(?![a-zA-Z])|≥|>=", "≥"),
+    (r"\\lt(?![a-zA-Z])", "<"), (r"\\gt(?![a-zA-Z])", ">"), (r"\\neq?(?![a-zA-Z])|≠|!=", "≠"),
+    (r"\\in(?![a-zA-Z])|∈", "∈"), (r"\\(?:cup|bigcup)(?![a-zA-Z])|∪", "∪"),
+    (r"\\infty(?![a-zA-Z])|(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", "∞"),
+    (r"\\pi(?![a-zA-Z])|(?<![\\a-zA-Z])pi(?![a-zA-Z])", "π"), (r"\\pm(?![a-zA-Z])", "±"),
+    (r"\\mp(?![a-zA-Z])", "∓"), (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])", "°"),
     (r"√", r"\\sqrt"), (r"(?<![\\a-zA-Z])(?=(?:sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp)(?![a-zA-Z]))", r"\\"),
     (r"\\operatorname\*?\{([a-z]+)\}", r"\\\1"), (r"\\[lr]vert(?![a-zA-Z])|\\mid(?![a-zA-Z])", "|"),
-    (r"\\(?:approx|simeq)(?![a-zA-Z])", "≈"), (r"\\(?:lbrace|\{)", "⟨"), (r"\\(?:rbrace|\})", "⟩"), (r"\*\s*\*", "^"),
-    (r"\\imath(?![a-zA-Z])", "i"), (r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"(\1+\2/\3)"),
+    (r"\\(?:approx|simeq)(?![a-zA-Z])", "≈"), (r"\\(?:lbrace|\{)", "⟨"),
+    (r"\\(?:rbrace|\})", "⟩"), (r"\*\s*\*", "^"), (r"\\imath(?![a-zA-Z])", "i"),
+    (r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"(\1+\2/\3)"),
 ]]
-TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|math(?:rm|bf|it|sf|tt|cal|bb)|bf|rm|boxed)\s*\{([^{}]*)\}(\s*\^\s*\{?\d\}?)?")
-UNIT = re.compile(r"(?<=[\d})°π])\s*(?:[a-zA-Z]{2,}\.?|[pa]\.?m\.?|[mghsL](?![a-zA-Z]))(?:[\s/]*[a-zA-Z]+\.?)*"
-                  r"(?:\s*\^\s*\{?[23]\}?)?\s*\.?$")
+TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|math(?:rm|bf|it|sf|tt|cal|bb)|bf|rm|boxed)"
+                  r"\s*\{([^{}]*)\}(\s*\^\s*\{?\d\}?)?")
+UNIT = re.compile(r"(?<=[\d})°π])\s*(?:[a-zA-Z]{2,}\.?|[pa]\.?m\.?|[mghsL](?![a-zA-Z]))"
+                  r"(?:[\s/]*[a-zA-Z]+\.?)*(?:\s*\^\s*\{?[23]\}?)?\s*\.?$")
 PLAIN = re.compile(r"[-+]?\s*\d+")
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-NAME = re.compile(r"[a-zA-Z](?:\s*[a-zA-Z]){,2}|\\[a-z]+|[a-zA-Z]\s*\(\s*[a-zA-Z]\s*\)|[a-zA-Z]_\{?\w+\}?|\(\s*L(?:\s*,\s*L)+\s*\)"
-                  .replace("L", r"(?:[a-zA-Z]|\\[a-z]+)"))                 # x, AB, \theta, f(x), x_1, (r, \theta)
+# x, AB, \theta, f(x), x_1, (r, \theta)
+NAME = re.compile(r"[a-zA-Z](?:\s*[a-zA-Z]){,2}|\\[a-z]+|[a-zA-Z]\s*\(\s*[a-zA-Z]\s*\)"
+                  r"|[a-zA-Z]_\{?\w+\}?|\(\s*L(?:\s*,\s*L)+\s*\)"
+                  .replace("L", r"(?:[a-zA-Z]|\\[a-z]+)"))
 WORD = re.compile(r"(?=.*[a-zA-Z]{2} +[a-zA-Z]{2}|[a-zA-Z'-]{3})[a-zA-Z][a-zA-Z .'-]*")
 
 
 def simpler(text):
-    """one spelling for each symbol; text in \\text{} is a separator, a unit (dropped), or the answer itself"""
+    """one spelling for each symbol; text in \\text{} is a separator, a unit (dropped), or
+    the answer itself"""
     text = text.replace("\\\\", "¶")                                # a row of a matrix ends
-    text = re.sub(r"(?<=\d)(?:\s*,\s*\\!|\{,\}|\\,)\s*(?=\d{3}(?!\d))", "", text)           # 10,\!000 and 10{,}000: surely one number
+    # 10,\!000 and 10{,}000: surely one number
+    text = re.sub(r"(?<=\d)(?:\s*,\s*\\!|\{,\}|\\,)\s*(?=\d{3}(?!\d))", "", text)
 
     def worded(match):
         inside, before = match[1].strip().rstrip("."), text[:match.start()].strip()
@@ -111,15 +126,16 @@ def simpler(text):
         if not before or re.fullmatch(r"\(?[A-Z]\)?|[-\d.,/ ]+", inside) or before[-1] in "+-*/=^({[,":
             return match[1] + (match[2] or "")
         return " "
-    for pattern, by in SPELLINGS[:2]:                                # spaces and styles first: \displaystyle \text{May}
+    for pattern, by in SPELLINGS[:2]:          # spaces and styles first: \displaystyle \text{May}
         text = pattern.sub(by, text)
     text = TEXT.sub(worded, text)
     for pattern, by in SPELLINGS:
         text = pattern.sub(by, text)
-    return re.sub(r"(?<=[^a-zA-Z\\])\s*,?\s+(?:and|or)\s+(?=[-\d\\(])", " , ", text).strip().rstrip(".,;").strip()
+    return re.sub(r"(?<=[^a-zA-Z\\])\s*,?\s+(?:and|or)\s+(?=[-\d\\(])",
+                  " , ", text).strip().rstrip(".,;").strip()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # expressions: a descent through the symbols to a tree of tuples, then its value at a point
 
 
@@ -129,13 +145,14 @@ class Unread(Exception):
 
 SYMBOL = re.compile(r"\d+\.\d+|\.\d+|\d+|\\[a-zA-Z]+|\S")
 FUNCTIONS = {
-    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
-    "cot": lambda x: 1 / cmath.tan(x), "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "sinh": cmath.sinh,
+    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "sec": lambda x: 1 / cmath.cos(x),
+    "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x),
+    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "sinh": cmath.sinh,
     "cosh": cmath.cosh, "tanh": cmath.tanh, "ln": cmath.log, "log": cmath.log, "exp": cmath.exp,
 }
 ANGLES = ("sin", "cos", "tan", "sec", "csc", "cot")
-GREEK = {"alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "nu", "rho", "sigma", "tau", "phi", "varphi", "psi",
-         "omega", "Delta", "Omega", "ell", "triangle"}
+GREEK = {"alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "nu", "rho",
+         "sigma", "tau", "phi", "varphi", "psi", "omega", "Delta", "Omega", "ell", "triangle"}
 ENDS = set(")]},=<>≤≥≠∈∪&⟩")
 
 
@@ -185,7 +202,8 @@ class Reader:
             else:
                 right = self.power()
                 # 11 \frac23 is eleven and two thirds
-                mixed = tree[0] == "num" and right[0] == "frac" and right[1][0] == right[2][0] == "num" and tree[1].denominator == 1
+                mixed = (tree[0] == "num" and right[0] == "frac"
+                         and right[1][0] == right[2][0] == "num" and tree[1].denominator == 1)
                 tree = ("add" if mixed else "mul", tree, right)
 
     def power(self):
@@ -233,7 +251,8 @@ class Reader:
             name = symbol
             if self.peek() == "_":
                 self.next()
-                name += "_" + (self.next() if self.peek() != "{" else "".join(iter(self.next, "}"))[1:] if "}" in self.symbols else "")
+                name += "_" + (self.next() if self.peek() != "{"
+                               else "".join(iter(self.next, "}"))[1:] if "}" in self.symbols else "")
             return ("var", name)
         if symbol == "\\frac":
             return ("frac", self.argument(), self.argument())
@@ -259,7 +278,7 @@ class Reader:
                 raise Unread
             places = len(symbol.partition(".")[2])
             return ("num", Fraction(symbol) + Fraction(int(period), (10 ** len(period) - 1) * 10 ** places))
-        if self.peek() == "." and self.symbols[self.at + 1:self.at + 2] == ["\\overline"]:                   # 0.\overline{3}
+        if self.peek() == "." and self.symbols[self.at + 1:self.at + 2] == ["\\overline"]:  # 0.\overline{3}
             self.next()
             return self.number(symbol + ".")
         if self.peek() == "_":                                       # 52_8: the base was asked for
@@ -281,11 +300,13 @@ class Reader:
         if self.peek() in ("(", "{", "["):
             inside = self.one()
             inside = ("degree", inside) if self.peek() == "°" and self.next() else inside
-        else:                                                        # \sin 5x \cos x: up to the next function or sign
+        else:                                  # \sin 5x \cos x: up to the next function or sign
             inside = self.power()
-            while (symbol := self.peek()) and symbol not in ENDS and symbol not in "+-*/|(" and symbol[1:] not in FUNCTIONS:
+            while ((symbol := self.peek()) and symbol not in ENDS and symbol not in "+-*/|("
+                   and symbol[1:] not in FUNCTIONS):
                 inside = ("mul", inside, self.power())
-        tree = ("call", name, inside) if name != "log" else ("div", ("call", "ln", inside), ("call", "ln", base))
+        tree = ("call", name, inside) if name != "log" else ("div", ("call", "ln", inside),
+                                                             ("call", "ln", base))
         if exponent == ("neg", ("num", 1)) and name in ANGLES:       # \tan^{-1}
             return ("call", "arc" + name, inside) if "arc" + name in FUNCTIONS else ("pow", tree, exponent)
         return ("pow", tree, exponent) if exponent else tree
@@ -309,8 +330,8 @@ def small(x):
 @functools.lru_cache(maxsize=4096)
 def at_point(name, point):
     """
-    what a variable stands for: integers, so that polynomials stay exact, and both signs, so that |x| is not x. From a hash: were x, y, z at
-    even distances, x - y + z would be y.
+    what a variable stands for: integers, so that polynomials stay exact, and both signs, so that
+    |x| is not x. From a hash: were x, y, z at even distances, x - y + z would be y.
     """
     number = int.from_bytes(blake2b(f"{name} {point}".encode(), digest_size=4).digest(), "big")
     return (7 + number % 9973, -(5 + number % 9967), Fraction(3 + number % 7919, 7927))[point]
@@ -356,7 +377,8 @@ def value(tree, point, angle=False):
 
 
 def power(a, b):
-    """a ** b, exact where it is rational and small enough, the principal value elsewhere (and the real odd root of a negative number)"""
+    """a ** b, exact where it is rational and small enough, the principal value elsewhere (and the
+    real odd root of a negative number)"""
     if isinstance(b, int) or (isinstance(b, Fraction) and b.denominator == 1):
         b = int(b)
         if isinstance(a, int | Fraction):
@@ -364,7 +386,8 @@ def power(a, b):
                 raise Unread
             return small(Fraction(a) ** b)
         return small(a ** b) if abs(b) < 10_000 else float("nan")
-    if isinstance(a, int | Fraction) and isinstance(b, Fraction) and b.denominator < 64 and abs(b.numerator) < 64:
+    if (isinstance(a, int | Fraction) and isinstance(b, Fraction) and b.denominator < 64
+            and abs(b.numerator) < 64):
         if a < 0 and b.denominator % 2:
             return small((-1) ** (b.numerator % 2) * power(-a, b))
         if a >= 0:
@@ -385,10 +408,11 @@ def whole_root(n, k):
     return next((g for g in (guess - 1, guess, guess + 1) if g >= 0 and g ** k == n), None)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # whole answers
 
-# kind: value | list | tuple | union | matrix | equation | order | word | raw. key: hashable, equal for equal ones nearly always
+# kind: value | list | tuple | union | matrix | equation | order | word | raw. key: hashable,
+# equal for equal ones nearly always
 Form = namedtuple("Form", "kind parts key decimals percent name tree", defaults=(0, False, "", None))
 
 
@@ -412,7 +436,7 @@ def form(text):
     percent = text.endswith("%")
     if percent:
         return form(text.rstrip("%\\ "))._replace(percent=True)
-    if "≈" in text:                                                  # what is exact comes first, if it is there at all
+    if "≈" in text:                          # what is exact comes first, if it is there at all
         text = next(side for side in text.split("≈") if side.strip()).strip()
     if THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
@@ -430,10 +454,13 @@ def form(text):
         return Form("word", word, word)
     parts = cut(text, "∪")
     if len(parts) > 1:
-        forms = [one for f in map(form, parts) for one in (f.parts if f.kind == "union" else [f])]       # (A ∪ B) ∪ C
+        # (A ∪ B) ∪ C
+        forms = [one for f in map(form, parts) for one in (f.parts if f.kind == "union" else [f])]
         forms.sort(key=lambda f: repr(f.key))
         return Form("union", tuple(forms), ("union", *(f.key for f in forms)))
-    if matrix := re.fullmatch(r"\\begin\s*\{([pbvBV]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?(.*)\\end\s*\{\1\}", text, re.S):
+    if matrix := re.fullmatch(
+            r"\\begin\s*\{([pbvBV]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?(.*)\\end\s*\{\1\}",
+            text, re.S):
         rows = tuple(tuple(form(cell) for cell in row.split("&")) for row in matrix[2].strip(" ¶").split("¶"))
         return Form("matrix", rows, ("matrix", *(tuple(cell.key for cell in row) for row in rows)))
     items = cut(text, ",;")
@@ -447,8 +474,10 @@ def form(text):
             return listed([form(item) for item in items])
         if len(items) > 1:
             forms = tuple(form(item) for item in items)
-            # (1, 2) may be a point or an interval and is written alike; of more than two only the order counts
-            shape = text[0] + text[-1] if len(items) == 2 else {"[]": "()"}.get(text[0] + text[-1], text[0] + text[-1])
+            # (1, 2) may be a point or an interval and is written alike; of more than two only the
+            # order counts
+            shape = (text[0] + text[-1] if len(items) == 2
+                     else {"[]": "()"}.get(text[0] + text[-1], text[0] + text[-1]))
             if len(items) == 2:                                      # nothing is closed at infinity
                 ends = [f.kind == "value" and f.parts[0] in (math.inf, -math.inf) for f in forms]
                 shape = ("(" if ends[0] else shape[0]) + (")" if ends[1] else shape[1])
@@ -460,7 +489,8 @@ def form(text):
 
 def listed(forms):
     """what has no order; the order it came in is kept for the comparison with a tuple"""
-    forms = [one for f in forms for one in (f.parts if f.kind == "list" else [f])]       # 1 ± 2, 3 is three of them
+    # 1 ± 2, 3 is three of them
+    forms = [one for f in forms for one in (f.parts if f.kind == "list" else [f])]
     if len(forms) == 1:
         return forms[0]
     return Form("list", tuple(forms), ("list", *sorted((f.key for f in forms), key=repr)))
@@ -469,8 +499,10 @@ def listed(forms):
 def computed(reader, tree=None):
     tree = tree or reader.whole()
     values = tuple(value(tree, point) for point in range(POINTS if reader.variables else 1))
-    decimals = len("".join(reader.symbols).partition(".")[2]) if tree[0] in ("num", "neg") and len(reader.symbols) < 3 else 0
-    return Form("value", values, rounded(values[0]) if len(values) == 1 else tuple(map(rounded, values)), decimals, tree=tree)
+    decimals = (len("".join(reader.symbols).partition(".")[2]) if tree[0] in ("num", "neg")
+                and len(reader.symbols) < 3 else 0)
+    return Form("value", values, rounded(values[0]) if len(values) == 1 else tuple(map(rounded, values)),
+                decimals, tree=tree)
 
 
 def rounded(x):
@@ -511,7 +543,8 @@ def cut(text, separators):
 
 
 def related(text):
-    """x = 5 is 5 that has a name; x > 5 and 2 ≤ x < 5 are intervals; the rest is lhs - rhs, which only its zeros or its sign matter of"""
+    """x = 5 is 5 that has a name; x > 5 and 2 ≤ x < 5 are intervals; the rest is lhs - rhs, which
+    only its zeros or its sign matter of"""
     sides = [side.strip() for side in re.split("[=<>≤≥≠∈]", text)]
     signs = re.findall("[=<>≤≥≠∈]", text)
     if set(signs) == {"="} and len(sides) == 2 and not NAME.fullmatch(sides[0]) and NAME.fullmatch(sides[1]):
@@ -528,10 +561,13 @@ def related(text):
     if set(signs) == {"="} and len(sides) == 2:
         reader = readers[0]
         reader.variables |= readers[1].variables
-        return Form("equation", zeros := computed(reader, ("sub", *trees)).parts, ("equation", *proportion(zeros)))
+        return Form("equation", zeros := computed(reader, ("sub", *trees)).parts,
+                    ("equation", *proportion(zeros)))
     if {"<", "≤"} >= set(signs) or {">", "≥"} >= set(signs):
         if signs[0] in ">≥":
-            trees, signs, readers = trees[::-1], [{">": "<", "≥": "≤"}[sign] for sign in signs[::-1]], readers[::-1]
+            trees = trees[::-1]
+            signs = [{">": "<", "≥": "≤"}[sign] for sign in signs[::-1]]
+            readers = readers[::-1]
         if len(trees) == 2 and trees[0][0] == "var" and not readers[1].variables:
             trees, signs = [("neg", ("num", math.inf)), *trees], ["<", *signs]
         elif len(trees) == 2 and trees[1][0] == "var" and not readers[0].variables:
@@ -552,7 +588,7 @@ def proportion(values):
     return tuple(rounded(small(Fraction(x) / first if isinstance(x, int) else x / first)) for x in values)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # equality
 
 
@@ -569,15 +605,17 @@ def same(a, b):
 
 
 def equal(a, b):
-    if a.name and b.name and a.name.lower() != b.name.lower() and (len(a.name) == len(b.name) == 1 or a.name[:5] == b.name[:5] == "base "):
-        return False                                                 # x = 1 is not y = 1, nor 52_8 what 52_9 is
+    if (a.name and b.name and a.name.lower() != b.name.lower()
+            and (len(a.name) == len(b.name) == 1 or a.name[:5] == b.name[:5] == "base ")):
+        return False                                  # x = 1 is not y = 1, nor 52_8 what 52_9 is
     if a.kind != b.kind:
-        if {a.kind, b.kind} == {"list", "tuple"}:                    # 1, 2 for (1, 2): in that order, and not for an interval with its ends
+        # 1, 2 for (1, 2): in that order, and not for an interval with its ends
+        if {a.kind, b.kind} == {"list", "tuple"}:
             a, b = (a, b) if a.kind == "list" else (b, a)
             return b.parts[0] == "()" and alike(a.parts, b.parts[1])
         if {a.kind, b.kind} == {"equation", "value"}:                # y = 2x + 3 and 2x - y + 3 = 0
             a, b = (a, b) if a.kind == "equation" else (b, a)
-            if not b.name or b.tree is None or len(b.parts) == 1:    # 4x = 16 asks for x = 4, and is no answer
+            if not b.name or b.tree is None or len(b.parts) == 1:  # 4x = 16 asks for x = 4, and is no answer
                 return False
             reader = Reader("")
             reader.variables = True
@@ -605,7 +643,8 @@ def equal(a, b):
     if a.kind == "equation":
         return proportional(a.parts, b.parts)
     if a.kind == "order":
-        return a.parts[0] == b.parts[0] and proportional(a.parts[1], b.parts[1]) and (a.parts[1][0] > 0) == (b.parts[1][0] > 0)
+        return (a.parts[0] == b.parts[0] and proportional(a.parts[1], b.parts[1])
+                and (a.parts[1][0] > 0) == (b.parts[1][0] > 0))
     return False
 
 
@@ -616,7 +655,8 @@ def alike(a, b):
 def near(x, y):
     if isinstance(x, int | Fraction) and isinstance(y, int | Fraction):
         return x == y
-    if any(isinstance(z, int | Fraction) and z.numerator.bit_length() - z.denominator.bit_length() > 1000 for z in (x, y)):
+    if any(isinstance(z, int | Fraction) and z.numerator.bit_length() - z.denominator.bit_length() > 1000
+           for z in (x, y)):
         return False                                                 # no float is as large
     if x == y or cmath.isinf(x) or cmath.isinf(y):
         return x == y
@@ -624,16 +664,19 @@ def near(x, y):
 
 
 def rounds(a, b):
-    """a is a decimal of six places or more, and b is what it rounds; or a is a percentage and b its fraction"""
+    """a is a decimal of six places or more, and b is what it rounds; or a is a percentage
+    and b its fraction"""
     x, y = a.parts[0], b.parts[0]
     if a.percent and not b.percent and isinstance(x, int | Fraction):
         return near(Fraction(x) / 100, y)
-    return a.decimals >= 6 and not isinstance(y, complex) and not math.isinf(y) and abs(y - x) <= Fraction(51, 100 * 10 ** a.decimals)
+    return (a.decimals >= 6 and not isinstance(y, complex) and not math.isinf(y)
+            and abs(y - x) <= Fraction(51, 100 * 10 ** a.decimals))
 
 
 def proportional(x, y):
     a, b = next((i for i, v in enumerate(x) if v), None), next((i for i, v in enumerate(y) if v), None)
-    return a == b and a is not None and len(x) == len(y) and all(near(x[i] * y[a], y[i] * x[a]) for i in range(len(x)))
+    return (a == b and a is not None and len(x) == len(y)
+            and all(near(x[i] * y[a], y[i] * x[a]) for i in range(len(x))))
 
 
 @functools.cache
@@ -643,12 +686,14 @@ def have_math_verify():
 
 @functools.lru_cache(maxsize=1 << 14)
 def by_math_verify(a, b):
-    """the library's verdict in at most PATIENCE seconds a step; it keeps time by a signal, which only a main thread gets"""
-    if not have_math_verify() or max(len(a), len(b)) > LONGEST or threading.current_thread() is not threading.main_thread():
+    """the library's verdict in at most PATIENCE seconds per step; it keeps time by a signal,
+    which only a main thread gets"""
+    if (not have_math_verify() or max(len(a), len(b)) > LONGEST
+            or threading.current_thread() is not threading.main_thread()):
         return False
     import math_verify
     try:
         forms = [math_verify.parse(f"${text}$", parsing_timeout=PATIENCE) for text in (a, b)]
         return bool(math_verify.verify(*forms, timeout_seconds=PATIENCE))
-    except Exception:                                                # a parser of others on a model's text: whatever it throws means no
+    except Exception:          # a parser of others on a model's text: whatever it throws means no
         return False

@@ -1,12 +1,15 @@
 """
-Arithmetic with a scratchpad: work out an expression in integers, one step at a time, and end with the answer.
+Arithmetic with a scratchpad: work out an expression in integers, one step at a time, and end
+with the answer.
 
     A(2+3)*4-8=   2+3=5,5*4=20,20-8=12#12
 
-One right answer per question, so that votes make sense. The documents SLIP: now and then a step's result is any number, and the work
-goes on from there. A model that learns from them slips as often, each time somewhere else. So one sample in two is wrong while
-the majority is right: the gap that a majority vote, test-time training and a reward can all close. (Hard sums, and slips to the
-numbers next to the right one, would make a model wrong in the same way every time, and there a vote has nothing to say.)
+One right answer per question, so that votes make sense. The documents SLIP: now and then a step's
+result is any number, and the work continues from there. A model that learns from them slips as
+often, each time somewhere else. So one sample in two is wrong while the majority is right: the
+gap that a majority vote, test-time training and a reward can all close. (Hard sums, and slips to
+the numbers next to the right one, would make a model wrong in the same way every time, and there
+a vote has nothing to say.)
 
     python -m data.arith                   # or: python -m data.arith 5 (five numbers in each expression)
 """
@@ -18,7 +21,7 @@ from data import Problem, distinct, endless, show, split_of, stream, unknown_wor
 # difficulty
 LEAVES = (3, 4)          # numbers in an expression, from .. to, unless the variant says so
 LARGEST = 9              # of the numbers given: 1 .. LARGEST
-MAX_VALUE = 20           # of every result on the way; the smallest is 1, since nothing comes back from 0 in a product
+MAX_VALUE = 20  # of every result on the way; the smallest is 1, since nothing comes back from 0 in a product
 SLIP = 0.18              # the chance that a step of a document comes out as any number
 
 INTEGER = re.compile("-?[0-9]{1,18}")
@@ -76,12 +79,12 @@ class Arith:
         return self.canon(a) == self.canon(b)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def grow(leaves, order, rand):
     """
-    a random expression: (text, value, how loosely it binds), or None where no operation fits. `order` collects it in the order of
-    working: numbers and operations, each after what it needs.
+    a random expression: (text, value, how loosely it binds), or None where no operation fits.
+    `order` collects it in the order of working: numbers and operations, each after what it needs.
     """
     if leaves == 1:
         value = 1 + int(rand() * LARGEST)

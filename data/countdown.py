@@ -3,14 +3,17 @@ Countdown: reach a target from n numbers with + - * /, every number used exactly
 
     steps     C3 7 12=43:   12*3=36,36+7=43
     search    S3 7 12=43:   12-3=9(9+7=16<9*7=63>)12*3=36(36+7=43#12*3=36,36+7=43
-              a walk through the tree of steps: "(" goes down, "<" and ">" say how a last step missed, ")" goes back up; the
-              answer follows "#". Its length has a heavy tail: half of the documents go straight to the answer, one in fifty
-              tries thirty dead ends or more first.
+              a walk through the tree of steps: "(" goes down, "<" and ">" say how a last step
+              missed, ")" goes back up; the answer follows "#". Its length has a heavy tail: half of
+              the documents go straight to the answer, one in fifty tries thirty dead ends or more
+              first.
 
-Documents are made backwards: random steps over random numbers, and where they arrive is the target. So the text is right, costs
-microseconds, and still shows only one of the solutions of a problem whose search the model has to do in its head:
-imitation alone stays far from perfect, which is room for reinforcement learning. The checker knows no expression and calls
-no eval: it takes one line of steps, does exact rational arithmetic on numbers of at most nine digits, and crosses numbers off a list.
+Documents are made backwards: random steps over random numbers, and where they arrive is the
+target. So the text is right, costs microseconds, and still shows only one of the solutions of a
+problem whose search the model has to do in its head: imitation alone stays far from perfect,
+which is room for reinforcement learning. The checker knows no expression and calls no eval: it
+takes one line of steps, does exact rational arithmetic on numbers of at most nine digits, and
+crosses numbers off a list.
 
     python -m data.countdown               # or: python -m data.countdown search 4
 """
@@ -24,8 +27,12 @@ from data import Problem, distinct, endless, show, split_of, stream, unknown_wor
 # difficulty
 NUMBERS = 3              # how many, unless the variant says so
 LARGEST = 25             # of the numbers given: 1 .. LARGEST
-MAX_VALUE = 99           # of every result in a document; results are natural numbers there (the checker takes any rational)
-OPS = "+--**//"          # a letter twice is drawn twice as often: a problem is asked once, however many ways lead to it, and most of
+# of every result in a document; results are natural numbers there (the checker takes any
+# rational)
+MAX_VALUE = 99
+# a letter twice is drawn twice as often: a problem is asked once, however many ways lead to it,
+# and most of
+OPS = "+--**//"
                          # the different ones need - or *, while "/" is seldom possible
 NOISE = 0.0              # the share of documents whose steps are right and miss the target
 # the tail of `search`
@@ -33,7 +40,8 @@ TAIL = 1.1               # at least k dead ends with probability (k + 1) ** -TAI
 SEARCH_CHARS = 200       # a completion is at most this times n long
 
 INTEGER = "-?[0-9]{1,9}"
-OPERAND = rf"({INTEGER}|\({INTEGER}/[0-9]{{1,9}}\))"         # a fraction wears parentheses: 8/(3/2) and (8/3)/2 differ
+# a fraction wears parentheses: 8/(3/2) and (8/3)/2 differ
+OPERAND = rf"({INTEGER}|\({INTEGER}/[0-9]{{1,9}}\))"
 STEP = re.compile(rf"{OPERAND}([-+*/]){OPERAND}={OPERAND}")
 
 
@@ -61,7 +69,8 @@ class Countdown:
             numbers = [1 + int(rand() * LARGEST) for _ in range(self.n)]
             steps, target = derive(numbers, rand)
             key = f"countdown {sorted(numbers)} {target}"
-            if split_of(key) == split and (split != "train" or in_text(key) == (what == "countdown document")):
+            if split_of(key) == split and (split != "train"
+                                           or in_text(key) == (what == "countdown document")):
                 return key, numbers, target, steps, rand
 
     def problems(self, split, n, seed):
@@ -85,7 +94,7 @@ class Countdown:
     def corpus(self, split, seed):
         return endless(self.document, split, seed)
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # checking
 
     def answer(self, text):
@@ -99,27 +108,31 @@ class Countdown:
 
     def reward(self, problem, text):
         answer = self.answer(text)
-        return float(answer is not None and solves(parse(answer), problem.data["numbers"], problem.data["target"]))
+        return float(answer is not None
+                     and solves(parse(answer), problem.data["numbers"], problem.data["target"]))
 
     def canon(self, answer):
         """3*12 and 12*3 are one, and so are two independent steps in either order."""
         steps = parse(answer)
         if not steps:
             return answer
-        return tuple(sorted((op, *(sorted((a, b)) if op in "+*" else (a, b)), result) for a, op, b, result in steps))
+        return tuple(sorted((op, *(sorted((a, b)) if op in "+*" else (a, b)), result)
+                            for a, op, b, result in steps))
 
     def same(self, a, b):
         return self.canon(a) == self.canon(b)
 
 
 def in_text(key):
-    """Half of the train problems are written out in documents, the other half are there to be solved. With three numbers there are only
-    some 30,000 problems: a base that has read them all recalls them, and a reward for recalling teaches nothing that holds out."""
+    """Half of the train problems are written out in documents, the other half are there to be
+    solved. With three numbers there are only some 30,000 problems: a base that has read them all
+    recalls them, and a reward for recalling teaches nothing that holds out."""
     return zlib.crc32(key.encode()) % 2 == 0
 
 
 def parse(text):
-    """'12*3=36,36+7=43' -> [(12, '*', 3, 36), (36, '+', 7, 43)], or None. Time and size are bounded before anything is read."""
+    """'12*3=36,36+7=43' -> [(12, '*', 3, 36), (36, '+', 7, 43)], or None. Time and size are
+    bounded before anything is read."""
     if len(text) > 500:
         return None
     steps = []
@@ -154,14 +167,15 @@ def solves(steps, numbers, target):
         if result != right:
             return False
         pool.append(result)
-    return pool == [target]                      # one thing left: so all numbers were used, and no result was left over
+    return pool == [target]  # one thing left: so all numbers were used, and no result was left over
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # writing documents
 
 def one_step(pool, rand):
-    """takes two numbers out of the pool and puts a result in; returns its text. Some op is always possible."""
+    """takes two numbers out of the pool and puts a result in; returns its text. Some op is
+    always possible."""
     a, b = pool.pop(int(rand() * len(pool))), pool.pop(int(rand() * len(pool)))
     while True:
         op = OPS[int(rand() * len(OPS))]
@@ -208,7 +222,8 @@ def search(numbers, target, steps, rand):
 
 
 def wander(pool, target, rand, limit):
-    """one branch of the tree that does not reach the target, with at most `limit` misses: (text, how many)."""
+    """one branch of the tree that does not reach the target, with at most `limit` misses:
+    (text, how many)."""
     if len(pool) == 2:
         misses = []
         for op in "+-*/":

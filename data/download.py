@@ -1,6 +1,7 @@
 """
-One file from the network, in one piece or not at all: bytes go to NAME.part, which gets its name when all of them are there and a check
-has passed. A cut connection leaves the .part, and the same command goes on from its end.
+One file from the network, in one piece or not at all: bytes go to NAME.part, which gets its name
+when all of them are there and a check has passed. A cut connection leaves the .part, and the same
+command continues from its end.
 
     fetch("https://...", path, check)                  # file:// addresses work too
 
@@ -31,10 +32,12 @@ def fetch(url, path, check=None):
     except (OSError, http.client.HTTPException, ValueError) as error:
         # HTTP errors, no route, a reset, a disk that is full: all in words, in one line
         reason = " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
-        have = f"; {part.stat().st_size:,} bytes are kept, the same command goes on from there" if _size(part) else ""
+        have = (f"; {part.stat().st_size:,} bytes are kept, the same "
+                "command goes on from there" if _size(part) else "")
         raise ValueError(f"download of {url} failed: {reason}{have}") from None
     if whole is not None and _size(part) != whole:
-        raise ValueError(f"download of {url} was cut off after {_size(part):,} of {whole:,} bytes: the same command goes on from there")
+        raise ValueError(f"download of {url} was cut off after {_size(part):,} "
+                         f"of {whole:,} bytes: the same command goes on from there")
     if check:
         try:
             check(part)
@@ -52,7 +55,8 @@ def _size(part):
 def _copy(url, part, name):
     """appends what is missing -> the size of the whole, where it is known"""
     have = _size(part)
-    request = urllib.request.Request(url, headers={"User-Agent": "nanorl"} | ({"Range": f"bytes={have}-"} if have else {}))
+    request = urllib.request.Request(
+        url, headers={"User-Agent": "nanorl"} | ({"Range": f"bytes={have}-"} if have else {}))
     local = urllib.parse.urlparse(url).scheme == "file"
     try:
         source = urllib.request.urlopen(request, timeout=60)
@@ -71,8 +75,9 @@ def _copy(url, part, name):
             whole = int(total) if total.isdigit() else None              # "*": the server does not know
         else:                                            # the server sends it all again
             have, whole = 0, None if length is None else int(length)
-        with open(part, "ab" if have else "wb") as out, tqdm(total=whole, initial=have, unit="B", unit_scale=True, desc=name,
-                                                              disable=not sys.stderr.isatty()) as bar:
+        with open(part, "ab" if have else "wb") as out, tqdm(total=whole, initial=have,
+                                                             unit="B", unit_scale=True, desc=name,
+                                                             disable=not sys.stderr.isatty()) as bar:
             while block := source.read(BLOCK):
                 out.write(block)
                 bar.update(len(block))

@@ -1,9 +1,10 @@
 """
 All tasks of this folder in one corpus: one small base model serves every demonstration.
 
-Each document is of a task drawn by fixed shares; the first letter of a prompt says which, so that nothing else has to. Problems
-come from the tasks in turn and carry the name of theirs. What was deleted: a mixture by tokens. Shares are of documents, and the
-long ones of `search` take more of the text than their share says.
+Each document is of a task drawn by fixed shares; the first letter of a prompt says which, so that
+nothing else has to. Problems come from the tasks in turn and carry the name of theirs. Left out
+of the usual recipe: a mixture by tokens. Shares are of documents, and the long ones of `search`
+take more of the text than their share says.
 
     python -m data.mixed
 """
@@ -25,7 +26,8 @@ def task(*words):
 class Mixed:
     def __init__(self, numbers=None):
         self.name = f"mixed:{numbers}" if numbers else "mixed"   # how many numbers Countdown has
-        self.tasks = [load(f"{name}:{numbers}" if numbers and name.startswith("countdown") else name) for name in SHARES]
+        self.tasks = [load(f"{name}:{numbers}" if numbers and name.startswith("countdown") else name)
+                      for name in SHARES]
         self.by_name = {task.name: task for task in self.tasks}
 
     def document(self, split, seed, i):
@@ -41,12 +43,14 @@ class Mixed:
 
     def problems(self, split, n, seed):
         each = [task.problems(split, -(-n // len(self.tasks)), seed) for task in self.tasks]
-        return [replace(problem, id=i) for i, problem in enumerate([problem for turn in zip(*each) for problem in turn][:n])]
+        return [replace(problem, id=i)
+                for i, problem in enumerate([problem for turn in zip(*each) for problem in turn][:n])]
 
     def reward(self, problem, text):
         return self.by_name[problem.data["task"]].reward(problem, text)
 
-    # an answer says by its form whose it is: no text has one in two of the tasks that means different things
+    # an answer says by its form whose it is: no text has one in two of the tasks that means
+    # different things
 
     def answer(self, text):
         return next((answer for task in self.tasks if (answer := task.answer(text)) is not None), None)

@@ -1,14 +1,17 @@
 r"""
-What the mathematics tasks share: a file of questions with one right answer each. gsm8k.py, math500.py, aime.py and amc.py say where
-their files come from and what their rows are called; the rest is here.
+What the mathematics tasks share: a file of questions with one right answer each. gsm8k.py, math500.py,
+aime.py and amc.py say where their files come from and what their rows are called; the rest is here.
 
-    task.problems(split, n, seed)            # the first n of the split in an order of the seed's; all of them where n is more
-    problem.prompt                           # the question and one line of instruction, for a model that continues text
-    problem.data["messages"]                 # the same as a chat, for a tokenizer with a template: tok.chat(messages)
+    task.problems(split, n, seed)    # the first n of the split in an order of the seed's, at most all
+    problem.prompt                   # the question and one line of instruction, for a model that
+                                     # continues text
+    problem.data["messages"]         # the same as a chat, for a tokenizer with a template:
+                                     # tok.chat(messages)
 
-Files are looked for in the folder that NANORL_DATA names, then in ~/.cache/nanorl, where `python -m data.gsm8k` puts them. valid is
-carved out of train by a hash of the question. A small test without a train split (AIME, AMC) has the variant `:ttrl`, in which all
-splits are the same questions: test-time RL trains on what it is tested on, without looking at the answers.
+Files are looked for in the folder that NANORL_DATA names, then in ~/.cache/nanorl, where
+`python -m data.gsm8k` puts them. valid is carved out of train by a hash of the question. A small
+test without a train split (AIME, AMC) has the variant `:ttrl`, in which all splits are the same
+questions: test-time RL trains on what it is tested on, without looking at the answers.
 """
 import json
 import os
@@ -40,12 +43,14 @@ class Questions:
         if self.open:
             split = "test"
         if split not in self.splits:
-            raise ValueError(f"{self.name} is a test and has no {split} split: train without its answers on {self.name}:ttrl")
+            raise ValueError(f"{self.name} is a test and has no {split} "
+                             f"split: train without its answers on {self.name}:ttrl")
         if split not in self.read:
             rows, seen = [], set()
             for question, answer, solution in self.rows("test" if split == "test" else "train"):
                 key = " ".join(question.split())
-                if key in seen or not answer.strip():            # a question that comes twice counts once; without an answer, not at all
+                # a question that comes twice counts once; without an answer, not at all
+                if key in seen or not answer.strip():
                     continue
                 seen.add(key)
                 if split == "test" or (split_of(f"{self.name} {key}") == "valid") == (split == "valid"):
@@ -66,10 +71,12 @@ class Questions:
 
     def problem(self, row, i=0):
         text = f"{row[0]}\n\n{INSTRUCTION}"
-        return Problem(text + "\n\n", row[1], i, {"task": self.name, "messages": [{"role": "user", "content": text}]})
+        return Problem(text + "\n\n", row[1], i,
+                       {"task": self.name, "messages": [{"role": "user", "content": text}]})
 
     def document(self, split, seed, i):
-        """the i-th (prompt, worked solution); an answer without one stands alone. Every epoch has an order of its own."""
+        """the i-th (prompt, worked solution); an answer without one stands alone. Every epoch has
+        an order of its own."""
         rows = self.all(split)
         row = rows[self.order(split, seed, i // len(rows))[i % len(rows)]]
         return self.problem(row).prompt, row[2] or f"\\boxed{{{row[1]}}}"
@@ -91,7 +98,7 @@ class Questions:
         return answers.same(a, b)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
 def roots():
@@ -105,11 +112,13 @@ def find(task, *names):
         for name in names:
             if (root / name).is_file():
                 return root / name
-    raise FileNotFoundError(f"no {names[0]} in {' or '.join(map(str, roots()))}: run python -m data.{task}, online or with --from FILE")
+    raise FileNotFoundError(f"no {names[0]} in {' or '.join(map(str, roots()))}: "
+                            f"run python -m data.{task}, online or with --from FILE")
 
 
 def rows(path, *fields):
-    """a JSON array, JSON lines, or what the hub's dataset viewer sends -> dicts that have all the fields, as text"""
+    """a JSON array, JSON lines, or what the hub's dataset viewer sends -> dicts that have all the
+    fields, as text"""
     text = [line for _, line in lines(path)]
     try:
         if text and (text[0].lstrip().startswith("[") or text[0].strip() == "{"):
@@ -123,7 +132,8 @@ def rows(path, *fields):
             for field in fields:
                 row[field] = str(row[field])
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a list of {{{', '.join(fields)}}} objects ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path} is not a list of {{{', '.join(fields)}}} "
+                         f"objects ({type(error).__name__}: {error})") from None
     if not found:
         raise ValueError(f"{path} holds no rows: get it again")
     return found
@@ -136,7 +146,8 @@ def pick(row, *names):
 
 def triples(path, name):
     """[(question, answer, solution)] of a file in the usual columns"""
-    found = [(pick(row, "problem", "prompt", "question"), row["answer"], str(row.get("solution") or "")) for row in rows(path, "answer")]
+    found = [(pick(row, "problem", "prompt", "question"), row["answer"], str(row.get("solution") or ""))
+             for row in rows(path, "answer")]
     if any(question is None for question, _, _ in found):
         raise ValueError(f"{path}: a row without a problem: is this {name}?")
     return found
@@ -145,7 +156,8 @@ def triples(path, name):
 def main(task, sources, load, argv=None):
     """
     python -m data.TASK                  downloads what is missing, says from where, shows a problem
-    python -m data.TASK --from FILE ...  takes files that are here; "train" in a file's name says which split it is
+    python -m data.TASK --from FILE ...  takes files that are here; "train" in a file's name says
+                                         which split it is
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     cache = roots()[-1]
@@ -163,7 +175,8 @@ def main(task, sources, load, argv=None):
         path = cache / name
         if split in given:
             load(given[split])
-            for old in (path, path.with_name(path.name + ".part")):      # what is left of a download is of another file
+            # what is left of a download is of another file
+            for old in (path, path.with_name(path.name + ".part")):
                 old.unlink(missing_ok=True)
             url = given[split].as_uri()
         print(f"{path}: from {url}")

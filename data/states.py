@@ -1,11 +1,14 @@
 """
-The shell game: a ball lies under one of four cups, two cups trade places, then another two; under which cup does it end?
+The shell game: a ball lies under one of four cups, two cups trade places, then another two; under
+which cup does it end?
 
-    Mc:ad bc bd:    cad=c,cbc=b,bbd=d#d     where the ball is, the trade, where it is then; after "#" the answer
+    Mc:ad bc bd:    cad=c,cbc=b,bbd=d#d    where the ball is, the trade, where it is then; after
+                                           "#" the answer
 
-Nothing to calculate, only a state to carry: the smallest task that is not mathematics and has one right answer. As in arith.py the
-documents slip now and then (the ball is lost sight of), each in its own way: a majority can put it right. (A state that is harder to
-carry, such as the whole row of cups, is learnt late and all at once, or with another seed not at all.)
+Nothing to calculate, only a state to carry: the smallest task that is not mathematics and has one
+right answer. As in arith.py the documents slip now and then (the ball is lost sight of), each in
+its own way: a majority can put it right. (A state that is harder to carry, such as the whole row
+of cups, is learnt late and all at once, or with another seed not at all.)
 
     python -m data.states                  # or: python -m data.states 8 (eight trades in each problem)
 """

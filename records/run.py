@@ -1,12 +1,15 @@
 """
 records/run.py: makes the log of a record attempt, old and new alternating, a run of each for every seed.
 
-    python records/run.py --track laptop --out records/laptop/mine.jsonl                      the first of its track
-    python records/run.py --track laptop --out records/laptop/mine.jsonl --old ../record      beside a checkout of the record
+    python records/run.py --track laptop --out records/laptop/mine.jsonl
+    python records/run.py --track laptop --out records/laptop/mine.jsonl --old ../record
 
-What a side runs stands in its own checkout, in records/TRACK/commands.txt: one script and its flags a line, SEED for the seed, the model
-that counts in the run named last. The clock is the sum of the seconds by stage in the runs' metrics.jsonl, so that installation,
-start-up, evaluation and saving are outside. The judge, for both sides, is this checkout's evaluate.py.
+The first line is for the first record of a track, the second runs beside a checkout of the record.
+
+What a side runs stands in its own checkout, in records/TRACK/commands.txt: one script and its
+flags per line, SEED for the seed, the model that counts in the run named last. The clock is the
+sum of the seconds by stage in the runs' metrics.jsonl, so that installation, start-up, evaluation
+and saving are outside. The judge, for both sides, is this checkout's evaluate.py.
 
 Finished runs are not repeated: the same command goes on where it was stopped.
 """
@@ -24,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import verify  # noqa: E402  (both are scripts of this folder; ours come from one floor up)
 
-from common.run import die, flags  # noqa: E402
+from common.flags import die, flags  # noqa: E402
 
 
 @dataclass
@@ -54,7 +57,8 @@ def call(words, cwd, checkout):
     env = {**os.environ, "PYTHONPATH": str(checkout)}
     done = subprocess.run([sys.executable, *words], cwd=cwd, env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        die(f"{' '.join(words)} ended with {done.returncode}; the same command goes on with the runs that are left")
+        die(f"{' '.join(words)} ended with {done.returncode}; the same "
+            "command goes on with the runs that are left")
     return done.stdout
 
 
@@ -65,7 +69,8 @@ def attempt(config, checkout, seed):
     if not path.is_file():
         die(f"{path} is not there: one script and its flags a line")
     commands = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.gpus}", "--"] if config.gpus else []
+    launch = ["-m", "torch.distributed.run", "--standalone",
+              f"--nproc_per_node={config.gpus}", "--"] if config.gpus else []
     with tempfile.TemporaryDirectory() as folder:
         seconds = dict.fromkeys(verify.STAGES, 0.0)
         for command in commands:
@@ -73,15 +78,20 @@ def attempt(config, checkout, seed):
             call([*launch, str(checkout / script), *rest], folder, checkout)
             run = Path(folder, "runs", rest[rest.index("--name") + 1])
             seconds = {stage: seconds[stage] + s for stage, s in seconds_of(run).items()}
-        said = call([str(HERE.parent / "evaluate.py"), "--model", str(run), "--task", track["task"], "--n", str(track["n"]), "--k",
-                     str(track["k"]), "--max-new", str(track["max_new"])], folder, HERE.parent)
-        return commands, {k: round(s, 2) for k, s in seconds.items()}, json.loads(said.splitlines()[-1])["avg"]
+        said = call([str(HERE.parent / "evaluate.py"), "--model", str(run), "--task", track["task"],
+                     "--n", str(track["n"]), "--k", str(track["k"]), "--max-new", str(track["max_new"])],
+                    folder, HERE.parent)
+        return commands, {k: round(s, 2)
+                          for k, s in seconds.items()}, json.loads(said.splitlines()[-1])["avg"]
 
 
 def git(checkout):
     """-> the commit, marked where files differ from it."""
-    say = lambda *words: subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True).stdout.strip()  # noqa: E731
-    return (say("rev-parse", "HEAD") or "no git") + " and changes" * bool(say("status", "--porcelain", "--untracked-files=no"))
+    def say(*words):
+        return subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True).stdout.strip()
+
+    return ((say("rev-parse", "HEAD") or "no git")
+            + " and changes" * bool(say("status", "--porcelain", "--untracked-files=no")))
 
 
 def machine():
@@ -89,7 +99,8 @@ def machine():
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines()
+             if line.startswith("model name")] if info.exists() else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cores} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
@@ -109,7 +120,8 @@ def main(argv=None):
                 continue
             begin = time.time()
             commands, seconds, accuracy = attempt(config, checkout, seed)
-            row = dict(track=config.track, side=side, seed=seed, started=begin, machine=machine(), commit=git(checkout), commands=commands,
+            row = dict(track=config.track, side=side, seed=seed, started=begin,
+                       machine=machine(), commit=git(checkout), commands=commands,
                        seconds=seconds, accuracy=accuracy, problems=verify.problems_of(config.track),
                        **{key: track[key] for key in ("n", "k", "max_new")})
             with open(out, "a") as f:

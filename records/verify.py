@@ -1,10 +1,12 @@
 """
-records/verify.py: is this log a record? It reads the log, checks every rule that a machine can check, and prints the line for the table.
+records/verify.py: is this log a record? It reads the log, checks every rule that a machine can
+check, and prints the line for the table.
 
     python records/verify.py records/laptop/LOG.jsonl
 
-A log has one JSON object a run, as records/run.py writes them: track, side (new or old), seed, started, machine, commit, commands,
-seconds by stage, accuracy and what it was measured on. Exit code 1: no record, and every reason why.
+A log has one JSON object per run, as records/run.py writes them: track, side (new or old), seed,
+started, machine, commit, commands, seconds by stage, accuracy and what it was measured on. Exit
+code 1: no record, and every reason why.
 """
 import hashlib
 import json
@@ -16,9 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402  (a script in a folder of its own finds the rest of the house one floor up)
-from common.run import die  # noqa: E402
+from common.flags import die  # noqa: E402
 
-# task, problems and samples of the judge, and the accuracy to reach; None: the first record of the track will set it
+# task, problems and samples of the judge, and the accuracy to reach; None: the first record of
+# the track will set it
 TRACKS = {
     "laptop": dict(task="countdown", n=1000, k=4, max_new=48, target=0.5, machine="2 CPU cores"),
     "1gpu": dict(task="countdown:4", n=1000, k=4, max_new=96, target=None, machine="one GPU"),
@@ -27,24 +30,31 @@ TRACKS = {
 SEEDS = 5
 P = 0.01
 STAGES = ("pretraining", "rollout", "reward", "pack", "update", "idle")
-FIELDS = ("track", "side", "seed", "started", "machine", "commit", "commands", "seconds", "accuracy", "problems", "n", "k", "max_new")
+FIELDS = ("track", "side", "seed", "started", "machine", "commit", "commands",
+          "seconds", "accuracy", "problems", "n", "k", "max_new")
 
 
 def problems_of(track):
     """A name for the fixed problems of a track: it changes when a problem does."""
     t = TRACKS[track]
-    return hashlib.sha256("\n".join(p.prompt for p in data.load(t["task"]).problems("test", t["n"], 0)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(p.prompt for p in data.load(t["task"]).problems("test", t["n"], 0))
+                          .encode()).hexdigest()[:16]
 
 
 def tail(t, df):
-    """The chance that Student's t with df degrees of freedom is above t: the density summed by Simpson's rule, after x = tan(u)."""
+    """The chance that Student's t with df degrees of freedom is above t: the density summed by
+    Simpson's rule, after x = tan(u)."""
     if not math.isfinite(t):
         return 0.0 if t > 0 else 1.0
     front = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
-    density = lambda u: front * (1 + math.tan(u) ** 2 / df) ** (-(df + 1) / 2) / math.cos(u) ** 2  # noqa: E731
+
+    def density(u):
+        return front * (1 + math.tan(u) ** 2 / df) ** (-(df + 1) / 2) / math.cos(u) ** 2
+
     a, b, steps = math.atan(t), math.pi / 2 - 1e-9, 2000
     h = (b - a) / steps
-    return h / 3 * sum(density(a + i * h) * (1 if i in (0, steps) else 4 if i % 2 else 2) for i in range(steps + 1))
+    return h / 3 * sum(density(a + i * h) * (1 if i in (0, steps) else 4 if i % 2 else 2)
+                       for i in range(steps + 1))
 
 
 def above(values, bar):
@@ -102,7 +112,8 @@ def faults(runs, others):
         where = f"{run['side']}, seed {run['seed']}"
         if run["problems"] != problems or any(run[key] != rules[key] for key in ("n", "k", "max_new")):
             found.append(f"{where}: not measured on the track's problems")
-        if set(run["seconds"]) - set(STAGES) or not run["seconds"].get("pretraining", 0) > 0 or not run["seconds"].get("rollout", 0) > 0:
+        if (set(run["seconds"]) - set(STAGES) or not run["seconds"].get("pretraining", 0) > 0
+                or not run["seconds"].get("rollout", 0) > 0):
             found.append(f"{where}: its seconds are not by stage, from random weights on: {run['seconds']}")
         if not 0 <= run["accuracy"] <= 1 or any(not v >= 0 for v in run["seconds"].values()):
             found.append(f"{where}: numbers that cannot be")
@@ -114,7 +125,8 @@ def faults(runs, others):
         return found
     target = rules["target"]
     if target is not None and (p := above([run["accuracy"] for run in new], target)) >= P:
-        found.append(f"accuracy {statistics.fmean(run['accuracy'] for run in new):.1%} is not above {target:.0%} with p < {P}: p = {p:.3g}")
+        found.append(f"accuracy {statistics.fmean(run['accuracy'] for run in new):.1%} "
+                     f"is not above {target:.0%} with p < {P}: p = {p:.3g}")
     if old and (p := below([total(run) for run in new], [total(run) for run in old])) >= P:
         found.append(f"not faster than the old one with p < {P}: p = {p:.3g}")
     return found
@@ -128,9 +140,10 @@ def line(runs, path):
     """The row of the table in records/README.md."""
     new = [run for run in runs if run["side"] == "new"]
     seconds, accuracy = [total(run) for run in new], [run["accuracy"] for run in new]
-    return (f"| {statistics.fmean(seconds):.0f} +-{statistics.stdev(seconds) / len(new) ** 0.5:.0f} s "
-            f"| {statistics.fmean(accuracy):.1%} +-{statistics.stdev(accuracy) / len(new) ** 0.5:.1%} | {len(new)} "
-            f"| {new[0]['machine']} | {new[0]['commit'][:9]} | [{path.name}]({path.parent.name}/{path.name}) |")
+    return (f"| {statistics.fmean(seconds):.0f} +-{statistics.stdev(seconds) / len(new) ** 0.5:.0f} "
+            f"s | {statistics.fmean(accuracy):.1%} +-{statistics.stdev(accuracy) / len(new) ** 0.5:.1%} "
+            f"| {len(new)} | {new[0]['machine']} | {new[0]['commit'][:9]} "
+            f"| [{path.name}]({path.parent.name}/{path.name}) |")
 
 
 def main(argv=None):
@@ -140,7 +153,8 @@ def main(argv=None):
         raise SystemExit(0 if argv in (["--help"], ["-h"]) else 2)
     path = Path(argv[0])
     runs = read(path)
-    others = [log for log in (ROOT / "records" / str(runs[0]["track"])).glob("*.jsonl") if log.resolve() != path.resolve()]
+    others = [log for log in (ROOT / "records" / str(runs[0]["track"])).glob("*.jsonl")
+              if log.resolve() != path.resolve()]
     wrong = faults(runs, bool(others))
     for reason in wrong:
         print(f"no record: {reason}")

@@ -1,4 +1,5 @@
-"""what every test shares: the repo root first on the path (the scripts are not installed), one thread, no stray torchrun variables"""
+"""what every test shares: the repo root first on the path (the scripts are not installed), one
+thread, no stray torchrun variables"""
 import json
 import os
 import socket
@@ -23,15 +24,18 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture
 def ranks(tmp_path):
-    """ranks(n, code, *args): runs `code` in n processes of one gloo group, as torchrun would; -> what each printed"""
+    """ranks(n, code, *args): runs `code` in n processes of one gloo group, as torchrun would; ->
+    what each printed"""
     def go(n, code, *args, timeout=120):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = str(s.getsockname()[1])
-        env = {**os.environ, "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-               "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        started = [subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
-                                    cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in range(n)]
+        env = {**os.environ, "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        started = [subprocess.Popen([sys.executable, "-c", code, *map(str, args)],
+                                    env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, cwd=tmp_path,
+                                    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                   for r in range(n)]
         try:
             out = [p.communicate(timeout=timeout) for p in started]
         finally:
@@ -48,8 +52,8 @@ def one_process(tmp_path):
     """one_process(code, *args): the same code as `ranks` without a group"""
     def go(code, *args, timeout=120):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, cwd=tmp_path, text=True, capture_output=True,
-                              timeout=timeout, check=False)
+        done = subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, cwd=tmp_path,
+                              text=True, capture_output=True, timeout=timeout, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
     return go
@@ -57,7 +61,8 @@ def one_process(tmp_path):
 
 @pytest.fixture
 def tiny_base(tmp_path, monkeypatch):
-    """tiny_base(prompts): a random tiny model in ./base; and so many prompts of one's own, with a reward that has variance (digits)"""
+    """tiny_base(prompts): a random tiny model in ./base; and so many prompts of one's own, with a
+    reward that has variance (digits)"""
     def make(prompts=0):
         import data
         from train_gpt import GPT, GPTConfig
@@ -71,6 +76,7 @@ def tiny_base(tmp_path, monkeypatch):
         if prompts:
             rows = [json.dumps(dict(prompt=f"question {i}:")) + "\n" for i in range(prompts)]
             (tmp_path / "my.jsonl").write_text("".join(rows))
-            (tmp_path / "my.py").write_text("def score(problem, text):\n    return sum(c in '0123456789' for c in text) / 8\n")
+            (tmp_path / "my.py").write_text("def score(problem, text):\n"
+                                            "    return sum(c in '0123456789' for c in text) / 8\n")
         monkeypatch.chdir(tmp_path)
     return make

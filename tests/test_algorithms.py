@@ -1,4 +1,5 @@
-"""the algorithm table: every row against numpy, exact gradients, identities between rows, ranks, what is refused"""
+"""the algorithm table: every row against numpy, exact gradients, identities between rows, ranks,
+what is refused"""
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -6,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+import algos
 import nanorl
 import pack
+import stages
 from common.optim import Optimizer
-from nanorl import ALGORITHMS, RATIOS, TRUSTS, Config, address, advantage, covariant, make_loss, with_algorithm
+from algos import ALGORITHMS, RATIOS, TRUSTS, address, advantage, covariant, make_loss, with_algorithm
+from nanorl import Config
 from rollout import Sample
 from train_gpt import GPT, GPTConfig
 
@@ -26,9 +30,12 @@ def model(seed, dtype=torch.float64):
 
 def group(rewards, lengths, seed=0, problem=0):
     g = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randint(0, SHAPE.vocab_size, (n,), generator=g).tolist()  # noqa: E731
-    return [Sample([1, 2, problem], draw(L), (-torch.rand(L, generator=g) * 3).tolist(), "stop", problem, i, 0, reward=r)
-            for i, (r, L) in enumerate(zip(rewards, lengths))]
+
+    def draw(n):
+        return torch.randint(0, SHAPE.vocab_size, (n,), generator=g).tolist()
+
+    return [Sample([1, 2, problem], draw(L), (-torch.rand(L, generator=g) * 3).tolist(), "stop",
+                   problem, i, 0, reward=r) for i, (r, L) in enumerate(zip(rewards, lengths))]
 
 
 def ragged():
@@ -45,8 +52,9 @@ def fake(config, policy, groups, rank=0, world=1, reference=None):
         advantage(g, config)
     single = policy.head_weight.dtype == torch.float32           # in float64 only gradients are looked at
     optimizer = Optimizer(policy, lr=config.lr, clip=config.clip) if single else None
-    return SimpleNamespace(config=config, env=SimpleNamespace(device=torch.device("cpu"), rank=rank, world=world), model=policy, spent=0,
-                           optimizer=optimizer, normaliser=0.0, updates=0.0, reference=reference, clock=dict.fromkeys(nanorl.CLOCKS, 0.0))
+    env = SimpleNamespace(device=torch.device("cpu"), rank=rank, world=world)
+    return stages.RL(config, env, policy, tok=None, task=None, sampler=None,
+                     workers=None, optimizer=optimizer, reference=reference, steps=config.steps)
 
 
 def gradients(policy, divide):
@@ -72,8 +80,9 @@ def inside(ratio, A, low, high):
 
 
 def by_hand(algo, r, lengths, x, i, extra):
-    """-> for each token of response i the factor before its grad log pi, as the paper of the row has it: rewards r and lengths of the
-    group, log-ratios x of the response; extra: what the whole batch knows"""
+    """-> for each token of response i the factor before its grad log pi, as the paper of the row
+    has it: rewards r and lengths of the group, log-ratios x of the response; extra: what the
+    whole batch knows"""
     L, rho = lengths[i], np.exp(x)
     A = {"dr_grpo": r - r.mean(), "vl_norm": r - r.mean(), "rloo": r - (r.sum() - r) / (len(r) - 1)}
     A = A.get(algo, (r - r.mean()) / (r.std() + 1e-6))[i]
@@ -108,24 +117,26 @@ def log_softmax(z):
 @pytest.mark.parametrize("seed", [5, 6])
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_row_is_three_lines_of_numpy(algo, seed):
-    """rung 12: ragged groups, packed, a policy that has moved since it sampled; the gradient of the head by numpy from the formula"""
+    """rung 12: ragged groups, packed, a policy that has moved since it sampled; the gradient of
+    the head by numpy from the formula"""
     config, policy, other = settled(algo=algo), model(0), model(1)
     groups, T = ragged(), config.temperature
     rl = fake(config, policy, groups, reference=other)
     rl.config = replace(config, entropy_coef=1e-30)              # every sample scored, whatever its advantage
-    old = moved(nanorl.score(rl, groups), seed, 0.2)
+    old = moved(stages.old_logprobs(rl, groups), seed, 0.2)
     rl.config = config
-    nanorl.backward(rl, groups, make_loss(config, old=old, reference=other))
+    stages.backward(rl, groups, make_loss(config, old=old, reference=other))
     ours = policy.head_weight.grad.numpy() / rl.normaliser
 
     def alone(net, s):
         batch = pack.rows(pack.alone(s))
         with torch.no_grad():
-            h = nanorl.predicting(net, batch).numpy()
+            h = algos.predicting(net, batch).numpy()
         return h, log_softmax(h @ net.head_weight.detach().numpy().T / T)
 
     flat = [s for g in groups for s in g]
-    extra = dict(tokens=sum(len(s.tokens) for s in flat), responses=len(flat), inverse=sum(1 / len(s.tokens) for s in flat))
+    extra = dict(tokens=sum(len(s.tokens) for s in flat), responses=len(flat),
+                 inverse=sum(1 / len(s.tokens) for s in flat))
     theirs = np.zeros(policy.head_weight.shape)
     for g in groups:
         r, lengths = np.array([s.reward for s in g]), [len(s.tokens) for s in g]
@@ -140,11 +151,13 @@ def test_every_row_is_three_lines_of_numpy(algo, seed):
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_gradient_on_three_actions_is_the_closed_form(algo):
-    """a softmax over three actions with probabilities 1/2, 1/4, 1/4 and a group that holds them in just that proportion: the estimate
-    is exact, pi_k (r_k - mean r) for each logit, up to the scale of the baseline"""
+    """a softmax over three actions with probabilities 1/2, 1/4, 1/4 and a group that holds them
+    in just that proportion: the estimate is exact, pi_k (r_k - mean r) for each logit, up to the
+    scale of the baseline"""
     W = torch.tensor([[0.5], [0.25], [0.25]], dtype=torch.float64).log().requires_grad_()
     rewards = {0: 1.0, 1: 0.0, 2: 3.0}
-    samples = [Sample([1], [a], [0.0], "stop", 0, i, 0, reward=rewards[a]) for i, a in enumerate([0, 0, 1, 2])]
+    samples = [Sample([1], [a], [0.0], "stop", 0, i, 0, reward=rewards[a])
+               for i, a in enumerate([0, 0, 1, 2])]
     config = settled(algo=algo, max_new=1, temperature=1.0, kl_coef=0.0, reset_every=0)
     advantage(samples, config)
     batch = pack.rows([segment for s in samples for segment in pack.alone(s)])
@@ -162,10 +175,10 @@ def test_gradient_on_three_actions_is_the_closed_form(algo):
 
 
 def test_a_baseline_of_equal_rewards_gives_no_advantage():
-    for name, baseline in nanorl.BASELINES.items():
+    for name, baseline in algos.BASELINES.items():
         assert np.abs(baseline(np.ones(4))).max() == 0, name
         assert abs(baseline(np.array([1.0, 0, 0, 1])).sum()) < 1e-9, name
-    assert np.allclose(nanorl.BASELINES["loo"](np.array([1.0, 0, 0])), [1 - 0, 0 - 0.5, 0 - 0.5])
+    assert np.allclose(algos.BASELINES["loo"](np.array([1.0, 0, 0])), [1 - 0, 0 - 0.5, 0 - 0.5])
 
 
 def test_overlong_answers_pay_softly():
@@ -177,14 +190,16 @@ def test_overlong_answers_pay_softly():
 
 
 def test_clipping_stops_the_gradient_of_what_has_moved_far_enough():
-    for ratio, A, moves in [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, -1.0, False), (0.5, 1.0, True), (1.1, 1.0, True)]:
+    for ratio, A, moves in [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, -1.0, False),
+                            (0.5, 1.0, True), (1.1, 1.0, True)]:
         x = torch.tensor(ratio).log().requires_grad_()
         TRUSTS["clip"](x, torch.tensor(A), 0.2, 0.28).backward()
         assert (x.grad != 0) == moves, (ratio, A)
 
 
 def test_a_clipped_weight_keeps_its_gradient():
-    """CISPO: the token that turns a solution round is rare, so its ratio leaves the clip first; its gradient must not end there"""
+    """CISPO: the token that turns a solution round is rare, so its ratio leaves the clip first;
+    its gradient must not end there"""
     x = torch.tensor(9.0).log().requires_grad_()
     TRUSTS["weight"](x, torch.tensor(1.0), 1.0, 4.0).backward()
     assert torch.isclose(x.grad, torch.tensor(5.0))
@@ -195,19 +210,21 @@ LENGTHS_S = torch.bincount(SAMPLE_N)
 
 
 def log_ratios(dtype=torch.float64, size=0.3):
-    return (torch.randn(len(SAMPLE_N), dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * size).to(dtype).requires_grad_()
+    return (torch.randn(len(SAMPLE_N), dtype=torch.float64,
+                        generator=torch.Generator().manual_seed(3)) * size).to(dtype).requires_grad_()
 
 
 def naive(x_N, p):
     """the power mean of each sample as its formula has it, with autograd through all of it"""
-    parts = [part.mean().exp() if p == 0 else (part * p).exp().mean() ** (1 / p) for part in x_N.split(LENGTHS_S.tolist())]
+    parts = [part.mean().exp() if p == 0 else (part * p).exp().mean() ** (1 / p)
+             for part in x_N.split(LENGTHS_S.tolist())]
     return torch.stack(parts)
 
 
 @pytest.mark.parametrize("p", [2.0, 1.0, 0.5, 1e-4, 0.0, -1e-4, -1.0, -2.0])
 def test_power_mean_has_the_value_and_the_gradient_of_its_formula(p):
-    """float64: p = 1 is the mean of the token ratios; and with the token's part of the gradient in each token, a sum over the tokens is the
-    gradient of the whole"""
+    """float64: p = 1 is the mean of the token ratios; and with the token's part of the gradient
+    in each token, a sum over the tokens is the gradient of the whole"""
     x, y = log_ratios(), log_ratios()
     ratio_N = RATIOS["power"](x, SAMPLE_N, LENGTHS_S, p).exp()
     expected_S = naive(y, p)
@@ -216,7 +233,9 @@ def test_power_mean_has_the_value_and_the_gradient_of_its_formula(p):
     expected_S.sum().backward()
     assert close(x.grad, y.grad, 1e-9)
     if p == 1:
-        assert close(ratio_N.detach(), torch.stack([v.mean() for v in y.detach().exp().split(LENGTHS_S.tolist())])[SAMPLE_N], 1e-12)
+        assert close(ratio_N.detach(),
+                     torch.stack([v.mean() for v in y.detach().exp().split(LENGTHS_S.tolist())])[SAMPLE_N],
+                     1e-12)
 
 
 def test_power_zero_is_gspo():
@@ -237,8 +256,9 @@ def test_sequence_ratio_with_its_gradient_in_the_tokens_is_gspo():
 
 
 def test_power_mean_is_stable_through_zero_in_fp32():
-    """the anneal from 2 to -2 passes 0, where (logsumexp(p x) - log L) / p subtracts two nearly equal numbers and divides by almost
-    nothing: in fp32 its error grows as 1e-7 / p. One that goes by expm1 and log1p stays at rounding"""
+    """the anneal from 2 to -2 passes 0, where (logsumexp(p x) - log L) / p subtracts two nearly
+    equal numbers and divides by almost nothing: in fp32 its error grows as 1e-7 / p. One that
+    goes by expm1 and log1p stays at rounding"""
     worst, plain = 0.0, 0.0
     for size in (1e-4, 0.3):
         x32 = log_ratios(torch.float32, size).detach()
@@ -246,7 +266,8 @@ def test_power_mean_is_stable_through_zero_in_fp32():
             exact = RATIOS["power"](x32.double(), SAMPLE_N, LENGTHS_S, p)
             worst = max(worst, float((RATIOS["power"](x32, SAMPLE_N, LENGTHS_S, p) - exact).abs().max()))
             if p:
-                lse = [(torch.logsumexp(p * part, 0) - np.log(len(part))) / p for part in x32.split(LENGTHS_S.tolist())]
+                lse = [(torch.logsumexp(p * part, 0) - np.log(len(part))) / p
+                       for part in x32.split(LENGTHS_S.tolist())]
                 plain = max(plain, float((torch.stack(lse)[SAMPLE_N] - exact).abs().max()))
     assert worst < 5e-7 and plain > 1e-2
 
@@ -257,7 +278,8 @@ def test_power_mean_survives_a_token_that_became_impossible():
     x[2] = -60.0
     x.requires_grad_()
     value = RATIOS["power"](x, SAMPLE_N, LENGTHS_S, -2.0)
-    assert torch.allclose(value.detach()[:5], torch.tensor(-60 + np.log(5) / 2, dtype=torch.float32), atol=1e-4)
+    assert torch.allclose(value.detach()[:5],
+                          torch.tensor(-60 + np.log(5) / 2, dtype=torch.float32), atol=1e-4)
     value.sum().backward()
     assert torch.isfinite(x.grad).all() and torch.isclose(x.grad[2], torch.tensor(5.0), rtol=1e-3)
 
@@ -270,20 +292,22 @@ def test_power_mean_grows_with_p():
 
 def test_before_the_first_update_every_ratio_and_trust_region_has_one_gradient():
     """old == new: they differ only in what happens once the policy has moved"""
-    A = torch.randn(len(SAMPLE_N), dtype=torch.float64, generator=torch.Generator().manual_seed(4))      # each token its own
+    # each token its own
+    A = torch.randn(len(SAMPLE_N), dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     found = {}
     for ratio in RATIOS:
         for trust in TRUSTS:
             x = torch.zeros(len(SAMPLE_N), dtype=torch.float64, requires_grad=True)
             TRUSTS[trust](RATIOS[ratio](x, SAMPLE_N, LENGTHS_S, -1.5), A, 0.2, 0.2).sum().backward()
             found[ratio, trust] = x.grad
-    assert len(found) == len(RATIOS) * len(TRUSTS) and all(torch.allclose(g, A, atol=1e-12, rtol=0) for g in found.values())
+    assert len(found) == len(RATIOS) * len(TRUSTS)
+    assert all(torch.allclose(g, A, atol=1e-12, rtol=0) for g in found.values())
 
 
 def head_gradient(config, groups, **kw):
     policy = model(0)
     rl = fake(config, policy, groups)
-    nanorl.backward(rl, groups, make_loss(config, **kw))
+    stages.backward(rl, groups, make_loss(config, **kw))
     return gradients(policy, rl.normaliser)
 
 
@@ -294,11 +318,12 @@ def test_vl_norm_with_power_zero_is_dr_grpo_up_to_a_constant():
 
 
 def test_vl_norm_weighs_by_length():
-    """w_i = L_i^-a / sum_j L_j^-a sums to 1; a = 1 has the least variance of any when a response's variance grows with its length"""
+    """w_i = L_i^-a / sum_j L_j^-a sums to 1; a = 1 has the least variance of any when a
+    response's variance grows with its length"""
     lengths = np.array([20, 40, 80, 400])
     spread = {}
     for a in (0.0, 0.5, 0.75, 1.0):
-        pairs = [nanorl.AGGREGATES["length"](int(L), settled(algo="vl_norm", length_power=a)) for L in lengths]
+        pairs = [algos.AGGREGATES["length"](int(L), settled(algo="vl_norm", length_power=a)) for L in lengths]
         w = np.array([weight for weight, _ in pairs]) / sum(share for _, share in pairs)
         assert np.isclose(w.sum(), 1)
         spread[a] = (w ** 2 * lengths).sum()
@@ -308,9 +333,9 @@ def test_vl_norm_weighs_by_length():
 def test_holder_anneals_its_power():
     """half-way from 2 to -2 it is GSPO's ratio"""
     config, groups = settled(algo="holder"), ragged()
-    old = moved(nanorl.score(fake(config, model(0), groups), groups), size=0.05)
+    old = moved(stages.old_logprobs(fake(config, model(0), groups), groups), size=0.05)
     gspo = head_gradient(settled(algo="holder", ratio="sequence"), groups, old=old)
-    start, middle, end = (head_gradient(config, groups, old=old, at=at) for at in (0.0, 0.5, 1.0))
+    start, middle, end = (head_gradient(config, groups, old=old, done=at) for at in (0.0, 0.5, 1.0))
     assert close(middle, gspo, 1e-9) and not close(start, gspo, 1e-4) and not close(end, gspo, 1e-4)
 
 
@@ -319,9 +344,11 @@ def test_holder_anneals_its_power():
 
 
 def test_weight_between_sampler_and_trainer_is_truncated_and_knows_what_was_kept():
-    """a sampler with top-p draws from pi / kept: the weight is kept times what lies between the two log-probs, cut at --tis"""
+    """a sampler with top-p draws from pi / kept: the weight is kept times what lies between the
+    two log-probs, cut at --tis"""
     config = settled(algo="dr_grpo", tis=2.0, max_new=1)
-    W, h = torch.zeros(4, 1, dtype=torch.float64), torch.ones(3, 1, dtype=torch.float64)      # log pi = -log 4 for every action
+    # log pi = -log 4 for every action
+    W, h = torch.zeros(4, 1, dtype=torch.float64), torch.ones(3, 1, dtype=torch.float64)
     samples = [Sample([1], [i], [-np.log(4) - apart], "stop", 0, i, 0, kept=[np.log(kept)], advantage=1.0)
                for i, (apart, kept) in enumerate([(0.0, 1.0), (np.log(1.5), 0.8), (np.log(4), 1.0)])]
     batch = pack.rows([segment for s in samples for segment in pack.alone(s)])
@@ -334,22 +361,22 @@ def test_kl_is_zero_and_pulls_nowhere_at_the_reference():
     config = settled(algo="dr_grpo", kl_coef=0.1)
     policy, groups = model(0), [group([1, 1, 1], [3, 9, 1])]
     rl = fake(config, policy, groups, reference=model(0))
-    stats = nanorl.backward(rl, groups, make_loss(config, reference=rl.reference))
+    stats = stages.backward(rl, groups, make_loss(config, reference=rl.reference))
     assert stats["reference_kl"] == 0 and all((p.grad == 0).all() for p in policy.parameters())
     rl.reference = model(1)
-    stats = nanorl.backward(rl, groups, make_loss(config, reference=rl.reference))
+    stats = stages.backward(rl, groups, make_loss(config, reference=rl.reference))
     assert stats["reference_kl"] > 0.1 and any((p.grad != 0).any() for p in policy.parameters())
 
 
 def test_equal_rewards_still_feel_the_kl():
-    """a response without advantage costs no forward, but only when nothing else wants it: the KL does, in a run beside which
-    the skipped half would drift freely"""
+    """a response without advantage costs no forward, but only when nothing else wants it: the KL
+    does, in a run beside which the skipped half would drift freely"""
     groups = [group([1, 0], [4, 6]), group([1, 1], [5, 5], problem=1)]
     counts = {}
     for kl in (0.0, 0.1):
         config = settled(algo="dr_grpo", kl_coef=kl)
         rl = fake(config, model(0), groups, reference=model(1))
-        counts[kl] = nanorl.backward(rl, groups, make_loss(config, reference=rl.reference))["tokens"]
+        counts[kl] = stages.backward(rl, groups, make_loss(config, reference=rl.reference))["tokens"]
     assert counts == {0.0: 10, 0.1: 20}
 
 
@@ -366,11 +393,13 @@ def test_covariance_is_taken_over_the_whole_batch():
     cov = (logp - logp.mean()) * (A - A.mean())
     top = np.concatenate([marked[address(s)] for s in flat])
     assert top.sum() == 5 == np.ceil(0.1 * 50) and set(np.flatnonzero(top)) == set(np.argsort(-cov)[:5])
-    assert any(not np.array_equal(covariant([g], config)[address(s)], marked[address(s)]) for g in groups for s in g)
+    assert any(not np.array_equal(covariant([g], config)[address(s)], marked[address(s)])
+               for g in groups for s in g)
 
 
 def test_forced_tokens_are_in_no_covariance():
-    """a log-prob of nan says that nobody chose the token: it has no prediction in the batch, so none here either"""
+    """a log-prob of nan says that nobody chose the token: it has no prediction in the batch, so
+    none here either"""
     samples = group([1, 0], [4, 4])
     samples[0].logprobs[1] = float("nan")
     config = settled(algo="dr_grpo", cov="clip", cov_share=0.3)
@@ -378,18 +407,18 @@ def test_forced_tokens_are_in_no_covariance():
     marked = covariant([samples], config)
     assert [len(marked[address(s)]) for s in samples] == [3, 4] and sum(m.sum() for m in marked.values()) == 3
     batch = pack.rows([segment for s in samples for segment in pack.alone(s)])
-    assert len(nanorl.stored(marked, batch)) == len(batch.at_N)
+    assert len(algos.by_address(marked, batch)) == len(batch.at_N)
 
 
 def test_clip_cov_stops_and_kl_cov_holds_the_marked_tokens():
     groups = [group([1, 0], [6, 6])]
     plain, clip = settled(algo="rloo"), settled(algo="rloo", cov="clip", cov_share=0.3)
     kl = settled(algo="rloo", cov="kl", cov_share=0.3, epochs=2, cov_coef=0.5)
-    old = moved(nanorl.score(fake(plain, model(0), groups), groups))
+    old = moved(stages.old_logprobs(fake(plain, model(0), groups), groups))
     marked = covariant(groups, clip)
     W, h = torch.randn(9, 4, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
     batch = pack.rows([segment for s in groups[0] for segment in pack.alone(s)])
-    top_N = nanorl.stored(marked, batch)
+    top_N = algos.by_address(marked, batch)
 
     def per_token(config, **kw):
         hidden = h.clone().requires_grad_()
@@ -399,7 +428,7 @@ def test_clip_cov_stops_and_kl_cov_holds_the_marked_tokens():
     a, b, c = per_token(plain), per_token(clip, marked=marked), per_token(kl, marked=marked)
     assert top_N.sum() == 4 and (b[top_N == 1] == 0).all()
     assert torch.equal(a[top_N == 0], b[top_N == 0]) and torch.equal(a[top_N == 0], c[top_N == 0])
-    x_N = (h @ W.T).log_softmax(1)[torch.arange(12), batch.targets_N] - nanorl.stored(old, batch)
+    x_N = (h @ W.T).log_softmax(1)[torch.arange(12), batch.targets_N] - algos.by_address(old, batch)
     onehot = torch.nn.functional.one_hot(batch.targets_N, 9).double()
     pull = 0.5 * x_N.sign()[:, None] * (onehot - (h @ W.T).softmax(1)) @ W
     assert torch.allclose((c - a)[top_N == 1], pull[top_N == 1])
@@ -410,21 +439,22 @@ def test_reset_makes_the_kl_zero_and_the_loss_continuous():
     policy, groups = model(0, torch.float32), ragged()
     rl = fake(config, policy, groups, reference=model(0, torch.float32).requires_grad_(False))
     for _ in range(3):
-        nanorl.learn(rl, groups)
+        stages.learn(rl, groups)
     batch = pack.rows([segment for g in groups for s in g for segment in pack.alone(s)])
 
     def both():
-        values = [make_loss(c, reference=rl.reference)(batch, nanorl.predicting(policy, batch), policy.head_weight)[0].item()
+        values = [make_loss(c, reference=rl.reference)(batch, algos.predicting(policy, batch),
+                                                       policy.head_weight)[0].item()
                   for c in (config, replace(config, kl_coef=0.0))]
         return values[0], values[1]
 
     full, without = both()
     assert full > without, "the policy went away from its reference"
-    nanorl.reset(rl)
+    stages.reset(rl)
     after, same = both()
     assert after == same == without, "what is left is the loss as it was, less the KL"
     assert rl.optimizer.steps == 0 and all((s.m == 0).all() for s in rl.optimizer.shards)
-    nanorl.learn(rl, groups)
+    stages.learn(rl, groups)
     full, without = both()
     assert full > without, "the reference is a copy, it does not follow"
 
@@ -439,85 +469,90 @@ def weights_of(policy):
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_two_ranks_equal_one(algo):
-    """rung 9, the sums: what two ranks back-propagate adds up to what one does, old log-probs and marked tokens included"""
+    """rung 9, the sums: what two ranks back-propagate adds up to what one does, old log-probs and
+    marked tokens included"""
     config = settled(algo=algo, tis=2.0, cov="clip", cov_share=0.1, row_tokens=48)
     groups, other = ragged() + [group([1, 1, 0], [2, 13, 5], seed=2, problem=2)], model(1)
     policy = model(0)
     rl = fake(config, policy, groups, reference=other)
-    old = nanorl.score(rl, groups)
-    shares = [nanorl.score(fake(config, policy, groups, rank, 2), groups) for rank in (0, 1)]
+    old = stages.old_logprobs(rl, groups)
+    shares = [stages.old_logprobs(fake(config, policy, groups, rank, 2), groups) for rank in (0, 1)]
     assert set(shares[0]) | set(shares[1]) == set(old) and not set(shares[0]) & set(shares[1])
     assert all(np.allclose(v, old[k], atol=1e-12) for share in shares for k, v in share.items())
     loss = make_loss(config, old=moved(old), marked=covariant(groups, config), reference=other)
-    whole = nanorl.backward(rl, groups, loss)
+    whole = stages.backward(rl, groups, loss)
     one = gradients(policy, rl.normaliser)
     policy.zero_grad()
     parts = []
     for rank in (0, 1):
         rl = fake(config, policy, groups, rank, 2, other)
-        parts.append(nanorl.backward(rl, groups, loss))
+        parts.append(stages.backward(rl, groups, loss))
     assert all(part["tokens"] < whole["tokens"] for part in parts)
     two = gradients(policy, rl.normaliser)
     assert close(two, one, 1e-9)
-    joined = nanorl.together(parts)
+    joined = stages.merge_stats(parts)
     assert all(np.isclose(joined[k], whole[k]) for k in whole if not k.endswith("_all"))
     assert np.allclose(np.sort(joined["weight_all"]), np.sort(whole["weight_all"]))
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_minibatches_do_not_depend_on_who_held_the_groups(algo, monkeypatch):
-    """they are cut from the list of all groups by address: whatever order ranks finished in, the weights are equal to the bit"""
+    """they are cut from the list of all groups by address: whatever order ranks finished in, the
+    weights are equal to the bit"""
     made, scored = [], []
-    real = nanorl.score
-    monkeypatch.setattr(nanorl, "score", lambda rl, groups: scored.append(1) or real(rl, groups))
+    real = stages.old_logprobs
+    monkeypatch.setattr(stages, "old_logprobs", lambda rl, groups: scored.append(1) or real(rl, groups))
     for turned in (False, True):
         groups = ragged() + [group([1, 1, 0], [2, 13, 5], seed=2, problem=2)]
         config = settled(algo=algo, epochs=2, minibatch=2, lr=1e-2)
         policy = model(0, torch.float32)
         rl = fake(config, policy, groups, reference=model(1, torch.float32).requires_grad_(False))
-        nanorl.learn(rl, groups[::-1] if turned else groups)
+        stages.learn(rl, groups[::-1] if turned else groups)
         made.append(weights_of(policy))
-        # four updates; one whose responses have all left the clip is a step without signal, and counts as none
-        assert 2 < rl.optimizer.steps <= 4 and rl.updates == 1
+        # four updates; one whose responses have all left the clip is a step without signal, and
+        # counts as none
+        assert 2 < rl.optimizer.steps <= 4 and rl.progress == 1
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], weights_of(model(0, torch.float32)))
     assert len(scored) == 2, "old log-probs once a rollout"
 
 
 def test_one_update_scores_nothing_twice(monkeypatch):
     """one update a rollout: the old policy is the new one, and a second forward would only say so again"""
-    monkeypatch.setattr(nanorl, "score", lambda rl, groups: pytest.fail("a second forward"))
+    monkeypatch.setattr(stages, "old_logprobs", lambda rl, groups: pytest.fail("a second forward"))
     groups = ragged()
     rl = fake(settled(algo="grpo"), model(0, torch.float32), groups)
-    assert nanorl.learn(rl, groups)["clipped"] == 0 and rl.optimizer.steps == 1
+    assert stages.learn(rl, groups)["clipped"] == 0 and rl.optimizer.steps == 1
 
 
 def test_the_second_update_is_clipped_against_the_policy_that_sampled():
-    """the ratio of update k is to the policy before update 1, not before update k: by then every ratio would be 1"""
+    """the ratio of update k is to the policy before update 1, not before update k: by then every
+    ratio would be 1"""
     groups = ragged()
     rl = fake(settled(algo="grpo", epochs=3, lr=0.05), model(0, torch.float32), groups)
-    assert nanorl.learn(rl, groups)["clipped"] > 0
+    assert stages.learn(rl, groups)["clipped"] > 0
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_step_without_signal_changes_no_weight(algo):
-    """equal rewards, first on a fresh optimizer, then on one with momentum (a reference would be signal once the policy has left it)"""
+    """equal rewards, first on a fresh optimizer, then on one with momentum (a reference would be
+    signal once the policy has left it)"""
     config = settled(algo=algo, epochs=2, minibatch=1, lr=1e-2)
     policy, flat = model(0, torch.float32), [group([1, 1], [3, 5]), group([0, 0], [2, 2], problem=1)]
     rl = fake(config, policy, flat, reference=model(0, torch.float32).requires_grad_(False))
     before = weights_of(policy).clone()
-    nanorl.learn(rl, flat)
+    stages.learn(rl, flat)
     assert torch.equal(weights_of(policy), before)
     groups = ragged()
     for g in groups:
         advantage(g, config)
-    nanorl.learn(rl, groups)
+    stages.learn(rl, groups)
     before = weights_of(policy).clone()
     assert not torch.equal(before, weights_of(model(0, torch.float32)))
     if config.kl_coef:
         rl.reference.load_state_dict(policy.state_dict())
-    nanorl.learn(rl, flat)
+    stages.learn(rl, flat)
     assert torch.equal(weights_of(policy), before)
-    nanorl.learn(rl, [])
+    stages.learn(rl, [])
     assert torch.equal(weights_of(policy), before)
 
 
@@ -527,9 +562,11 @@ def test_a_step_without_signal_changes_no_weight(algo):
 
 def test_an_axis_of_its_own_wins_over_the_row():
     config = with_algorithm(Config(algo="grpo", aggregate="token", clip_high=0.3))
-    assert (config.baseline, config.aggregate, config.clip_low, config.clip_high, config.dynamic) == ("group", "token", 0.2, 0.3, False)
+    assert (config.baseline, config.aggregate, config.clip_low, config.clip_high,
+            config.dynamic) == ("group", "token", 0.2, 0.3, False)
     assert with_algorithm(Config(algo="dapo")).dynamic
-    assert with_algorithm(Config(algo="prorl")).temperature == 1.2 and with_algorithm(Config()).temperature == 1.0
+    assert with_algorithm(Config(algo="prorl")).temperature == 1.2
+    assert with_algorithm(Config()).temperature == 1.0
     assert with_algorithm(Config(algo="prorl", temperature=0.7)).temperature == 0.7
     assert with_algorithm(Config(algo="rloo", trust="clip")).clip_high == 0.2
     assert with_algorithm(Config(ratio="power", power=-1.0)).power_end == -1.0
@@ -561,7 +598,9 @@ def test_a_settled_config_settles_again(algo):
     (dict(cov="kl"), "no gradient"),
 ])
 def test_what_does_not_go_together_is_refused_with_the_reason(flags, words, capsys):
+    argv = [w for k, v in {"prompts": 32, **flags}.items() for w in (f"--{k.replace('_', '-')}", str(v))]
     with pytest.raises(SystemExit) as stopped:
-        with_algorithm(Config(**flags))
+        config, _ = nanorl.configure(argv)
+        stages.check_sampling(with_algorithm(config))
     error = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(error) == 1 and words in error[0], error

@@ -1,7 +1,8 @@
 """
-The name of our kernels.py is also a package's on PyPI, one that transformers and trl import wherever its metadata says that it is
-installed. With the repo's root first on the path, as it is in every script of ours, they would get ours and end in "cannot import name
-..." deep inside code that nobody here wrote; and hiding ours for good would break whatever of our own asks for it later.
+The name of our kernels.py is also a package's on PyPI, one that transformers and trl import
+wherever its metadata says that it is installed. With the repo's root first on the path, as it is
+in every script of ours, they would get ours and end in "cannot import name ..." deep inside code
+that nobody here wrote; and hiding ours for good would break whatever of our own asks for it later.
 """
 import importlib.util
 import re
@@ -53,12 +54,15 @@ print("fine")
 
 @pytest.fixture
 def site(tmp_path):
-    """A folder like site-packages in which `kernels` is installed, in a version that transformers accepts, as far as metadata goes."""
-    text = (Path(importlib.util.find_spec("transformers").origin).parent / "utils" / "import_utils.py").read_text()
+    """A folder like site-packages in which `kernels` is installed, in a version that transformers
+    accepts, as far as metadata goes."""
+    text = (Path(importlib.util.find_spec("transformers").origin).parent
+            / "utils" / "import_utils.py").read_text()
     version = re.search(r'KERNELS_MIN_VERSION = "(.+)"', text)
     info = tmp_path / "site" / "kernels.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version[1] if version else '0.18.2'}\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\n"
+                                   f"Version: {version[1] if version else '0.18.2'}\n")
     return tmp_path / "site"
 
 
@@ -71,6 +75,7 @@ def test_a_peer_lands_in_our_file_unless_it_is_hidden(site, one_process):
 def test_a_peer_gets_the_real_package_where_there_is_one(site, one_process):
     (site / "kernels").mkdir()
     (site / "kernels" / "__init__.py").write_text(STAND_IN)
-    held = "from transformers.integrations import hub_kernels as h\nprint([x.__name__ for x in vars(h).values() if x.__class__ is type])\n"
+    held = ("from transformers.integrations import hub_kernels as h\n"
+            "print([x.__name__ for x in vars(h).values() if x.__class__ is type])\n")
     said, names = one_process(THROUGH_PEER + held, site, ROOT).splitlines()
     assert said == "fine" and "Thing" in names

@@ -1,4 +1,5 @@
-"""Tasks: splits that cannot meet, documents that are a pure function of their number, checkers that hostile text cannot fool or stall."""
+"""Tasks: splits that cannot meet, documents that are a pure function of their number, checkers
+that hostile text cannot fool or stall."""
 import itertools
 import json
 import time
@@ -14,26 +15,30 @@ import data
 from data import mixed
 from data import Problem, arith, countdown, states
 
-TASKS = ["countdown", "countdown:search", "countdown:4", "countdown:search:4", "arith", "arith:5", "states", "states:8", "mixed"]
+TASKS = ["countdown", "countdown:search", "countdown:4", "countdown:search:4",
+         "arith", "arith:5", "states", "states:8", "mixed"]
 
 
 def content(prompt):
-    """what a prompt asks, however it asks it: countdown's numbers have no order, and its two styles ask the same."""
+    """what a prompt asks, however it asks it: countdown's numbers have no order, and its two
+    styles ask the same."""
     if prompt[0] not in "CS":
         return prompt
     numbers, target = prompt[1:-1].split("=")
     return sorted(map(int, numbers.split())).__repr__() + target
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # every task
 
 @pytest.mark.parametrize("name", TASKS)
 def test_splits_never_meet(name):
     """Text for pretraining that shows a test problem makes every later number a lie, and nobody notices."""
     task = data.load(name)
-    asked = {split: {content(p.prompt) for seed in (0, 1) for p in task.problems(split, 80, seed)} for split in ("train", "valid", "test")}
-    assert not asked["train"] & asked["valid"] and not asked["train"] & asked["test"] and not asked["valid"] & asked["test"]
+    asked = {split: {content(p.prompt) for seed in (0, 1) for p in task.problems(split, 80, seed)}
+             for split in ("train", "valid", "test")}
+    assert not asked["train"] & asked["valid"] and not asked["train"] & asked["test"]
+    assert not asked["valid"] & asked["test"]
     for split in asked:
         others = set().union(*(asked[other] for other in asked if other != split))
         assert not others & {content(task.document(split, 5, i)[0]) for i in range(150)}
@@ -55,13 +60,14 @@ def test_problems_are_distinct_repeatable_and_nested(name):
     assert problems[:40] == task.problems("test", 40, 3)
     assert problems != task.problems("test", 101, 4)
     assert task.problems("test", 0, 3) == []
-    for problem in problems:                                            # they travel to workers and into files
+    for problem in problems:                          # they travel to workers and into files
         assert Problem(**json.loads(json.dumps(asdict(problem)))) == problem
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_document_is_a_function_of_its_number(name):
-    """A resumed run, or rank 5 of 8, jumps to document i: it must be what an unbroken run would have read there."""
+    """A resumed run, or rank 5 of 8, jumps to document i: it must be what an unbroken run would
+    have read there."""
     task = data.load(name)
     documents = list(itertools.islice(task.corpus("train", 7), 50))
     again = data.load(name)
@@ -91,7 +97,7 @@ def test_the_reward_takes_every_document_that_is_right(name, monkeypatch):
         assert task.reward(problem, completion) == 1.0
         assert task.answer(completion) is not None
         assert prompt[0] not in "AM" or task.answer(completion) == problem.gold
-    for problem in task.problems("test", 40, 0):                        # and the gold, written the way the task wants answers
+    for problem in task.problems("test", 40, 0):  # and the gold, written the way the task wants answers
         text = problem.gold if problem.prompt[0] == "C" else "#" + problem.gold
         assert task.reward(problem, text) == 1.0
         assert task.same(task.answer(text), problem.gold)
@@ -102,11 +108,12 @@ def asked_by(prompt):
     name = {"C": "countdown:steps:3", "S": "countdown:search:3", "A": "arith", "M": "states"}[prompt[0]]
     if prompt[0] in "CS":
         numbers, target = prompt[1:-1].split("=")
-        return Problem(prompt, data={"task": name, "numbers": list(map(int, numbers.split())), "target": int(target)})
+        return Problem(prompt, data={"task": name, "numbers": list(map(int, numbers.split())),
+                                     "target": int(target)})
     if prompt[0] == "A":
-        return Problem(prompt, str(eval(prompt[1:-1])), data={"task": name})      # our own text, never a model's
+        return Problem(prompt, str(eval(prompt[1:-1])), data={"task": name})  # our own text, never a model's
     ball, trades = prompt[1:-1].split(":")
-    places = dict(zip(states.CUPS, states.CUPS))                        # where each cup stands, by where it stood at first
+    places = dict(zip(states.CUPS, states.CUPS))  # where each cup stands, by where it stood at first
     for a, b in trades.split():
         places = {first: {a: b, b: a}.get(now, now) for first, now in places.items()}
     return Problem(prompt, places[ball], data={"task": name})
@@ -128,23 +135,26 @@ def test_noise_earns_nothing_and_raises_nothing(name, text, which):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_hostile_text_costs_no_time(name):
-    """A checker runs on whatever a model writes, a million times: 9**9**9, a megabyte of digits, brackets without end."""
+    """A checker runs on whatever a model writes, a million times: 9**9**9, a megabyte of digits,
+    brackets without end."""
     task = data.load(name)
     problem = task.problems("test", 1, 0)[0]
     begun = time.perf_counter()
-    for text in ["9" * 10**6, "#" + "9" * 10**6, "1+" * 10**5, "(" * 10**6, "#" * 10**6, "1=1," * 10**5, " " * 10**6, "#" + "a" * 10**6,
-                 "-" * 10**6, "9**9**9**9=1", "1/0=1,1+1=2", "#1/0=1", "(1/0)+1=2", "\u0663+\u0664=\u0667,\u0661+\u0661=\u0662",
+    for text in ["9" * 10**6, "#" + "9" * 10**6, "1+" * 10**5, "(" * 10**6, "#" * 10**6,
+                 "1=1," * 10**5, " " * 10**6, "#" + "a" * 10**6, "-" * 10**6, "9**9**9**9=1",
+                 "1/0=1,1+1=2", "#1/0=1", "(1/0)+1=2", "\u0663+\u0664=\u0667,\u0661+\u0661=\u0662",
                  "#\u0663", "\x00", "\ud800", "__import__('os')"]:
         assert task.reward(problem, text) == 0.0
     assert time.perf_counter() - begun < 2
 
 
 def test_unknown_names_are_answered_with_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'countdown'.*arith, countdown.*mixed.*states"):
+    with pytest.raises(ValueError, match="did you mean 'countdown'.*arith, code, countdown.*mixed.*states"):
         data.load("countdwn")
     with pytest.raises(ValueError, match="'search'"):
         data.load("countdown:serch")
-    for name in ["countdown:1", "countdown:99", "arith:x", "states:", "mixed:x", "", "tokenizer", "__init__", "../data/arith"]:
+    for name in ["countdown:1", "countdown:99", "arith:x", "states:", "mixed:x",
+                 "", "tokenizer", "__init__", "../data/arith"]:
         with pytest.raises(ValueError):
             data.load(name)
     with pytest.raises(ValueError, match="train, valid, test"):
@@ -156,24 +166,25 @@ def test_a_space_that_is_used_up_says_so():
         data.load("countdown:2").problems("test", 5000, 0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # countdown
 
 PROBLEM = Problem("C3 7 12=43:", data={"task": "countdown:steps:3", "numbers": [3, 7, 12], "target": 43})
 FOUR = Problem("", data={"numbers": [8, 3, 8, 3], "target": 24})
 
 
-@pytest.mark.parametrize("text", ["12*3=36,36+7=43", "3*12=36,7+36=43", " 12*3=36,36+7=43\n", "3*12=(72/2),36+7=43"])
+@pytest.mark.parametrize("text", ["12*3=36,36+7=43", "3*12=36,7+36=43",
+                                  " 12*3=36,36+7=43\n", "3*12=(72/2),36+7=43"])
 def test_right_steps(text):
     assert data.load("countdown").reward(PROBLEM, text) == 1.0
 
 
 @pytest.mark.parametrize("text", [
-    "", "12*3=36", "12*3=36,36+7=44", "12*3=37,37+7=44", "12*3=37,37+6=43",         # unfinished, or wrong on the way
+    "", "12*3=36", "12*3=36,36+7=44", "12*3=37,37+7=44", "12*3=37,37+6=43",  # unfinished, or wrong on the way
     "12*3=36,36+7=43,43+0=43", "12*3=36,36+7=43,", ",12*3=36,36+7=43",              # too much
     "36+7=43", "40+3=43", "43=43", "12*3=36,37+6=43",                               # numbers from nowhere
     "12*3=36,36+7=43 ", "12*3 =36,36+7=43", "12*3=36;36+7=43",
-    "12*3=36,12+31=43", "12+12=24,24+19=43", "12*3=36,36-36=0",                     # a number twice, or a result
+    "12*3=36,12+31=43", "12+12=24,24+19=43", "12*3=36,36-36=0",  # a number twice, or a result
     "12*3+7=43", "12*3=36,36+7=43#", "#12*3=36,36+7=43", "1.2e1*3=36,36+7=43", "12*3=036,36+7=4_3"])
 def test_wrong_steps(text):
     assert data.load("countdown").reward(PROBLEM, text) == float(text.strip() == "12*3=36,36+7=43")
@@ -200,7 +211,8 @@ def test_a_number_given_twice_may_be_used_twice_and_no_more():
 
 
 def value(node):
-    """an oracle that shares nothing with the checker: a nested tuple of numbers and operations, worked out by recursion."""
+    """an oracle that shares nothing with the checker: a nested tuple of numbers and operations,
+    worked out by recursion."""
     if not isinstance(node, tuple):
         return Fraction(node)
     op, a, b = node[0], value(node[1]), value(node[2])
@@ -212,7 +224,8 @@ def written(x):
 
 
 @settings(max_examples=150, deadline=None)
-@given(numbers=st.lists(st.integers(1, 25), min_size=3, max_size=5), ops=st.lists(st.sampled_from("+-*/"), min_size=4, max_size=4),
+@given(numbers=st.lists(st.integers(1, 25), min_size=3, max_size=5),
+       ops=st.lists(st.sampled_from("+-*/"), min_size=4, max_size=4),
        at=st.integers(0, 10**6), change=st.sampled_from("0123456789+-*/=,()"))
 def test_any_right_chain_is_taken_and_any_change_to_it_refused(numbers, ops, at, change):
     node, lines = numbers[0], []
@@ -228,7 +241,7 @@ def test_any_right_chain_is_taken_and_any_change_to_it_refused(numbers, ops, at,
     assert task.reward(problem, text) == 1.0
     at %= len(text)
     mutant = text[:at] + change + text[at + 1:]
-    if task.reward(problem, mutant) == 1.0:      # then it must be another right chain: 5*1 for 5/1, and the like
+    if task.reward(problem, mutant) == 1.0:  # then it must be another right chain: 5*1 for 5/1, and the like
         assert right_by_trying(mutant, numbers, target)
 
 
@@ -239,7 +252,8 @@ def right_by_trying(text, numbers, target):
         left, _, result = line.partition("=")
         for i, j in itertools.permutations(range(len(pool)), 2):
             op = left[len(written(pool[i])):][:1]
-            if op in list("+-*/") and left == written(pool[i]) + op + written(pool[j]) and (op != "/" or pool[j]):
+            if (op in list("+-*/") and left == written(pool[i]) + op + written(pool[j])
+                    and (op != "/" or pool[j])):
                 made = value((op, pool[i], pool[j]))
                 pool = [x for k, x in enumerate(pool) if k not in (i, j)] + [made]
                 break
@@ -254,14 +268,16 @@ def test_search_is_answered_after_its_last_mark():
     task = data.load("countdown:search")
     assert task.reward(PROBLEM, "12-3=9(9+7=16<9*7=63>)12*3=36(36+7=43#12*3=36,36+7=43") == 1.0
     assert task.reward(PROBLEM, "#1+1=2#12*3=36,36+7=43") == 1.0
-    assert task.reward(PROBLEM, "12*3=36(36+7=43") == 0.0 and task.answer("12*3=36(36+7=43") is None     # found, not said
+    # found, not said
+    assert task.reward(PROBLEM, "12*3=36(36+7=43") == 0.0 and task.answer("12*3=36(36+7=43") is None
     assert task.reward(PROBLEM, "12*3=36(36+7=43#12*3=36,36+7=44") == 0.0
     assert task.reward(PROBLEM, "12*3=36(36+7=43#12*3=36,36+7=43#") == 0.0
 
 
 @pytest.mark.parametrize("n", [3, 4])
 def test_search_has_a_heavy_tail_under_a_stated_cap(n):
-    """Tail batching, packing and continuous batching are all about uneven lengths: with even ones they show nothing."""
+    """Tail batching, packing and continuous batching are all about uneven lengths: with even ones
+    they show nothing."""
     task = data.load(f"countdown:search:{n}")
     lengths = sorted(len(completion) for _, completion in itertools.islice(task.corpus("train", 0), 5000))
     assert lengths[-1] >= 10 * lengths[2500]
@@ -300,7 +316,7 @@ def test_noise_is_text_that_is_true_and_misses(monkeypatch):
     assert 480 < right < 620
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # arith, states, mixed
 
 @pytest.mark.parametrize("name", ["arith", "arith:8", "states", "states:9"])
@@ -320,7 +336,8 @@ def test_arith_answers():
 
 @pytest.mark.parametrize("name, module", [("arith", arith), ("states", states)])
 def test_slips_are_as_frequent_as_stated_and_differ(name, module, monkeypatch):
-    """The vote has something to say only where errors scatter: the same question, asked again, must not slip to the same answer."""
+    """The vote has something to say only where errors scatter: the same question, asked again,
+    must not slip to the same answer."""
     def rewards():
         task = data.load(name)
         golds = []
@@ -340,10 +357,12 @@ def test_slips_are_as_frequent_as_stated_and_differ(name, module, monkeypatch):
 
 def test_states_example():
     task = data.load("states:3")
-    assert states.trade("c", "ad") == "c" and states.trade("c", "bc") == "b" and states.trade("b", "bd") == "d"
+    assert states.trade("c", "ad") == "c" and states.trade("c", "bc") == "b"
+    assert states.trade("b", "bd") == "d"
     problem = Problem("Mc:ad bc bd:", "d")
     assert asked_by(problem.prompt).gold == "d"
-    assert task.reward(problem, "cad=c,cbc=b,bbd=d#d") == 1.0 and task.reward(problem, "cad=c,cbc=b,bbd=d#b") == 0.0
+    assert task.reward(problem, "cad=c,cbc=b,bbd=d#d") == 1.0
+    assert task.reward(problem, "cad=c,cbc=b,bbd=d#b") == 0.0
     assert task.reward(problem, "d") == 0.0 and task.answer("cad=c,cbc=b,bbd=d") is None
 
 
@@ -354,11 +373,12 @@ def test_mixed_draws_by_its_shares_and_hands_on():
         assert abs(tags.count(tag) / 4000 - share) < 0.03
     problems = task.problems("test", 10, 0)
     assert "".join(p.prompt[0] for p in problems) == "CSAMCSAMCS"
-    assert task.answer("1+2=3#3") == "3" and task.answer("ab#ba") == "ba" and task.answer("1+2=3,3*3=9") == "1+2=3,3*3=9"
+    assert task.answer("1+2=3#3") == "3" and task.answer("ab#ba") == "ba"
+    assert task.answer("1+2=3,3*3=9") == "1+2=3,3*3=9"
     assert task.same("3", "03") and task.same("1+2=3,3*3=9", "2+1=3,3*3=9") and not task.same("3", "ba")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # votes
 
 def test_equal_answers_are_one_class_in_order_of_appearance():
@@ -368,7 +388,8 @@ def test_equal_answers_are_one_class_in_order_of_appearance():
 
 
 def test_nothing_is_never_a_vote():
-    """Majority voting once elected the empty string: most samples had run out of room, and "no answer" was their common answer."""
+    """Majority voting once elected the empty string: most samples had run out of room, and "no
+    answer" was their common answer."""
     task = data.load("arith")
     answers = [task.answer(text) for text in ["12+3=15,15*", "12+3", "", "1#15", "#", "9"]]
     assert data.classes(task, answers) == [-1, -1, -1, 0, -1, -1]
@@ -377,8 +398,9 @@ def test_nothing_is_never_a_vote():
 
 def test_a_vote_is_for_a_value_not_for_a_string():
     """
-    Votes counted by string, rewards given by equivalence: "1/2" and "0.5" split their vote, and a wrong answer with fewer friends won
-    the label. Here their normal forms differ as well, so that only `same` knows.
+    Votes counted by string, rewards given by equivalence: "1/2" and "0.5" split their vote, and a
+    wrong answer with fewer friends won the label. Here their normal forms differ as well, so that
+    only `same` knows.
     """
     fake = SimpleNamespace(canon=lambda a: a, same=lambda a, b: Fraction(a) == Fraction(b))
     assert data.classes(fake, ["1/2", "2", "0.5", "2", "2/4"]) == [0, 1, 0, 1, 0]
@@ -387,7 +409,7 @@ def test_a_vote_is_for_a_value_not_for_a_string():
 def test_the_first_match_wins_where_equality_is_not_transitive():
     near = SimpleNamespace(canon=lambda a: a, same=lambda a, b: abs(int(a) - int(b)) <= 1)
     assert data.classes(near, ["1", "3", "2", "4", "0"]) == [0, 1, 0, 1, 0]
-    assert data.classes(near, ["1", "2", "3"]) == [0, 0, 1]             # 3 is near 2, but 2 does not stand for its class
+    assert data.classes(near, ["1", "2", "3"]) == [0, 0, 1]  # 3 is near 2, but 2 does not stand for its class
 
 
 def test_each_distinct_string_is_parsed_once():
@@ -398,7 +420,8 @@ def test_each_distinct_string_is_parsed_once():
 
 
 def test_no_train_problem_is_written_out_in_a_document():
-    """a base that has read the solutions of all problems of a small space recalls them: its reward rises in training, not held out"""
+    """a base that has read the solutions of all problems of a small space recalls them: its
+    reward rises in training, not held out"""
     task = data.load("countdown")
     written = {content(task.document("train", seed, i)[0]) for seed in (0, 1) for i in range(5000)}
     to_solve = {content(p.prompt) for p in task.problems("train", 5000, 0)}

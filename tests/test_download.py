@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def shard(tokens=5000, claimed=None):
-    return struct.pack("<256i", 20240520, 1, tokens if claimed is None else claimed, *[0] * 253) + bytes(range(250)) * (2 * tokens // 250)
+    return struct.pack("<256i", 20240520, 1, tokens if claimed is None else claimed,
+                       *[0] * 253) + bytes(range(250)) * (2 * tokens // 250)
 
 
 @pytest.fixture
@@ -29,7 +30,8 @@ def mirror(tmp_path):
 
 
 def run(*words):
-    return subprocess.run([sys.executable, "-m", "data.fineweb", *map(str, words)], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run([sys.executable, "-m", "data.fineweb", *map(str, words)],
+                          capture_output=True, text=True, cwd=ROOT)
 
 
 def test_shards_come_whole_and_once(mirror, tmp_path):
@@ -39,7 +41,8 @@ def test_shards_come_whole_and_once(mirror, tmp_path):
     assert sorted(p.name for p in to.iterdir()) == sorted(p.name for p in mirror.iterdir())
     assert all(p.read_bytes() == (mirror / p.name).read_bytes() for p in to.iterdir())
     times = {p: p.stat().st_mtime_ns for p in to.iterdir()}
-    assert run(2, "--to", to, "--from", mirror.as_uri()).returncode == 0 and times == {p: p.stat().st_mtime_ns for p in to.iterdir()}
+    assert run(2, "--to", to, "--from", mirror.as_uri()).returncode == 0
+    assert times == {p: p.stat().st_mtime_ns for p in to.iterdir()}
 
 
 def test_what_train_gpt_reads_is_what_came(mirror, tmp_path):
@@ -55,7 +58,8 @@ def test_what_train_gpt_reads_is_what_came(mirror, tmp_path):
 ])
 def test_bad_words(words, message):
     done = run(*words)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_missing_or_wrong_file_is_one_line_and_leaves_no_name(mirror, tmp_path):
@@ -69,7 +73,7 @@ def test_a_missing_or_wrong_file_is_one_line_and_leaves_no_name(mirror, tmp_path
     assert done.returncode == 2 and "No such file" in done.stderr and done.stderr.count("\n") == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a server that hangs up in the middle
 
 CONTENT = bytes(range(256)) * 4000
@@ -142,7 +146,8 @@ def test_a_part_that_was_whole_already_gets_its_name(address, tmp_path):
 
 def test_errors_of_the_network_are_one_line(address, tmp_path):
     Server.code = 404
-    for url in (address, "http://127.0.0.1:1/x", "http://no.such.host.invalid/x", "nonsense", "file:///no/such/file"):
+    for url in (address, "http://127.0.0.1:1/x", "http://no.such.host.invalid/x",
+                "nonsense", "file:///no/such/file"):
         with pytest.raises(ValueError, match="download of .* failed") as error:
             fetch(url, tmp_path / "f")
         assert "\n" not in str(error.value) and not os.listdir(tmp_path)

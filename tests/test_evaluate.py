@@ -1,4 +1,5 @@
-"""evaluation: unbiased pass@k, votes by equivalence, standard errors, the same numbers on one rank and two"""
+"""evaluation: unbiased pass@k, votes by equivalence, standard errors, the same numbers on
+one rank and two"""
 import itertools
 import json
 import math
@@ -27,7 +28,8 @@ class Halves:
 
 
 def test_equivalent_answers_vote_together_and_silence_does_not():
-    """a vote by strings lets 3 lose against 1/2 + 0.5, and an empty answer win against all: both were seen in real graders"""
+    """a vote by strings lets 3 lose against 1/2 + 0.5, and an empty answer win against all: both
+    were seen in real graders"""
     assert majority(Halves(), ["", "", "", "1/2", "3", "0.5"], [0, 0, 0, 1, 0, 1]) == 1
     assert majority(Halves(), ["3", "3", "1/2"], [0, 0, 1]) == 0
     assert majority(Halves(), ["", ""], [0, 0]) == 0
@@ -48,8 +50,8 @@ SCRIPT = "import sys, evaluate; evaluate.main(sys.argv[1:])"
 
 
 def test_script_prints_a_line_and_json_and_two_ranks_agree_with_one(base, tmp_path, ranks, one_process):
-    argv = ["--model", base, "--task", "arith", "--n", 9, "--k", 4, "--max-new", 12, "--device", "cpu", "--threads", 1,
-            "--out", "out.jsonl"]
+    argv = ["--model", base, "--task", "arith", "--n", 9, "--k", 4, "--max-new", 12,
+            "--device", "cpu", "--threads", 1, "--out", "out.jsonl"]
     line, numbers = one_process(SCRIPT, *argv).strip().splitlines()
     assert line.startswith("avg@4") and "pass@4" in line and "maj@4" in line
     numbers = json.loads(numbers)
@@ -59,8 +61,9 @@ def test_script_prints_a_line_and_json_and_two_ranks_agree_with_one(base, tmp_pa
     assert ranks(2, SCRIPT, *argv)[0].strip().splitlines()[-1] == json.dumps(numbers)
 
 
-@pytest.mark.parametrize("argv, words", [(["--model", "nowhere"], "nowhere"), (["--task", "contdown"], "countdown"), (["--k", "0"], "--k"),
-                                         (["--reward", "nothere.py:f"], "nothere.py")])
+@pytest.mark.parametrize("argv, words",
+                         [(["--model", "nowhere"], "nowhere"), (["--task", "contdown"], "countdown"),
+                          (["--k", "0"], "--k"), (["--reward", "nothere.py:f"], "nothere.py")])
 def test_bad_input_is_one_line(base, tmp_path, monkeypatch, capsys, argv, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:

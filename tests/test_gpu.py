@@ -1,16 +1,19 @@
 """
-What only a GPU can tell: every kernel against its twin in half precision at real sizes, the backends that were picked, no waiting on the
-hot path, CUDA graphs, torch.compile, memory. Needs this file and the scripts of the root; two minutes on one card.
+What only a GPU can tell: every kernel against its twin in half precision at real sizes, the
+backends that were picked, no waiting on the hot path, CUDA graphs, torch.compile, memory. Needs
+this file and the scripts of the root; two minutes on one card.
 
     pytest -m gpu tests/test_gpu.py -s
 
-The measure throughout: error against float64 at most twice that of plain torch in the same precision, and a few roundings.
+The measure throughout: error against float64 at most twice that of plain torch in the same
+precision, and a few roundings.
 """
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
+from common import backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE, HALF = "cuda", torch.bfloat16
@@ -25,11 +28,13 @@ def no_worse(ours, plain, exact, dtype):
     for i, (a, b, e) in enumerate(zip(ours, plain, exact)):
         a, b, e = a.detach().double(), b.detach().double(), e.detach().double()
         error, theirs = float((a - e).abs().max()), float((b - e).abs().max())
-        assert error <= 2 * theirs + ROUNDING[dtype] * float(e.abs().max()), f"output {i}: error {error:.3g}, plain torch {theirs:.3g}"
+        assert error <= 2 * theirs + ROUNDING[dtype] * float(e.abs().max()), (
+            f"output {i}: error {error:.3g}, plain torch {theirs:.3g}")
 
 
 def compare(ours, plain, inputs, dtype, seed=7):
-    """Outputs and gradients of both in `dtype`, and of the plain one in float64, from inputs that `dtype` can hold."""
+    """Outputs and gradients of both in `dtype`, and of the plain one in float64, from inputs that
+    `dtype` can hold."""
     def outcome(run, wide):
         leaves = [x.to(dtype).to(wide).requires_grad_() for x in inputs]
         out = run(*leaves)
@@ -43,8 +48,8 @@ def compare(ours, plain, inputs, dtype, seed=7):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("N, D, V, K, temperature", [(1, 64, 1000, 1, 1.0), (300, 512, 5001, 1, 0.7), (257, 256, 32_768, 16, 1.2),
-                                                     (5, 64, 3000, 64, 1.0)])
+@pytest.mark.parametrize("N, D, V, K, temperature", [(1, 64, 1000, 1, 1.0), (300, 512, 5001, 1, 0.7),
+                                                     (257, 256, 32_768, 16, 1.2), (5, 64, 3000, 64, 1.0)])
 def test_logprob(dtype, N, D, V, K, temperature):
     hidden, weight = rand(N, D), rand(V, D) * D**-0.5 * 3
     ids = torch.randint(V, (N, K), generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -54,14 +59,16 @@ def test_logprob(dtype, N, D, V, K, temperature):
         return kernels._LogprobFused.apply(h, w, ids, temperature)
 
     def plain(h, w):
-        logp = ((h @ w.t()) / temperature).to(torch.float64 if h.dtype == torch.float64 else torch.float32).log_softmax(-1)
+        logp = ((h @ w.t()) / temperature).to(torch.float64 if h.dtype == torch.float64
+                                              else torch.float32).log_softmax(-1)
         return logp.gather(1, ids), -(logp.exp() * logp).sum(-1)
 
     compare(ours, plain, (hidden, weight), dtype)
 
 
 def test_the_repair_of_ids_is_ordered():
-    """A row's gradient is stored twice where an id points, first without it and then with it; a missing barrier would show now and then."""
+    """A row's gradient is stored twice where an id points, first without it and then with it; a
+    missing barrier would show now and then."""
     hidden, weight = rand(512, 128).to(HALF).requires_grad_(), rand(8192, 128).to(HALF)
     ids = torch.randint(8192, (512, 32), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     first = None
@@ -76,7 +83,8 @@ def test_logprob_never_holds_the_logits():
     N, D, V = 8192, 1024, 151_936
     hidden, weight = rand(N, D).to(HALF).requires_grad_(), (rand(V, D) / 32).to(HALF).requires_grad_()
     targets = torch.zeros(N, dtype=torch.long, device=DEVICE)
-    kernels.linear_logprob(hidden[:64], weight, targets[:64])[0].sum().backward()                  # cuBLAS takes its workspace once
+    # cuBLAS takes its workspace once
+    kernels.linear_logprob(hidden[:64], weight, targets[:64])[0].sum().backward()
     hidden.grad = weight.grad = None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -84,14 +92,15 @@ def test_logprob_never_holds_the_logits():
     forward = torch.cuda.max_memory_allocated() - before
     (logp.sum() + entropy.sum()).backward()
     both = torch.cuda.max_memory_allocated() - before - weight.numel() * 2
-    print(f"\nlog-prob + entropy of {N} rows, vocabulary {V}: forward {forward / 2**20:.0f} MB, backward {both / 2**20:.0f} MB "
+    print(f"\nlog-prob + entropy of {N} rows, vocabulary {V}: forward "
+          f"{forward / 2**20:.0f} MB, backward {both / 2**20:.0f} MB "
           f"on top of the weight's gradient; the logits in fp32 alone: {N * V * 4 / 2**20:.0f} MB")
     assert forward < 100 * 2**20 and both < N * V * 4 / 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("T, H, KV, hd, norm", [(1, 16, 8, 128, True), (1000, 32, 8, 128, True), (333, 14, 2, 64, False),
-                                                (65, 4, 4, 96, True)])
+@pytest.mark.parametrize("T, H, KV, hd, norm", [(1, 16, 8, 128, True), (1000, 32, 8, 128, True),
+                                                (333, 14, 2, 64, False), (65, 4, 4, 96, True)])
 def test_qk_norm_rope(dtype, T, H, KV, hd, norm):
     angle = rand(T, hd // 2) * 3
     cos, sin = angle.cos(), angle.sin()
@@ -103,23 +112,27 @@ def test_qk_norm_rope(dtype, T, H, KV, hd, norm):
             return run(q, k, *(w or (None, None)), cos, sin, 1e-6)
         return both
 
-    compare(by(kernels.qk_norm_rope), by(kernels.qk_norm_rope_torch), (rand(T, H + 2 * KV, hd), *weights), dtype)
+    compare(by(kernels.qk_norm_rope), by(kernels.qk_norm_rope_torch),
+            (rand(T, H + 2 * KV, hd), *weights), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("T, width", [(1, 3072), (1001, 3072), (77, 1000)])
 def test_swiglu(dtype, T, width):
-    compare(lambda x: (kernels.swiglu(x),), lambda x: (kernels.swiglu_torch(x),), (rand(T, 2 * width) * 3,), dtype)
+    compare(lambda x: (kernels.swiglu(x),), lambda x: (kernels.swiglu_torch(x),),
+            (rand(T, 2 * width) * 3,), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("B, H, KV, hd, page, longest", [(1, 16, 8, 128, 16, 5000), (64, 16, 8, 128, 64, 700), (7, 32, 8, 64, 256, 2048),
-                                                         (300, 8, 1, 128, 32, 90), (5, 4, 4, 80, 16, 300)])
+@pytest.mark.parametrize("B, H, KV, hd, page, longest",
+                         [(1, 16, 8, 128, 16, 5000), (64, 16, 8, 128, 64, 700),
+                          (7, 32, 8, 64, 256, 2048), (300, 8, 1, 128, 32, 90), (5, 4, 4, 80, 16, 300)])
 def test_decode(dtype, B, H, KV, hd, page, longest):
     lengths = torch.randint(longest, (B,), generator=torch.Generator().manual_seed(B))
     lengths[0], lengths[-1] = longest - 1, 0 if B > 1 else longest - 1
     width = longest // page + 1
-    table = torch.randperm(B * width, generator=torch.Generator().manual_seed(1)).int().view(B, width).to(DEVICE)
+    table = torch.randperm(B * width,
+                           generator=torch.Generator().manual_seed(1)).int().view(B, width).to(DEVICE)
     lengths = lengths.int().to(DEVICE)
     numbers = [rand(B, H, hd), rand(B, KV, hd, seed=1), rand(B, KV, hd, seed=2)]
     numbers += [rand(B * width, page, KV, hd, seed=3), rand(B * width, page, KV, hd, seed=4)]
@@ -128,9 +141,11 @@ def test_decode(dtype, B, H, KV, hd, page, longest):
         q, k, v, *pages = (x.to(dtype).to(wide) for x in numbers)
         return [run(q, k, v, *pages, table, lengths), *pages]
 
-    plain, exact = outcome(kernels.decode_attention_torch, dtype), outcome(kernels.decode_attention_torch, torch.float64)
+    plain = outcome(kernels.decode_attention_torch, dtype)
+    exact = outcome(kernels.decode_attention_torch, torch.float64)
     for splits in (None, 1, 4, 32):
-        no_worse(outcome(lambda *a, splits=splits: kernels._triton_decode(*a, splits=splits), dtype), plain, exact, dtype)
+        no_worse(outcome(lambda *a, splits=splits: kernels._triton_decode(*a, splits=splits), dtype),
+                 plain, exact, dtype)
     picked = outcome(kernels.decode_attention, dtype)            # whatever this machine picked
     no_worse(picked, plain, exact, dtype)
     assert torch.equal(picked[1], plain[1]) and torch.equal(picked[2], plain[2])
@@ -147,13 +162,14 @@ def test_packed_attention(name, cu, parent, H, KV, hd):
     if name == "flash":
         pytest.importorskip("flash_attn")
     longest = max(b - a for a, b in zip(cu, cu[1:]))
-    ours, twin = kernels._packed_by(kernels.RUNS["train"][name], cu, parent), kernels.packed_attention_torch(cu, longest, parent)
+    ours = kernels._packed_by(kernels.RUNS["train"][name], cu, parent)
+    twin = kernels.packed_attention_torch(cu, longest, parent)
     inputs = [rand(cu[-1], H, hd), rand(cu[-1], KV, hd, seed=1), rand(cu[-1], KV, hd, seed=2)]
     compare(lambda q, k, v: (ours(0, q, k, v),), lambda q, k, v: (twin(0, q, k, v),), inputs, HALF)
 
 
 def test_what_was_picked_has_proved_itself(capsys):
-    kernels._picked.clear()
+    backend.picks.clear()
     words = kernels.backend(DEVICE)
     said = capsys.readouterr().out
     with capsys.disabled():
@@ -164,23 +180,33 @@ def test_what_was_picked_has_proved_itself(capsys):
 
 
 def test_uniform_is_the_same_bits_on_both_devices():
-    words = [torch.randint(-2**62, 2**62, (100_000,), generator=torch.Generator().manual_seed(s)) for s in range(4)]
-    assert torch.equal(kernels.uniform(12345678901, *(w.to(DEVICE) for w in words)).cpu(), kernels.uniform(12345678901, *words))
+    words = [torch.randint(-2**62, 2**62, (100_000,), generator=torch.Generator().manual_seed(s))
+             for s in range(4)]
+    assert torch.equal(kernels.uniform(12345678901, *(w.to(DEVICE) for w in words)).cpu(),
+                       kernels.uniform(12345678901, *words))
 
 
-@pytest.mark.parametrize("N, V, dtype", [(1, 151_936, torch.float32), (200, 151_936, torch.float32), (64, 32_001, torch.bfloat16)])
+@pytest.mark.parametrize("N, V, dtype", [(1, 151_936, torch.float32), (200, 151_936, torch.float32),
+                                         (64, 32_001, torch.bfloat16)])
 def test_draw(N, V, dtype):
-    """Against the twin in float64. Where tokens differ, u must lie on the boundary between them, within the rounding of a sum."""
+    """Against the twin in float64. Where tokens differ, u must lie on the boundary between them,
+    within the rounding of a sum."""
     logits = (rand(N, V) * 3).to(dtype)
     u = torch.rand(N, generator=torch.Generator().manual_seed(V)).to(DEVICE)
-    pick = lambda values: torch.tensor(values, device=DEVICE).repeat(-(-N // len(values)))[:N]
-    temperature, top_k, top_p = pick([1.0, 0.7, 0.0, 1.3, 1.0]), pick([0, 50, 0, 1, 0, 1000, 40]), pick([1.0, 0.9, 1.0, 0.5, 0.95, 0.99])
+
+    def pick(values):
+        return torch.tensor(values, device=DEVICE).repeat(-(-N // len(values)))[:N]
+
+    temperature = pick([1.0, 0.7, 0.0, 1.3, 1.0])
+    top_k = pick([0, 50, 0, 1, 0, 1000, 40])
+    top_p = pick([1.0, 0.9, 1.0, 0.5, 0.95, 0.99])
     for k, p in ((None, None), (top_k, None), (None, top_p), (top_k, top_p)):
         token, logp, kept = kernels.draw(logits, u, temperature, k, p)
         want = kernels.draw_torch(logits.double(), u, temperature, k, p)
         torch.testing.assert_close(kept, want[2].float(), atol=1e-4, rtol=1e-3)
         z = logits.double() / torch.where(temperature == 0, 1.0, temperature)[:, None]
-        torch.testing.assert_close(logp, z.log_softmax(-1).gather(1, token[:, None])[:, 0].float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logp, z.log_softmax(-1).gather(1, token[:, None])[:, 0].float(),
+                                   atol=1e-4, rtol=1e-4)
         differ = (token != want[0]).nonzero()[:, 0]
         assert len(differ) <= max(1, N // 20)
         if k is None and p is None and len(differ):
@@ -190,8 +216,9 @@ def test_draw(N, V, dtype):
 
 
 def test_checked_mode_names_what_is_out_of_range(monkeypatch):
-    """Without it the GPU would read whatever lies there, or die for every process on it; with it, a sentence."""
-    monkeypatch.setattr(kernels, "CHECK", True)
+    """Without it the GPU would read whatever lies there, or die for every process on it; with
+    it, a sentence."""
+    monkeypatch.setattr(backend, "CHECK", True)
     with pytest.raises(AssertionError, match=r"ids \(2, 1\) holds 0 .. 5, allowed are 0 .. 4"):
         kernels.linear_logprob(rand(2, 64), rand(5, 64), torch.tensor([0, 5], device=DEVICE))
     (*new, k_pages, v_pages, table, lengths), _ = step_inputs()
@@ -211,7 +238,8 @@ def step_inputs(B=8, H=8, KV=4, hd=64, V=5000, page=16, width=8):
 
 
 def test_nothing_waits_for_the_gpu():
-    """Reading one number back stops the queue: with 28 layers that is the whole step. An op that waits raises here."""
+    """Reading one number back stops the queue: with 28 layers that is the whole step. An op that
+    waits raises here."""
     from train_gpt import GPT, GPTConfig
     model = GPT(GPTConfig(1000, 2, 4, 2, 64, 256, 512, 512, 1e4)).init_weights(0).to(DEVICE, HALF)
     tokens, positions = torch.arange(100, device=DEVICE) % 50, torch.arange(100, device=DEVICE) % 40
@@ -259,30 +287,34 @@ def test_a_decode_step_waits_for_nothing():
 
 
 def test_a_loss_waits_for_nothing():
+    import algos
     import nanorl
     import pack
     from rollout import Sample
     from train_gpt import GPT, GPTConfig
     model = GPT(GPTConfig(1000, 2, 4, 2, 64, 256, 512, 512, 1e4)).init_weights(0).to(DEVICE, HALF)
-    samples = [Sample([1, 2, 3], [4] * (5 + i), [-7.0] * (5 + i), "length", 0, i, 0, advantage=i - 1.0) for i in range(4)]
-    for algo in nanorl.ALGORITHMS:
-        if nanorl.ALGORITHMS[algo].get("kl_coef"):
-            continue                                             # a reference moves between host and device, once an update
-        config = nanorl.with_algorithm(nanorl.Config(algo=algo))
+    samples = [Sample([1, 2, 3], [4] * (5 + i), [-7.0] * (5 + i), "length", 0, i, 0, advantage=i - 1.0)
+               for i in range(4)]
+    for algo in algos.ALGORITHMS:
+        if algos.ALGORITHMS[algo].get("kl_coef"):
+            continue                  # a reference moves between host and device, once an update
+        config = algos.with_algorithm(nanorl.Config(algo=algo))
         for mode in ("default", "error"):
             (batch,) = pack.batches([samples], 64, model.config)
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode(mode)
             try:
                 batch = batch.to(torch.device(DEVICE))
-                nanorl.make_loss(config)(batch, nanorl.predicting(model, batch), model.head_weight)[0].backward()
+                algos.make_loss(config)(batch, algos.predicting(model, batch),
+                                        model.head_weight)[0].backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_captured_step_follows_the_lengths():
-    """A graph replayed with a length baked in answered from a stale part of the cache, in a library everyone uses: accuracy halved,
-    no error. Here lengths live on the device, and a replay after they grew, over page and slice edges, must equal the eager step."""
+    """A graph replayed with a length baked in answered from a stale part of the cache, in a
+    library everyone uses: accuracy halved, no error. Here lengths live on the device, and a
+    replay after they grew, over page and slice edges, must equal the eager step."""
     (q, k, v, k_pages, v_pages, table, lengths), logits = step_inputs(page=16, width=80)
     index, ones = torch.arange(8, device=DEVICE), torch.ones(8, device=DEVICE)
 
@@ -331,7 +363,8 @@ def test_the_compiled_model_is_the_model():
 
 
 def test_a_model_in_half_precision_is_the_model():
-    """The whole forward and backward on the kernels against the twins in fp32 on the same weights: relative error of a few roundings."""
+    """The whole forward and backward on the kernels against the twins in fp32 on the same
+    weights: relative error of a few roundings."""
     from train_gpt import GPT, GPTConfig
     config = GPTConfig(2000, 3, 8, 2, 64, 256, 512, 512, 1e4)
     tokens, cu, parent = torch.arange(200) % 97, [0, 80, 130, 200], [-1, 0, 0]
@@ -339,7 +372,8 @@ def test_a_model_in_half_precision_is_the_model():
     model = GPT(config).init_weights(1)
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_((p + 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))).to(HALF))
+            p.copy_((p + 0.02 * torch.randn(p.shape,
+                                            generator=torch.Generator().manual_seed(p.numel()))).to(HALF))
     results = []
     for device, dtype in (("cpu", torch.float32), (DEVICE, HALF)):
         m = GPT(config).to(device, dtype)
@@ -347,7 +381,8 @@ def test_a_model_in_half_precision_is_the_model():
         hidden = m(tokens.to(device), positions.to(device), kernels.packed_attention(cu, 80, parent))
         logp, entropy = kernels.linear_logprob(hidden, m.head_weight, tokens.roll(-1).to(device))
         (logp.sum() + 0.1 * entropy.sum()).backward()
-        results.append([logp.detach().cpu().float(), entropy.detach().cpu().float(), *(p.grad.cpu().float() for p in m.parameters())])
+        results.append([logp.detach().cpu().float(), entropy.detach().cpu().float(),
+                        *(p.grad.cpu().float() for p in m.parameters())])
     assert float((results[0][0] - results[1][0]).abs().mean()) < 0.05
     for a, b in zip(*results):
         assert float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)) > 0.99

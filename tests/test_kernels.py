@@ -1,4 +1,5 @@
-"""The torch twins against the plainest torch there is, the picker, and the flash-attn path through a module that only pretends to be it."""
+"""The torch twins against the plainest torch there is, the picker, and the flash-attn path
+through a module that only pretends to be it."""
 import math
 import subprocess
 import sys
@@ -9,6 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from common import backend, cpu
+
+
+to_the_bit = pytest.mark.skipif(not cpu.ON, reason="NANORL_CPU_TRICKS=0: "
+                                "equal to the bit is what common/cpu.py gives; else to 1e-5")
 
 
 def rand(*shape, seed=0, dtype=torch.float32):
@@ -20,7 +26,8 @@ def rand(*shape, seed=0, dtype=torch.float32):
 
 
 def one_by_one(cu, parent, q, k, v):
-    """Each segment alone: the keys of its ancestors before its own, a mask written out, a softmax written out."""
+    """Each segment alone: the keys of its ancestors before its own, a mask written out, a
+    softmax written out."""
     outs, chain = [], []
     for i in range(len(cu) - 1):
         own = list(range(cu[i], cu[i + 1]))
@@ -35,8 +42,8 @@ def one_by_one(cu, parent, q, k, v):
 ROWS = [                                                         # cu_seqlens, parent
     ([0, 1], [-1]),                                              # one token
     ([0, 9], [-1]),
-    ([0, 3, 3, 4, 21, 38], [-1] * 5),                            # an empty segment, a single token, two of one length
-    ([0, 7, 10, 11, 19, 24], [-1, 0, 0, 0, -1]),                 # a prompt and three responses, then a stranger
+    ([0, 3, 3, 4, 21, 38], [-1] * 5),          # an empty segment, a single token, two of one length
+    ([0, 7, 10, 11, 19, 24], [-1, 0, 0, 0, -1]),  # a prompt and three responses, then a stranger
     ([0, 4, 9, 10, 16, 18], [-1, 0, 1, 1, 0]),                   # two levels: prompt, turn, answers
     ([0, 40, 57, 75, 90], [-1, -1, 0, 1]),                       # children of different parents
 ]
@@ -46,8 +53,10 @@ ROWS = [                                                         # cu_seqlens, p
 @pytest.mark.parametrize("heads, kv", [(2, 2), (4, 1)])
 def test_packed_is_each_segment_alone_forward_and_backward(cu, parent, heads, kv):
     T = cu[-1]
-    leaves = [rand(T, n, 8, seed=i, dtype=torch.float64).requires_grad_() for i, n in enumerate((heads, kv, kv))]
-    attend = kernels.packed_attention(cu, max(b - a for a, b in zip(cu, cu[1:])), None if set(parent) == {-1} else parent)
+    leaves = [rand(T, n, 8, seed=i, dtype=torch.float64).requires_grad_()
+              for i, n in enumerate((heads, kv, kv))]
+    attend = kernels.packed_attention(cu, max(b - a for a, b in zip(cu, cu[1:])),
+                                      None if set(parent) == {-1} else parent)
     got, want = attend(0, *leaves), one_by_one(cu, parent, *leaves)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(attend(1, *leaves), want)         # the plan serves every layer
@@ -57,10 +66,12 @@ def test_packed_is_each_segment_alone_forward_and_backward(cu, parent, heads, kv
 
 
 def test_a_shared_prompt_is_a_repeated_prompt():
-    """Merging two attention calls (prompt, response) by their log-sum-exp gives the right output and, in torch, a silently
-    wrong gradient: the backward of the varlen call ignores what flows into the log-sum-exp. So gradients are compared."""
+    """Merging two attention calls (prompt, response) by their log-sum-exp gives the right output
+    and, in torch, a silently wrong gradient: the backward of the varlen call ignores what flows
+    into the log-sum-exp. So gradients are compared."""
     prompt, a, b = (rand(n, 3, 2, 8, seed=n, dtype=torch.float64).requires_grad_() for n in (6, 4, 5))
-    shared = kernels.packed_attention([0, 6, 10, 15], 6, parent=[-1, 0, 0])(0, *torch.cat([prompt, a, b]).unbind(1))
+    shared = kernels.packed_attention([0, 6, 10, 15], 6,
+                                      parent=[-1, 0, 0])(0, *torch.cat([prompt, a, b]).unbind(1))
     twice = kernels.packed_attention([0, 10, 21], 11)(0, *torch.cat([prompt, a, prompt, b]).unbind(1))
     torch.testing.assert_close(shared, torch.cat([twice[:10], twice[16:]]))
     weight = rand(9, 2, 8, dtype=torch.float64)
@@ -93,27 +104,33 @@ def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k):
     outs = []
     for (a, b), (c, d) in zip(zip(cu_q.tolist(), cu_q.tolist()[1:]), zip(cu_k.tolist(), cu_k.tolist()[1:])):
         sees = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
-        o = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])), attn_mask=sees, enable_gqa=True)
+        o = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])),
+                                           attn_mask=sees, enable_gqa=True)
         outs.append(o[0].transpose(0, 1))
     return torch.cat(outs)
 
 
-def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-                           causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-                           return_attn_probs=False, block_table=None):
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                           max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+                           causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+                           deterministic=False, return_attn_probs=False, block_table=None):
     assert causal and dropout_p == 0 and softmax_scale is None and not return_attn_probs
     return fake_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
 
-def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
-                            cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-                            rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False):
+def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None,
+                            rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
+                            cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
+                            window_size=(-1, -1), softcap=0.0, rotary_interleaved=True,
+                            alibi_slopes=None, num_splits=0, return_softmax_lse=False):
     B, one, H, hd = q.shape
-    assert one == 1 and k.shape == v.shape == (B, 1, k_cache.shape[2], hd), "the new keys come as (batch, 1, heads, head_dim)"
+    assert one == 1 and k.shape == v.shape == (B, 1, k_cache.shape[2],
+                                               hd), "the new keys come as (batch, 1, heads, head_dim)"
     assert k_cache.shape[1] % 256 == 0, "flash-attn refuses pages that are no multiple of 256"
     assert block_table.dtype == cache_seqlens.dtype == torch.int32 and causal
     assert num_splits == 1, "left to choose, it has returned nan"
-    return kernels.decode_attention_torch(q[:, 0], k[:, 0], v[:, 0], k_cache, v_cache, block_table, cache_seqlens)[:, None]
+    return kernels.decode_attention_torch(q[:, 0], k[:, 0], v[:, 0], k_cache,
+                                          v_cache, block_table, cache_seqlens)[:, None]
 
 
 @pytest.fixture
@@ -132,7 +149,7 @@ def fakes(monkeypatch):
     module.flash_attn_varlen_func = counted(flash_attn_varlen_func)
     module.flash_attn_with_kvcache = counted(flash_attn_with_kvcache)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(kernels, "_picked", {})
+    monkeypatch.setattr(backend, "picks", {})
     return module, calls
 
 
@@ -147,7 +164,7 @@ def test_the_flash_path_is_the_twin(fakes, monkeypatch, cu, parent):
     g = rand(*got.shape)
     for a, b in zip(torch.autograd.grad(got, leaves, g), torch.autograd.grad(want, leaves, g)):
         torch.testing.assert_close(a, b)
-    assert fakes[1] == ["flash_attn_varlen_func"] * 2            # its proof, and the one call for the whole row
+    assert fakes[1] == ["flash_attn_varlen_func"] * 2  # its proof, and the one call for the whole row
 
 
 @pytest.mark.parametrize("page, through_flash", [(256, True), (16, False)])
@@ -155,7 +172,8 @@ def test_decode_goes_to_flash_where_its_pages_allow(fakes, monkeypatch, page, th
     monkeypatch.setenv("NANORL_ATTENTION", "flash")
     q, k, v = rand(3, 4, 16), rand(3, 2, 16), rand(3, 2, 16)
     pools = rand(7, page, 2, 16, seed=1), rand(7, page, 2, 16, seed=2)
-    table, lengths = torch.tensor([[1, 2], [4, 3], [5, 6]], dtype=torch.int32), torch.tensor([0, page - 1, page], dtype=torch.int32)
+    table = torch.tensor([[1, 2], [4, 3], [5, 6]], dtype=torch.int32)
+    lengths = torch.tensor([0, page - 1, page], dtype=torch.int32)
     pages = [x.clone() for x in pools]
     got = kernels.decode_attention(q, k, v, *pages, table, lengths)
     want = kernels.decode_attention_torch(q, k, v, *pools, table, lengths)
@@ -169,7 +187,8 @@ def test_the_varlen_path_with_and_without_its_gqa_flag(monkeypatch, flag):
     """torch 2.11 to 2.13 differ in the flag."""
     module = pytest.importorskip("torch.nn.attention.varlen")
 
-    def new(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False):
+    def new(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None,
+            window_size=(-1, -1), enable_gqa=False):
         assert enable_gqa or q.shape[1] == k.shape[1]
         return old(q, k, v, cu_q, cu_k, max_q, max_k, window_size=window_size)
 
@@ -179,7 +198,7 @@ def test_the_varlen_path_with_and_without_its_gqa_flag(monkeypatch, flag):
 
     monkeypatch.setattr(module, "varlen_attn", new if flag else old)
     monkeypatch.setattr(kernels, "GQA", {"enable_gqa": True} if flag else {})
-    monkeypatch.setattr(kernels, "_picked", {})
+    monkeypatch.setattr(backend, "picks", {})
     monkeypatch.setenv("NANORL_ATTENTION", "varlen")
     q, k = rand(12, 4, 8), rand(12, 2, 8)
     torch.testing.assert_close(kernels.packed_attention([0, 5, 12], 7, [-1, 0])(0, q, k, k),
@@ -206,7 +225,8 @@ def wrong_raise(*args, **kwargs):
 
 @pytest.mark.parametrize("wrong", [wrong_forward, wrong_backward, wrong_nan, wrong_raise])
 def test_a_backend_that_is_wrong_is_dropped_aloud_and_refused_when_forced(fakes, monkeypatch, capsys, wrong):
-    """A wheel built for another card imports, and returns noise or nothing. One per cent off is found, in either direction."""
+    """A wheel built for another card imports, and returns noise or nothing. One per cent off is
+    found, in either direction."""
     fakes[0].flash_attn_varlen_func = wrong
     monkeypatch.setenv("NANORL_ATTENTION", "flash")
     with pytest.raises(ValueError, match="NANORL_ATTENTION=flash: flash for train on cpu failed its check"):
@@ -237,7 +257,8 @@ import torch, kernels
 hidden = torch.randn(3, 8, requires_grad=True)
 kernels.linear_logprob(hidden, torch.randn(9, 8), torch.tensor([0, 1, 2]))[0].sum().backward()
 angle = torch.ones(3, 4)
-q, k = kernels.qk_norm_rope(torch.randn(3, 2, 8), torch.randn(3, 1, 8), torch.ones(8), torch.ones(8), angle, angle, 1e-6)
+q, k = kernels.qk_norm_rope(torch.randn(3, 2, 8), torch.randn(3, 1, 8), torch.ones(8), torch.ones(8),
+                                angle, angle, 1e-6)
 kernels.packed_attention([0, 3], 3)(0, q, k, k)
 kernels.draw(kernels.swiglu(torch.randn(3, 8)), kernels.uniform(0, 0, 0, torch.arange(3), 0), torch.ones(3))
 assert kernels.triton is None and "fused torch" in kernels.backend("cpu")
@@ -252,14 +273,18 @@ assert kernels.triton is None and "fused torch" in kernels.backend("cpu")
 
 @pytest.mark.parametrize("heads, kv", [(2, 2), (8, 1)])
 def test_decode_is_attention_over_what_was_appended(heads, kv):
-    """Token by token into pages of 4, in shuffled pages, three rows of different age: each step is the last row of full attention."""
+    """Token by token into pages of 4, in shuffled pages, three rows of different age: each step
+    is the last row of full attention."""
     lengths, T, page = [0, 3, 6], 9, 4
-    keys, values, queries = rand(3, T + 6, kv, 16, seed=1), rand(3, T + 6, kv, 16, seed=2), rand(3, T + 6, heads, 16, seed=3)
+    keys = rand(3, T + 6, kv, 16, seed=1)
+    values = rand(3, T + 6, kv, 16, seed=2)
+    queries = rand(3, T + 6, heads, 16, seed=3)
     table = torch.tensor([[9, 2, 7, 4], [1, 8, 3, 5], [10, 6, 11, 12]], dtype=torch.int32)
     k_pages, v_pages = torch.zeros(13, page, kv, 16), torch.zeros(13, page, kv, 16)
     for b, n in enumerate(lengths):
         for j in range(n):
-            k_pages[table[b, j // page], j % page], v_pages[table[b, j // page], j % page] = keys[b, j], values[b, j]
+            k_pages[table[b, j // page], j % page], v_pages[table[b, j // page],
+                                                            j % page] = keys[b, j], values[b, j]
     for step in range(T):
         at = [n + step for n in lengths]
         new = [torch.stack([x[b, at[b]] for b in range(3)]) for x in (queries, keys, values)]
@@ -275,11 +300,14 @@ def test_decode_is_attention_over_what_was_appended(heads, kv):
 # log-probs
 
 
-@pytest.mark.parametrize("N, V, K, temperature, chunk", [(1, 5, 1, 1.0, 1 << 22), (40, 33, 1, 0.7, 33 * 16), (40, 33, 4, 1.5, 33 * 16)])
+@pytest.mark.parametrize("N, V, K, temperature, chunk",
+                         [(1, 5, 1, 1.0, 1 << 22), (40, 33, 1, 0.7, 33 * 16), (40, 33, 4, 1.5, 33 * 16)])
 def test_linear_logprob_is_log_softmax(N, V, K, temperature, chunk, monkeypatch):
-    """One chunk and several; forward and backward, with a gradient into the log-probs and into the entropy, and into one of them only."""
+    """One chunk and several; forward and backward, with a gradient into the log-probs and into
+    the entropy, and into one of them only."""
     monkeypatch.setattr(kernels, "CHUNK", chunk)
-    hidden, weight = rand(N, 12, dtype=torch.float64).requires_grad_(), rand(V, 12, dtype=torch.float64).requires_grad_()
+    hidden = rand(N, 12, dtype=torch.float64).requires_grad_()
+    weight = rand(V, 12, dtype=torch.float64).requires_grad_()
     ids = torch.randint(V, (N, K), generator=torch.Generator().manual_seed(0))
     ids[0] = ids[0, 0]                                           # an id named K times
     logp = (hidden @ weight.t() / temperature).log_softmax(-1)
@@ -292,21 +320,25 @@ def test_linear_logprob_is_log_softmax(N, V, K, temperature, chunk, monkeypatch)
         torch.testing.assert_close(kernels.linear_logprob_at(hidden, weight, ids, temperature), want[0])
     g, g_H = rand(N, K, dtype=torch.float64), rand(N, dtype=torch.float64)
     for use in (0,), (1,), (0, 1):
-        a, b = (torch.autograd.grad([o[i] for i in use], (hidden, weight), [(g, g_H)[i] for i in use], retain_graph=True)
-                for o in (got, want))
+        a, b = (torch.autograd.grad([o[i] for i in use], (hidden, weight), [(g, g_H)[i] for i in use],
+                                    retain_graph=True) for o in (got, want))
         for x, y in zip((*got, *a), (*want, *b)):
             torch.testing.assert_close(x, y)
 
 
 def test_twins_pass_gradcheck():
-    hidden, weight = rand(3, 4, dtype=torch.float64).requires_grad_(), rand(7, 4, dtype=torch.float64).requires_grad_()
+    hidden = rand(3, 4, dtype=torch.float64).requires_grad_()
+    weight = rand(7, 4, dtype=torch.float64).requires_grad_()
     ids = torch.tensor([[0, 6], [3, 3], [5, 1]])
     assert torch.autograd.gradcheck(lambda h, w: kernels._LogprobAt.apply(h, w, ids, 0.8), (hidden, weight),
-                                    nondet_tol=1e-12)        # a second backward recomputes what the first had at hand
+                                    # a second backward recomputes what the first had at hand
+                                    nondet_tol=1e-12)
     qkv = rand(3, 4, 8, dtype=torch.float64).requires_grad_()
     weights = [rand(8, seed=s, dtype=torch.float64).requires_grad_() for s in (1, 2)]
     tables = kernels.rope_tables(torch.tensor([0, 5, 2]), 1 / 100 ** (torch.arange(4) / 4))
-    norm = lambda x, a, b: kernels.qk_norm_rope(x[:, :2], x[:, 2:3], a, b, *tables, 1e-6)
+
+    def norm(x, a, b):
+        return kernels.qk_norm_rope(x[:, :2], x[:, 2:3], a, b, *tables, 1e-6)
     assert torch.autograd.gradcheck(norm, (qkv, *weights))
     assert torch.autograd.gradcheck(kernels.swiglu, (rand(3, 8, dtype=torch.float64).requires_grad_(),))
     attend = kernels.packed_attention([0, 2, 4, 5], 2, [-1, 0, 1])
@@ -315,7 +347,8 @@ def test_twins_pass_gradcheck():
 
 
 def test_the_chunked_log_prob_is_no_worse_than_log_softmax():
-    """Far from zero, where a careless entropy (lse - sum p z) cancels: error against float64 at most twice that of plain torch in fp32."""
+    """Far from zero, where a careless entropy (lse - sum p z) cancels: error against float64 at
+    most twice that of plain torch in fp32."""
     hidden, weight = 3 * rand(64, 32), rand(500, 32) + 2
     targets = torch.randint(500, (64,), generator=torch.Generator().manual_seed(0))
 
@@ -323,7 +356,8 @@ def test_the_chunked_log_prob_is_no_worse_than_log_softmax():
         logp = (hidden.to(dtype) @ weight.to(dtype).t()).log_softmax(-1)
         return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
-    for ours, torch32, exact in zip(kernels.linear_logprob(hidden, weight, targets), plain(torch.float32), plain(torch.float64)):
+    for ours, torch32, exact in zip(kernels.linear_logprob(hidden, weight, targets),
+                                    plain(torch.float32), plain(torch.float64)):
         assert float((ours - exact).abs().max()) <= 2 * float((torch32 - exact).abs().max()) + 1e-6
 
 
@@ -351,13 +385,15 @@ def test_a_target_out_of_range_is_named():
 def test_the_uniform_is_fixed_for_ever():
     """Stored samples name their noise by address: another hash would make every old run unrepeatable."""
     addresses = (0, 0, 0, 0, 0), (1, 0, 0, 0, 0), (0, 0, 0, 0, 1), (7, 1, 123456, 15, 2047)
-    assert [float(kernels.uniform(*words)) * 2**24 for words in addresses] == [8312281, 783055, 5770118, 16649015]
+    assert [float(kernels.uniform(*words)) * 2**24
+            for words in addresses] == [8312281, 783055, 5770118, 16649015]
     many = kernels.uniform(3, 0, torch.arange(100)[:, None], torch.arange(100), 5)
     assert many.shape == (100, 100) and 0 <= float(many.min()) and float(many.max()) < 1
     assert float(many[41, 7]) == float(kernels.uniform(3, 0, 41, 7, 5))
     counts = torch.histc(many, 20, 0, 1)
     assert float(((counts - 500) ** 2 / 500).sum()) < 43.8       # chi-square of 19 degrees, one in a thousand
-    assert abs(float(torch.corrcoef(torch.stack([many[:, :-1].flatten(), many[:, 1:].flatten()]))[0, 1])) < 0.04
+    assert (abs(float(torch.corrcoef(torch.stack([many[:, :-1].flatten(), many[:, 1:].flatten()]))[0, 1]))
+            < 0.04)
 
 
 def naive_draw(logits, u, temperature, top_k, top_p):
@@ -387,14 +423,17 @@ def naive_draw(logits, u, temperature, top_k, top_p):
     return i, math.log(p[i]), 0.0 if len(keep) == len(p) else math.log(mass)
 
 
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (3, 1.0), (0, 0.7), (5, 0.6), (1, 1.0), (0, 0.0), (50, 0.9)])
+@pytest.mark.parametrize("top_k, top_p",
+                         [(0, 1.0), (3, 1.0), (0, 0.7), (5, 0.6), (1, 1.0), (0, 0.0), (50, 0.9)])
 def test_draw_is_the_naive_draw(top_k, top_p):
-    """One token drawn for all rows and broadcast is a bug someone shipped; rows with one distribution and their own noise must differ."""
+    """One token drawn for all rows and broadcast is a bug someone shipped; rows with one
+    distribution and their own noise must differ."""
     N, V = 60, 37
     logits = (4 * rand(N, V)).round() / 2                        # on a grid: ties
     u = torch.rand(N, generator=torch.Generator().manual_seed(1))
     temperature = torch.tensor([0.0, 0.7, 1.0, 1.4, 2.0]).repeat(12)
-    token, logp, kept = kernels.draw(logits.double(), u, temperature, torch.full((N,), top_k), torch.full((N,), top_p))
+    token, logp, kept = kernels.draw(logits.double(), u, temperature, torch.full((N,), top_k),
+                                     torch.full((N,), top_p))
     for n in range(N):
         want = naive_draw(logits[n], float(u[n]), float(temperature[n]), top_k, top_p)
         assert int(token[n]) == want[0]
@@ -406,16 +445,19 @@ def test_draw_is_the_naive_draw(top_k, top_p):
 def test_draw_follows_the_distribution():
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0, -float("inf"), 0.5])
     n = 20_000
-    token = kernels.draw(logits.expand(n, 6), kernels.uniform(0, 0, 0, 0, torch.arange(n)), torch.full((n,), 1.3))[0]
+    token = kernels.draw(logits.expand(n, 6), kernels.uniform(0, 0, 0, 0, torch.arange(n)),
+                         torch.full((n,), 1.3))[0]
     expected = n * (logits / 1.3).softmax(-1)
     counts = torch.bincount(token, minlength=6)
     assert counts[4] == 0
     alive = expected > 0
-    assert float(((counts - expected)[alive] ** 2 / expected[alive]).sum()) < 18.5      # 4 degrees, one in a thousand
+    # 4 degrees, one in a thousand
+    assert float(((counts - expected)[alive] ** 2 / expected[alive]).sum()) < 18.5
 
 
 def test_a_draw_at_either_end_of_the_cdf_has_weight():
-    """u = 0 with an impossible first token, u just below 1 with impossible last ones: neither may be drawn."""
+    """u = 0 with an impossible first token, u just below 1 with impossible last ones:
+    neither may be drawn."""
     inf = float("inf")
     logits = torch.tensor([[-inf, 0.0, 1.0, -inf], [-inf, 1.0, 0.0, -inf]])
     for u, want in ((0.0, [1, 1]), (1 - 2**-24, [2, 2])):
@@ -447,18 +489,23 @@ def test_swiglu_is_silu_times_up():
 
 
 def test_the_few_operations_of_sampling_are_the_trainers_functions():
-    """In inference mode a CPU takes forms with fewer operations: the same numbers to rounding, rows of zeros included, and a row
-    is the same bits alone and in company, whatever its number of rows picks elsewhere."""
+    """In inference mode a CPU takes forms with fewer operations: the same numbers to rounding,
+    rows of zeros included, and a row is the same bits alone and in company, whatever its number
+    of rows picks elsewhere."""
     torch.manual_seed(0)
-    x, heads, weight, w_q, w_k = torch.randn(9, 48), torch.randn(9, 5, 16), torch.rand(48), torch.rand(16), torch.rand(16)
+    x = torch.randn(9, 48)
+    heads = torch.randn(9, 5, 16)
+    weight = torch.rand(48)
+    w_q = torch.rand(16)
+    w_k = torch.rand(16)
     x[3], heads[3] = 0, 0
     x[4] *= 1e-4                                                 # small enough for eps to count
     positions, inv = torch.arange(9) * 37, 1 / 100 ** (torch.arange(8) / 8)
 
     def run(rows, norms):
         q, k = heads[rows, :3], heads[rows, 3:]
-        return kernels.rms_norm(x[rows], weight, 1e-6), *kernels.qk_norm_rope(q, k, *norms, *kernels.rope_tables(positions[rows], inv, 1.2),
-                                                                             1e-6)
+        return kernels.rms_norm(x[rows], weight, 1e-6), *kernels.qk_norm_rope(
+            q, k, *norms, *kernels.rope_tables(positions[rows], inv, 1.2), 1e-6)
     for norms in (w_q, w_k), (None, None):
         plain = run(slice(None), norms)
         with torch.inference_mode():
@@ -469,23 +516,26 @@ def test_the_few_operations_of_sampling_are_the_trainers_functions():
             assert torch.equal(torch.cat(one), b)
 
 
+@to_the_bit
 def test_products_the_other_way_round_are_the_same_bits():
-    """For 16, 32, ... rows the sampler multiplies as w x^T. If that summed in another order, a row would be rounded by how many others
-    there happen to be, and a sample could not be replayed alone."""
+    """For 16, 32, ... rows the sampler multiplies as w x^T. If that summed in another order, a row
+    would be rounded by how many others there happen to be, and a sample could not be replayed alone."""
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(64, 96, generator=g), torch.randn(200, 96, generator=g)
     with torch.inference_mode():
         plain = kernels.linear(x[:20], w)
-        for rows in (4, 12, *kernels.TILES):
-            turned = kernels.linear(x[:rows], w, rows=False)
+        for rows in (4, 12, *cpu.TURNED):
+            turned = kernels.linear(x[:rows], w, strided=True)
             assert turned.shape == (rows, 200) and torch.equal(turned[:20], plain[:rows])
             assert torch.equal(turned, kernels.linear(x[:rows], w))
         torch.testing.assert_close(plain, x[:20] @ w.t())
 
 
 def test_greedy_takes_the_first_of_equals():
-    """On a CPU numpy looks for the largest; torch's rule, the first one on a tie and nan above all, must hold there too."""
-    z = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0], [-1.0, -2.0, -1.0, -3.0], [1.0, math.nan, 9.0, math.nan]])
+    """On a CPU numpy looks for the largest; torch's rule, the first one on a tie and nan above
+    all, must hold there too."""
+    z = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0], [-1.0, -2.0, -1.0, -3.0],
+                      [1.0, math.nan, 9.0, math.nan]])
     with torch.inference_mode():
         sampled = kernels.draw(z, torch.rand(4), torch.zeros(4))
     assert sampled[0].tolist() == z.argmax(1).tolist() == [1, 0, 0, 1]

@@ -1,4 +1,5 @@
-"""the model: equal to transformers, packed equal to alone, folders that come back as they went, positions without an end"""
+"""the model: equal to transformers, packed equal to alone, folders that come back as they went,
+positions without an end"""
 from dataclasses import asdict
 
 import pytest
@@ -10,8 +11,8 @@ from train_gpt import GPT, GPTConfig, rope_frequencies, sample
 
 
 def tiny(**kw):
-    return GPTConfig(**{**dict(vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, d_model=48, d_ff=80, max_len=256,
-                               rope_theta=10000.0), **kw})
+    return GPTConfig(**{**dict(vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, head_dim=16,
+                               d_model=48, d_ff=80, max_len=256, rope_theta=10000.0), **kw})
 
 
 def random_model(config, seed=0):
@@ -19,16 +20,19 @@ def random_model(config, seed=0):
     g = torch.Generator().manual_seed(seed)
     model = GPT(config)
     for p in model.parameters():
-        p.data.copy_(torch.randn(p.shape, generator=g) * (0.2 if p.ndim == 2 else 0.1) + (0 if p.ndim == 2 else 1))
+        p.data.copy_(torch.randn(p.shape, generator=g) * (0.2 if p.ndim == 2 else 0.1)
+                     + (0 if p.ndim == 2 else 1))
     return model
 
 
 def hidden(model, tokens):
-    return model(torch.tensor(tokens), torch.arange(len(tokens)), packed_attention([0, len(tokens)], len(tokens)))
+    return model(torch.tensor(tokens), torch.arange(len(tokens)),
+                 packed_attention([0, len(tokens)], len(tokens)))
 
 
 SCALINGS = [None, {"rope_type": "linear", "factor": 4.0},
-            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+             "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}]
 
 
@@ -50,9 +54,10 @@ def test_transformers_folder_gives_the_same_logits_here(tmp_path, scaling):
     """rung 1, the other way, with every rope scaling we read"""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    c = transformers.Qwen3Config(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-                                 num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=False,
-                                 rope_parameters={"rope_theta": 10000.0, **(scaling or {"rope_type": "default"})})
+    c = transformers.Qwen3Config(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=False,
+        rope_parameters={"rope_theta": 10000.0, **(scaling or {"rope_type": "default"})})
     theirs = transformers.Qwen3ForCausalLM(c)
     for p in theirs.parameters():
         p.data.normal_(0, 0.2).add_(0 if p.ndim == 2 else 1)
@@ -65,7 +70,8 @@ def test_transformers_folder_gives_the_same_logits_here(tmp_path, scaling):
 
 
 def test_packed_row_equals_one_by_one():
-    """rung 5 for the model: many lengths in a row, each segment as if it were alone; loss and gradient, float64"""
+    """rung 5 for the model: many lengths in a row, each segment as if it were alone; loss and
+    gradient, float64"""
     model = random_model(tiny()).double()
     lengths = [5, 7, 33, 20, 7, 1, 64, 13, 2]
     tokens = [torch.randint(0, 97, (n,)) for n in lengths]
@@ -78,8 +84,10 @@ def test_packed_row_equals_one_by_one():
         loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    alone = sum(linear_logprob(hidden(model, t.tolist())[:-1], model.head_weight, t[1:])[0].sum() for t in tokens if len(t) > 1)
-    row = model(torch.cat(tokens), torch.cat([torch.arange(n) for n in lengths]), packed_attention(cu, max(lengths)))
+    alone = sum(linear_logprob(hidden(model, t.tolist())[:-1], model.head_weight, t[1:])[0].sum()
+                for t in tokens if len(t) > 1)
+    row = model(torch.cat(tokens), torch.cat([torch.arange(n) for n in lengths]),
+                packed_attention(cu, max(lengths)))
     at = torch.cat([torch.arange(a, b - 1) for a, b in zip(cu, cu[1:])])
     packed = linear_logprob(row[at], model.head_weight, torch.cat([t[1:] for t in tokens]))[0].sum()
     assert abs(alone - packed) < 1e-12 * abs(alone)
@@ -99,13 +107,14 @@ def test_recomputing_blocks_changes_no_gradient():
 
 
 def test_positions_have_no_table_to_run_off():
-    """a sampler that had a rotary table of prompt length plus some crashed, or wrapped, once prompt and generation together passed it;
-    here positions far beyond max_len still rotate by their own angle: shifting a whole sequence changes nothing"""
+    """a sampler that had a rotary table of prompt length plus some crashed, or wrapped, once
+    prompt and generation together passed it; here positions far beyond max_len still rotate by
+    their own angle: shifting a whole sequence changes nothing"""
     model = random_model(tiny(max_len=16)).double()
     tokens, T = torch.randint(0, 97, (24,)), 24
     near = model(tokens, torch.arange(T), packed_attention([0, T], T))
     far = model(tokens, torch.arange(T) + 4096, packed_attention([0, T], T))
-    assert (near - far).abs().max() < 1e-2 * near.abs().max()      # fp32 angles near 4,120 keep about four digits
+    assert (near - far).abs().max() < 1e-2 * near.abs().max()  # fp32 angles near 4,120 keep about four digits
     assert not torch.equal(near, far)
 
 
@@ -131,8 +140,10 @@ def test_oracle_is_greedy_at_temperature_zero_and_repeats_itself_elsewhere():
     greedy = sample(model, [1, 2, 3], 12, temperature=0)
     with torch.no_grad():
         for t in range(12):
-            assert greedy[t] == int((hidden(model, [1, 2, 3] + greedy[:t])[-1] @ model.head_weight.t()).argmax())
-    assert sample(model, [1, 2, 3], 12, seed=5) == sample(model, [1, 2, 3], 12, seed=5) != sample(model, [1, 2, 3], 12, seed=6)
+            assert greedy[t] == int(
+                (hidden(model, [1, 2, 3] + greedy[:t])[-1] @ model.head_weight.t()).argmax())
+    assert (sample(model, [1, 2, 3], 12, seed=5) == sample(model, [1, 2, 3], 12, seed=5)
+            != sample(model, [1, 2, 3], 12, seed=6))
 
 
 def edit(path, old, new):
@@ -140,7 +151,8 @@ def edit(path, old, new):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]), "damaged or cut short"),
+    (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]),
+     "damaged or cut short"),
     (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
     (lambda d: edit(d / "config.json", "Qwen3For", "QwenXFor"), "QwenXForCausalLM is not known"),
     (lambda d: edit(d / "config.json", '"intermediate_size": 80', '"intermediate_size": 81'), "has shape"),

@@ -1,4 +1,5 @@
-"""the optimizer: AdamW against torch's, Muon against its definition, two ranks against one, resharding, steps that must not happen"""
+"""the optimizer: AdamW against torch's, Muon against its definition, two ranks against one,
+resharding, steps that must not happen"""
 import pytest
 import torch
 from torch import nn
@@ -30,7 +31,8 @@ def test_adamw_is_torchs_adamw():
     ours = Optimizer(a, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, clip=0.5)
     decayed = [p for p in b.parameters() if p.ndim == 2]
     others = [p for p in b.parameters() if p.ndim != 2]
-    theirs = torch.optim.AdamW([dict(params=decayed, weight_decay=0.1), dict(params=others, weight_decay=0.0)], lr=1e-2, betas=(0.9, 0.99))
+    theirs = torch.optim.AdamW([dict(params=decayed, weight_decay=0.1),
+                                dict(params=others, weight_decay=0.0)], lr=1e-2, betas=(0.9, 0.99))
     for step in range(5):
         x = torch.randint(0, 11, (9,))
         (3 * a(x)).backward()
@@ -49,7 +51,7 @@ def test_orthogonalize_pushes_singular_values_to_one(shape):
     m = torch.randn(shape)
     before, after = torch.linalg.svdvals(m), torch.linalg.svdvals(orthogonalize(m))
     assert after.max() < 1.2
-    assert after[before > 1e-2 * before.norm()].min() > 0.8        # those far below the norm would need more rounds
+    assert after[before > 1e-2 * before.norm()].min() > 0.8  # those far below the norm would need more rounds
 
 
 def test_muon_takes_only_the_blocks_matrices():
@@ -110,7 +112,8 @@ def test_a_bad_gradient_skips_the_step_and_five_in_a_row_stop():
         assert optimizer.step()["skipped"]
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
     model(torch.arange(5)).backward()
-    assert not optimizer.step()["skipped"] and optimizer.skipped == 4       # a good one in between starts the count again
+    # a good one in between starts the count again
+    assert not optimizer.step()["skipped"] and optimizer.skipped == 4
     for _ in range(4):
         (model(torch.arange(5)) * float("nan")).backward()
         optimizer.step()
@@ -158,7 +161,8 @@ for step in range(4):
         if sys.argv[3] == "micro":
             optimizer.reduce_grads()
     optimizer.step(divide=14)
-torch.save(dict(model=model.state_dict(), state=optimizer.state_dict()), f"{sys.argv[1]}/{env.world}_{env.rank}.pt")
+torch.save(dict(model=model.state_dict(), state=optimizer.state_dict()),
+           f"{sys.argv[1]}/{env.world}_{env.rank}.pt")
 """
 
 
@@ -172,13 +176,15 @@ def test_two_ranks_equal_one(tmp_path, ranks, one_process, reduce):
     for name, p in one["model"].items():
         assert torch.allclose(p, a["model"][name], atol=2e-6), name
         assert torch.equal(a["model"][name], b["model"][name]), name
-    assert {n for n, piece in a["state"]["pieces"].items()} != set(one["state"]["pieces"]), "matrices are dealt whole: each rank owns some"
+    assert {n for n, piece in a["state"]["pieces"].items()} != set(one["state"]["pieces"]), (
+        "matrices are dealt whole: each rank owns some")
     model = net(seed=3)
     optimizer = Optimizer(model, lr=1e-2, muon_lr=1e-2)
     optimizer.load_state_dict([a["state"], b["state"]])
     for s in optimizer.shards:
         piece = one["state"]["pieces"][s.name]
-        assert torch.allclose(s.master, piece["master"], atol=2e-6) and torch.allclose(s.m, piece["m"], atol=1e-5), s.name
+        assert (torch.allclose(s.master, piece["master"], atol=2e-6)
+                and torch.allclose(s.m, piece["m"], atol=1e-5)), s.name
     assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), a["model"].values()))
     with pytest.raises(ValueError, match="covers"):
         optimizer.load_state_dict([a["state"]])

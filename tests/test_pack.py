@@ -1,4 +1,5 @@
-"""pack.py: nothing lost, nothing padded, nothing changed. Rungs 5 and 6 of the equality ladder, and rung 9 with an odd number of rows."""
+"""pack.py: nothing lost, nothing padded, nothing changed. Rungs 5 and 6 of the equality ladder,
+and rung 9 with an odd number of rows."""
 import json
 import math
 import random
@@ -15,12 +16,13 @@ import pack
 from kernels import linear_logprob, packed_attention
 from train_gpt import GPT, GPTConfig
 
-SHAPE = GPTConfig(vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, d_model=16, d_ff=24, max_len=64, rope_theta=1e4)
+SHAPE = GPTConfig(vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, head_dim=8,
+                  d_model=16, d_ff=24, max_len=64, rope_theta=1e4)
 nan = math.nan
 
 
 @dataclass
-class Sample:                                                    # what the sampler hands over, as far as packing reads it
+class Sample:                          # what the sampler hands over, as far as packing reads it
     prompt: list
     tokens: list
     logprobs: list = field(default_factory=list)
@@ -40,11 +42,13 @@ def sample(rng, prompt, n, problem=0, index=0):
 
 def group(rng, problem, longest_prompt=12, longest=20):
     prompt = [rng.randrange(61) for _ in range(rng.randint(1, longest_prompt))]
-    return [sample(rng, prompt, rng.choice([1, rng.randint(1, longest)]), problem, g) for g in range(rng.randint(1, 5))]
+    return [sample(rng, prompt, rng.choice([1, rng.randint(1, longest)]), problem, g)
+            for g in range(rng.randint(1, 5))]
 
 
 def conversation(rng):
-    """Two turns: three answers to a prompt; two of them asked a follow-up question each, with two answers."""
+    """Two turns: three answers to a prompt; two of them asked a follow-up question each,
+    with two answers."""
     first = [sample(rng, [5, 6, 7, 8], n, index=i) for i, n in enumerate((1, 6, 3))]
     return first + [sample(rng, first[i].prompt + first[i].tokens + ask, n, index=10 * (i + 1) + j)
                     for i, ask in ((0, []), (1, [9, 10])) for j, n in enumerate((4, 1))]
@@ -53,7 +57,7 @@ def conversation(rng):
 def model(dtype=torch.float64, seed=0):
     net = GPT(SHAPE).init_weights(seed)
     g = torch.Generator().manual_seed(seed)
-    for p in net.parameters():                                   # no zero matrices: every path must carry a gradient
+    for p in net.parameters():                  # no zero matrices: every path must carry a gradient
         p.data += 0.05 * torch.randn(p.shape, generator=g)
     return net.to(dtype)
 
@@ -70,7 +74,8 @@ def gradients(net, losses):
 def one_by_one(net, samples):
     """No packing, no attend of ours, no row arithmetic: a sequence, a causal attention, its log-softmax."""
     def attend(layer, q, k, v):
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
+        q, k, v = (x.transpose(0, 1).unsqueeze(0)
+                   for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
     for s in samples:
         text = torch.tensor(s.prompt + s.tokens)
@@ -83,7 +88,8 @@ def one_by_one(net, samples):
 
 def packed(net, micro):
     for batch in micro:
-        hidden = net(batch.tokens_T, batch.positions_T, packed_attention(batch.cu_seqlens, batch.max_len, batch.parent))
+        hidden = net(batch.tokens_T, batch.positions_T,
+                     packed_attention(batch.cu_seqlens, batch.max_len, batch.parent))
         logp_N, _ = linear_logprob(hidden[batch.at_N], net.head_weight, batch.targets_N)
         yield (logp_N * batch.advantage_N * batch.weight_N).sum()
 
@@ -96,9 +102,12 @@ def same(ours, theirs, loss_tol, grad_tol):
 
 
 def rounded(samples):
-    """Advantages that fp32 holds exactly, so that a float64 comparison compares the model and not the Batch's fp32."""
+    """Advantages that fp32 holds exactly, so that a float64 comparison compares the model and not
+    the Batch's fp32."""
     for s in samples:
-        f = lambda a: torch.tensor(a).item()
+        def f(a):
+            return torch.tensor(a).item()
+
         s.advantage = [f(a) for a in s.advantage] if isinstance(s.advantage, list) else f(s.advantage)
     return samples
 
@@ -137,11 +146,14 @@ def test_a_law_of_lengths_fills_its_rows():
 
 
 def test_too_long_is_an_error_that_names_it():
-    """A trainer once dropped what did not fit, and nobody saw the longest answers leave the loss. Here nothing is dropped."""
-    with pytest.raises(ValueError, match=r"item 1 has 9 tokens: a row takes 8, raise --row-tokens to at least 9"):
+    """A trainer once dropped what did not fit, and nobody saw the longest answers leave the loss.
+    Here nothing is dropped."""
+    with pytest.raises(ValueError,
+                       match=r"item 1 has 9 tokens: a row takes 8, raise --row-tokens to at least 9"):
         pack.pack([3, 9], 8)
     too_long = Sample([1] * 5, [2] * 4, [-1.0] * 4, problem=7, index=2)
-    with pytest.raises(ValueError, match=r"problem 7, sample 2: 5 prompt \+ 4 response tokens, a row takes 8: raise --row-tokens to .* 9"):
+    with pytest.raises(ValueError, match=r"problem 7, sample 2: 5 prompt "
+                       r"\+ 4 response tokens, a row takes 8: raise --row-tokens to .* 9"):
         pack.batches([[too_long]], 8, SHAPE)
     with pytest.raises(ValueError, match="item 0 has 0 tokens"):
         pack.pack([0], 8)
@@ -165,18 +177,35 @@ def test_the_heaviest_rank_trades():
     assert [sum([3, 3, 2, 2, 2][i] for i in s) for s in pack.balance([3, 3, 2, 2, 2], 2)] == [6, 6]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 1000), max_size=8), min_size=1, max_size=6))
+def test_trades_never_make_the_heaviest_rank_heavier(parts):
+    costs = [cost for part in parts for cost in part]
+    ids = iter(range(len(costs)))
+    shares = [[next(ids) for _ in part] for part in parts]
+    after = pack.improve([list(share) for share in shares], costs)
+    assert sorted(i for share in after for i in share) == list(range(len(costs)))
+
+    def load(shares):
+        return max(sum(costs[i] for i in share) for share in shares)
+
+    assert load(after) <= load(shares)
+
+
 def test_balance_of_a_law_of_lengths():
     shape = pack.SHAPE
     for n in (32, 64, 256):
         rng, worst = random.Random(n), []
         for _ in range(50):
             costs = [pack.cost(shape, min(8192, max(1, int(rng.lognormvariate(6.5, 0.9))))) for _ in range(n)]
-            worst.append(max(sum(costs[i] for i in s) for s in pack.balance(costs, 8)) / max(sum(costs) / 8, max(costs)))
+            worst.append(max(sum(costs[i] for i in s)
+                             for s in pack.balance(costs, 8)) / max(sum(costs) / 8, max(costs)))
         assert sorted(worst)[25] <= 1.02 and max(worst) <= 1.05
 
 
 def test_cost_counts_the_models_multiplications():
-    """Against the matrices of the model itself: two flops per weight and token, and 4 x width for each pair that attends."""
+    """Against the matrices of the model itself: two flops per weight and token, and 4 x width for
+    each pair that attends."""
     net, c = GPT(SHAPE), SHAPE
     weights = sum(p.numel() for name, p in net.named_parameters() if p.ndim == 2 and "embed" not in name)
     pairs = sum(range(1, 8))
@@ -191,11 +220,12 @@ def test_cost_counts_the_models_multiplications():
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, 6), st.integers(32, 80), st.integers(1, 4), st.sampled_from(["length", "correct", "mixed"]),
-       st.sampled_from([None, True, False]))
+@given(st.integers(0, 10**6), st.integers(0, 6), st.integers(32, 80), st.integers(1, 4),
+       st.sampled_from(["length", "correct", "mixed"]), st.sampled_from([None, True, False]))
 def test_every_prediction_of_every_sample_is_there_once(seed, n_groups, budget, ranks, order, share):
-    """Whatever the lengths, the budget and the number of ranks. One trainer dropped the rows that did not divide by its ranks; here
-    ranks get equally many micro-batches and the odd ones are empty. And each prediction is what its sequence, laid out alone, says."""
+    """Whatever the lengths, the budget and the number of ranks. One trainer dropped the rows that
+    did not divide by its ranks; here ranks get equally many micro-batches and the odd ones are
+    empty. And each prediction is what its sequence, laid out alone, says."""
     rng = random.Random(seed)
     groups = [group(rng, p) for p in range(n_groups)]
     per_rank = [pack.batches(groups, budget, SHAPE, r, ranks, order, share) for r in range(ranks)]
@@ -203,11 +233,12 @@ def test_every_prediction_of_every_sample_is_there_once(seed, n_groups, budget, 
     found = {}
     for batch in (b for micro in per_rank for b in micro):
         T = len(batch.tokens_T)
-        assert 1 <= T <= budget and batch.cu_seqlens[0] == 0 and batch.cu_seqlens[-1] == T == len(batch.positions_T)
+        assert 1 <= T <= budget and batch.cu_seqlens[0] == 0
+        assert batch.cu_seqlens[-1] == T == len(batch.positions_T)
         lengths = [b - a for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:])]
         assert min(lengths) >= 1 and batch.max_len == max(lengths)
         segment_of = [i for i, n in enumerate(lengths) for _ in range(n)]
-        text = []                                                # of each segment: all it sees, from the first token on
+        text = []                          # of each segment: all it sees, from the first token on
         for i, p in enumerate(batch.parent):
             assert -1 <= p < i
             own = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
@@ -216,13 +247,15 @@ def test_every_prediction_of_every_sample_is_there_once(seed, n_groups, budget, 
             text.append(before + batch.tokens_T[own].tolist())
         assert (batch.weight_N == 1).all()
         for at, target, owner, old, kept, adv in zip(*(x.tolist() for x in (
-                batch.at_N, batch.targets_N, batch.sample_N, batch.old_logp_N, batch.kept_N, batch.advantage_N))):
+            batch.at_N, batch.targets_N, batch.sample_N, batch.old_logp_N, batch.kept_N, batch.advantage_N))):
             s, position = batch.samples[owner], int(batch.positions_T[at])
             t = position + 1 - len(s.prompt)
-            assert text[segment_of[at]][: position + 1] == (s.prompt + s.tokens)[: position + 1] and target == s.tokens[t]
+            assert text[segment_of[at]][: position + 1] == (s.prompt + s.tokens)[: position + 1]
+            assert target == s.tokens[t]
             assert (id(s), t) not in found
             found[id(s), t] = True
-            expected = (s.logprobs[t], s.kept[t] if s.kept else 0.0, s.advantage[t] if isinstance(s.advantage, list) else s.advantage)
+            expected = (s.logprobs[t], s.kept[t] if s.kept else 0.0,
+                        s.advantage[t] if isinstance(s.advantage, list) else s.advantage)
             assert (old, kept, adv) == pytest.approx(expected, abs=1e-6)
     assert len(found) == sum(lp == lp for g in groups for s in g for lp in s.logprobs)
     together = [id(s) for micro in per_rank for b in micro for s in b.samples]
@@ -230,17 +263,20 @@ def test_every_prediction_of_every_sample_is_there_once(seed, n_groups, budget, 
 
 
 def test_the_stop_token_is_trained_and_the_prompt_is_not():
-    """Three code bases masked the token that ends an answer (one because its padding id was its stop id): the loss went down,
-    and the models never learned to stop. The last sampled token is a prediction like any other; tokens of the prompt never are."""
+    """Three code bases masked the token that ends an answer (one because its padding id was its
+    stop id): the loss went down, and the models never learned to stop. The last sampled token is
+    a prediction like any other; tokens of the prompt never are."""
     stop = 60
     for share in (True, False):
-        (batch,) = pack.batches([[Sample([1, 2], [3, stop], [-0.5, -0.25]), Sample([1, 2], [stop], [-0.125])]], 64, SHAPE, share=share)
+        (batch,) = pack.batches([[Sample([1, 2], [3, stop], [-0.5, -0.25]),
+                                  Sample([1, 2], [stop], [-0.125])]], 64, SHAPE, share=share)
         assert sorted(batch.targets_N.tolist()) == [3, stop, stop]
         assert sorted(batch.old_logp_N.tolist()) == [-0.5, -0.25, -0.125]
 
 
 def test_a_prompt_row_predicts_the_first_token_of_each_response():
-    (batch,) = pack.batches([[Sample([7, 8, 9], [n] * n, [-1.0] * n) for n in (1, 2, 2)]], 64, SHAPE, share=True)
+    (batch,) = pack.batches([[Sample([7, 8, 9], [n] * n, [-1.0] * n) for n in (1, 2, 2)]],
+                            64, SHAPE, share=True)
     assert batch.cu_seqlens == [0, 3, 4, 6, 8] and batch.parent == [-1, 0, 0, 0]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 3, 4, 3, 4]
     assert batch.at_N.tolist() == [2, 2, 4, 2, 6] and batch.targets_N.tolist() == [1, 2, 2, 2, 2]
@@ -250,8 +286,10 @@ def test_a_second_turn_hangs_under_the_first():
     samples = conversation(random.Random(0))
     (batch,) = pack.batches([samples], 200, SHAPE, share=True)
     assert len(batch.tokens_T) == 4 + (1 + 6 + 3) + 2 + (4 + 1) * 2       # every token once
-    by_length = dict(zip((b - a for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:])), range(len(batch.parent))))
-    assert batch.parent.count(0) == 3 and batch.parent[by_length[2]] == by_length[6]      # the question follows the answer it asks about
+    by_length = dict(zip((b - a for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:])),
+                         range(len(batch.parent))))
+    # the question follows the answer it asks about
+    assert batch.parent.count(0) == 3 and batch.parent[by_length[2]] == by_length[6]
     assert batch.parent.count(by_length[2]) == 2
 
 
@@ -261,7 +299,8 @@ def test_a_heavy_group_is_cut_and_shares_in_each_part():
     assert len(row.tokens_T) == 30 + 8 * 10
     rows = pack.batches([g], 80, SHAPE, share=True)                       # over the budget: 30 + 4 x 10 twice
     assert [len(b.tokens_T) for b in rows] == [70, 70]
-    ranks = [pack.batches([g], 1000, SHAPE, r, 2, share=True) for r in range(2)]      # over half a rank's load: one rank would idle
+    # over half a rank's load: one rank would idle
+    ranks = [pack.batches([g], 1000, SHAPE, r, 2, share=True) for r in range(2)]
     assert [sum(len(b.samples) for b in micro) for micro in ranks] == [4, 4]
 
 
@@ -274,7 +313,8 @@ def test_sharing_is_used_where_it_pays():
 
 
 def test_one_copy_to_a_device():
-    """All tensors travel as one buffer: on the other side they are views of one storage, in dtype and shape what they were."""
+    """All tensors travel as one buffer: on the other side they are views of one storage, in dtype
+    and shape what they were."""
     (batch,) = pack.batches([conversation(random.Random(1))], 200, SHAPE, share=True)
     assert batch.to("cpu") is batch
     there = batch.to("meta")
@@ -291,22 +331,26 @@ def test_one_copy_to_a_device():
 
 
 @pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("dtype, loss_tol, grad_tol", [(torch.float64, 1e-12, 1e-10), (torch.float32, 5e-6, 5e-6)])
+@pytest.mark.parametrize("dtype, loss_tol, grad_tol",
+                         [(torch.float64, 1e-12, 1e-10), (torch.float32, 5e-6, 5e-6)])
 def test_packed_is_one_by_one(share, dtype, loss_tol, grad_tol):
-    """Rungs 5 and 6: rows of many sequences, with prompts stored once or repeated, give the loss and the gradient of each sequence
-    run alone; responses of one token and two-level trees included."""
+    """Rungs 5 and 6: rows of many sequences, with prompts stored once or repeated, give the loss and
+    the gradient of each sequence run alone; responses of one token and two-level trees included."""
     rng = random.Random(3)
-    groups = [group(rng, p) for p in range(4)] + [conversation(rng), [sample(rng, [4, 5, 6], 1, index=i) for i in range(3)]]
+    groups = [group(rng, p) for p in range(4)] + [conversation(rng),
+                                                  [sample(rng, [4, 5, 6], 1, index=i) for i in range(3)]]
     rounded([s for g in groups for s in g])
     net = model(dtype)
     micro = pack.batches(groups, 64, SHAPE, share=share)
     assert len(micro) > 1 and share == any(p >= 0 for b in micro for p in b.parent)
-    same(gradients(net, packed(net, micro)), gradients(net, one_by_one(net, [s for g in groups for s in g])), loss_tol, grad_tol)
+    same(gradients(net, packed(net, micro)),
+         gradients(net, one_by_one(net, [s for g in groups for s in g])), loss_tol, grad_tol)
 
 
 def test_two_ranks_with_an_odd_number_of_rows():
-    """Five rows over two ranks: a project dropped the fifth. The second rank runs an empty micro-batch in its place, which weighs
-    zero and still goes through the model, so that no collective waits for it; the two gradients add up to that of one rank."""
+    """Five rows over two ranks: a project dropped the fifth. The second rank runs an empty
+    micro-batch in its place, which weighs zero and still goes through the model, so that no
+    collective waits for it; the two gradients add up to that of one rank."""
     rng = random.Random(5)
     samples = rounded([sample(rng, [1, 2], 28, problem=p) for p in range(5)])
     net = model()
@@ -322,7 +366,8 @@ def test_two_ranks_with_an_odd_number_of_rows():
 
 
 def test_the_order_does_not_change_an_update():
-    """Correct and incorrect answers together, or apart? For one update it is the same sum; only updates taken in between could differ."""
+    """Correct and incorrect answers together, or apart? For one update it is the same sum; only
+    updates taken in between could differ."""
     rng = random.Random(7)
     groups = [rounded(group(rng, p)) for p in range(6)]
     net, results = model(), []
@@ -343,8 +388,12 @@ def test_the_order_does_not_change_an_update():
 def test_every_rank_makes_the_same_plan():
     rng = random.Random(11)
     groups = [group(rng, p) for p in range(9)]
-    texts = lambda plan: [[[s.tokens for s in row] for row in micro] for micro in plan]
-    assert texts(pack.plan(groups, 64, SHAPE, 3)) == texts(pack.plan([list(reversed(g)) for g in groups], 64, SHAPE, 3))
+
+    def texts(plan):
+        return [[[s.tokens for s in row] for row in micro] for micro in plan]
+
+    assert (texts(pack.plan(groups, 64, SHAPE, 3))
+            == texts(pack.plan([list(reversed(g)) for g in groups], 64, SHAPE, 3)))
 
 
 # -----------------------------------------------------------------------------
@@ -380,4 +429,5 @@ def test_script_names_what_is_wrong(tmp_path, capsys, content, flags, words):
 
 
 def test_cost_takes_any_shape():
-    assert pack.cost(SimpleNamespace(n_layer=1, n_head=1, n_kv_head=1, head_dim=1, d_model=1, d_ff=1, vocab_size=1), 1) == 2 * 7 + 2 + 4
+    assert pack.cost(SimpleNamespace(n_layer=1, n_head=1, n_kv_head=1, head_dim=1,
+                                     d_model=1, d_ff=1, vocab_size=1), 1) == 2 * 7 + 2 + 4

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common import run as common_run
+from common.flags import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "records"))
@@ -26,10 +26,11 @@ def log(n=5, sides=("new",), seconds=300.0, accuracy=0.56):
     for seed in range(n):
         for i, side in enumerate(sides):
             took = (seconds if side == "new" else 400.0) + seed
-            rows.append(dict(track="laptop", side=side, seed=seed, started=10.0 * seed + i, machine="2 cores of a kind",
-                             commit=f"{side}abc", commands=["train_gpt.py --name base"], accuracy=accuracy + 0.01 * (seed % 2),
-                             seconds={"pretraining": 100.0, "rollout": took - 100, "update": 0.0}, problems="these", n=1000, k=4,
-                             max_new=48))
+            rows.append(dict(track="laptop", side=side, seed=seed, started=10.0 * seed + i,
+                             machine="2 cores of a kind", commit=f"{side}abc",
+                             commands=["train_gpt.py --name base"], accuracy=accuracy + 0.01 * (seed % 2),
+                             seconds={"pretraining": 100.0, "rollout": took - 100, "update": 0.0},
+                             problems="these", n=1000, k=4, max_new=48))
     return rows
 
 
@@ -43,14 +44,16 @@ def test_a_record_and_its_line(tmp_path, monkeypatch, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in log()))
     monkeypatch.setattr(verify, "ROOT", tmp_path)
     verify.main([str(path)])
-    assert capsys.readouterr().out.strip() == ("| 302 +-1 s | 56.4% +-0.2% | 5 | 2 cores of a kind | newabc | "
-                                               "[first.jsonl](laptop/first.jsonl) |")
+    assert capsys.readouterr().out.strip() == ("| 302 +-1 s | 56.4% +-0.2% | 5 | 2 cores of a kind "
+                                               "| newabc | [first.jsonl](laptop/first.jsonl) |")
     assert verify.faults(log(sides=("old", "new")), True) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "records").glob("*/*.jsonl")), ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", sorted((ROOT / "records").glob("*/*.jsonl")),
+                         ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_the_records_in_the_table(path, monkeypatch):
-    """Each log that is kept passes, on the problems as they are drawn today, and its row in the table is what it says."""
+    """Each log that is kept passes, on the problems as they are drawn today, and its row in the
+    table is what it says."""
     monkeypatch.setattr(verify, "problems_of", PROBLEMS)
     runs = verify.read(path)
     assert verify.faults(runs, any(run["side"] == "old" for run in runs)) == []
@@ -63,13 +66,15 @@ def test_the_records_in_the_table(path, monkeypatch):
     (log(accuracy=0.497), False, "not above 50%"),      # the mean is above, by less than its noise
     (log(), True, "the track has a record"),
     (log(sides=("old", "new"), seconds=400.0), True, "not faster"),
-    ([row | {"started": row["side"] + str(row["seed"])} for row in log(sides=("old", "new"))], True, "do not alternate"),
+    ([row | {"started": row["side"] + str(row["seed"])} for row in log(sides=("old", "new"))],
+     True, "do not alternate"),
     (log() + [log()[0] | {"seed": 9, "machine": "another"}], False, "more than one machine"),
     (log() + [log()[0] | {"seed": 9, "commit": "b"}], False, "one commit"),
     (log() + [log()[0] | {"seed": 9, "problems": "easier"}], False, "track's problems"),
     (log() + [log()[0] | {"seed": 9, "k": 1}], False, "track's problems"),
     (log() + [log()[0] | {"seed": 9, "seconds": {"rollout": 9.0}}], False, "from random weights"),
-    (log() + [log()[0] | {"seed": 9, "seconds": {"pretraining": 9.0, "rollout": 1.0, "idle": -1.0}}], False, "cannot be"),
+    (log() + [log()[0] | {"seed": 9, "seconds": {"pretraining": 9.0, "rollout": 1.0, "idle": -1.0}}],
+     False, "cannot be"),
     ([row | {"track": "phone"} for row in log()], False, "no track 'phone'"),
 ])
 def test_every_rule_says_why(rows, others, words):
@@ -77,15 +82,18 @@ def test_every_rule_says_why(rows, others, words):
 
 
 def test_the_first_of_a_track_sets_its_target():
-    assert verify.faults([row | {"track": "8gpu", "max_new": 96, "accuracy": 0.01} for row in log()], False) == []
+    assert verify.faults([row | {"track": "8gpu", "max_new": 96, "accuracy": 0.01} for row in log()],
+                         False) == []
 
 
 def test_students_t():
     """the tables' 1% points, and the far tails"""
     for df, t in ((4, 3.7469), (9, 2.8214), (30, 2.4573)):
         assert verify.tail(t, df) == pytest.approx(0.01, rel=1e-3)
-    assert verify.tail(0, 5) == pytest.approx(0.5) and verify.tail(-3.7469, 4) == pytest.approx(0.99, rel=1e-4)
-    assert verify.tail(200, 4) < 1e-8 and verify.below([1.0, 1.0], [2.0, 2.0]) == 0.0 == 1 - verify.below([2.0, 2.0], [2.0, 2.0])
+    assert verify.tail(0, 5) == pytest.approx(0.5)
+    assert verify.tail(-3.7469, 4) == pytest.approx(0.99, rel=1e-4)
+    assert verify.tail(200, 4) < 1e-8
+    assert verify.below([1.0, 1.0], [2.0, 2.0]) == 0.0 == 1 - verify.below([2.0, 2.0], [2.0, 2.0])
 
 
 @pytest.mark.parametrize("text, words", [(None, "no such log"), ("", "is empty"), ("{", "line 1: not a JSON"),
@@ -97,7 +105,8 @@ def test_bad_input_is_one_line(tmp_path, capsys, text, words):
     with pytest.raises(SystemExit) as e:
         verify.main([str(path)])
     out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
+    assert e.value.code == 2 and out == "" and err.startswith("error: ")
+    assert err.count("\n") == 1 and words in err
 
 
 def test_problems_are_named_by_what_they_ask(monkeypatch):
@@ -109,7 +118,7 @@ def test_problems_are_named_by_what_they_ask(monkeypatch):
     assert verify.problems_of("laptop") != first
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # making a log
 
 def test_old_and_new_alternate_and_nothing_is_run_twice(tmp_path, monkeypatch, capsys):
@@ -131,14 +140,18 @@ def test_old_and_new_alternate_and_nothing_is_run_twice(tmp_path, monkeypatch, c
     here = ROOT.name
     assert ran[1:] == [("record", 0), (here, 0), ("record", 1), (here, 1)]
     rows = verify.read(tmp_path / "a/log.jsonl")
-    assert [row["side"] for row in rows] == ["old", "new", "old", "new"] and set(verify.FIELDS) <= set(rows[0])
+    assert [row["side"] for row in rows] == ["old", "new", "old", "new"]
+    assert set(verify.FIELDS) <= set(rows[0])
 
 
 def test_a_run_of_a_side(tmp_path, monkeypatch):
-    """its commands with the seed put in, in one empty folder; the clock leaves evaluation and start-up out; the judge is this checkout's"""
+    """its commands with the seed put in, in one empty folder; the clock leaves evaluation and
+    start-up out; the judge is this checkout's"""
     (tmp_path / "records/laptop").mkdir(parents=True)
-    (tmp_path / "records/laptop/commands.txt").write_text("# words\ntrain_gpt.py --name b --seed SEED\nnanorl.py --name r --seed SEED\n")
-    rows = {"b": dict(t_pack=1, t_train=2, t_opt=3), "r": dict(t_rollout=10, t_reward=1, t_pack=1, t_train=4, t_opt=1, t_idle=2, t_step=99)}
+    (tmp_path / "records/laptop/commands.txt").write_text("# words\ntrain_gpt.py --name b --seed SEED\n"
+                                                          "nanorl.py --name r --seed SEED\n")
+    rows = {"b": dict(t_pack=1, t_train=2, t_opt=3),
+            "r": dict(t_rollout=10, t_reward=1, t_pack=1, t_train=4, t_opt=1, t_idle=2, t_step=99)}
     calls = []
 
     def call(words, cwd, checkout):
@@ -149,18 +162,22 @@ def test_a_run_of_a_side(tmp_path, monkeypatch):
         name = words[words.index("--name") + 1]
         folder = Path(cwd, "runs", name)
         folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval/avg": 1}) + "\n" + json.dumps(rows[name]) + "\n")
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval/avg": 1})
+                                              + "\n" + json.dumps(rows[name]) + "\n")
     monkeypatch.setattr(attempts, "call", call)
     commands, seconds, accuracy = attempts.attempt(attempts.Config(out="x"), tmp_path, 7)
-    assert [c[0] for c in calls] == ["train_gpt.py", "nanorl.py", "evaluate.py"] and calls[0][1] == ["--name", "b", "--seed", "7"]
-    assert seconds == {"pretraining": 6, "rollout": 10, "reward": 1, "pack": 1, "update": 5, "idle": 2} and accuracy == 0.5
+    assert [c[0] for c in calls] == ["train_gpt.py", "nanorl.py", "evaluate.py"]
+    assert calls[0][1] == ["--name", "b", "--seed", "7"]
+    assert seconds == {"pretraining": 6, "rollout": 10, "reward": 1, "pack": 1, "update": 5, "idle": 2}
+    assert accuracy == 0.5
     assert commands == ["train_gpt.py --name b --seed SEED", "nanorl.py --name r --seed SEED"]
 
 
-@pytest.mark.parametrize("track", [t for t in verify.TRACKS if (ROOT / "records" / t / "commands.txt").exists()])
+@pytest.mark.parametrize("track",
+                         [t for t in verify.TRACKS if (ROOT / "records" / t / "commands.txt").exists()])
 def test_the_commands_of_a_track_can_be_read(track):
     import importlib
     for line in (ROOT / "records" / track / "commands.txt").read_text().splitlines():
         if not line.startswith("#"):
             script, *words = line.replace("SEED", "3").split()
-            assert common_run.flags(importlib.import_module(script[:-3]).Config, words).seed == 3
+            assert flags(importlib.import_module(script[:-3]).Config, words).seed == 3

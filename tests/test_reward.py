@@ -1,4 +1,5 @@
-"""common/reward.py: rewards in worker processes; whatever a reward does, its sample scores 0 and nothing else notices"""
+"""common/reward.py: rewards in worker processes; whatever a reward does, its sample scores 0 and
+nothing else notices"""
 import json
 import os
 import signal
@@ -109,14 +110,15 @@ def gone(pid, seconds=5):
     """no such process, or a zombie that only waits for an init that is slow to reap"""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True,
+                               text=True).stdout.strip()
         if not state or state.startswith("Z"):
             return True
         time.sleep(0.05)
     return False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what it is for
 
 def test_a_task_by_its_name(make):
@@ -131,16 +133,20 @@ def test_a_task_by_its_name(make):
 
 
 def test_a_file_and_its_function(make):
-    results = ask(make(), "score 0.25", "gold 4", "gold 5", "give 3", "give True", "give -1e300", "give __import__('numpy').float32(0.5)")
+    results = ask(make(), "score 0.25", "gold 4", "gold 5", "give 3", "give True",
+                  "give -1e300", "give __import__('numpy').float32(0.5)")
     assert [reward for reward, _ in results] == [0.25, 1.0, 0.0, 3.0, 1.0, -1e300, 0.5]
     assert all(type(reward) is float and info.error is None and info.seconds >= 0 for reward, info in results)
 
 
 def test_the_callers_folder_and_the_files_own_modules(make, folder, monkeypatch):
-    """a data.py beside the user's reward, or where the run was started, must not be taken for ours: problems are made of ours"""
+    """a data.py beside the user's reward, or where the run was started, must not be taken for
+    ours: problems are made of ours"""
     (folder / "data.py").write_text("raise RuntimeError('the wrong data')")
-    (folder / "helper.py").write_text("from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 3\n")
-    (folder / "other.py").write_text("import helper\ndef score(problem, text):\n    return helper.A().x + len(open(text).read())\n")
+    (folder / "helper.py").write_text("from dataclasses import dataclass\n"
+                                      "@dataclass\nclass A:\n    x: int = 3\n")
+    (folder / "other.py").write_text("import helper\ndef score(problem, text):\n"
+                                     "    return helper.A().x + len(open(text).read())\n")
     (folder / "facts.txt").write_text("12345")
     monkeypatch.chdir(folder)
     assert ask(make("other.py:score"), "facts.txt")[0][0] == 8.0
@@ -148,16 +154,20 @@ def test_the_callers_folder_and_the_files_own_modules(make, folder, monkeypatch)
 
 def test_workers_import_no_torch(make, folder):
     """a second of import and 300 MB each, and a kill would cost as much again"""
-    (folder / "light.py").write_text("import sys\ndef score(problem, text):\n    return 'torch' in sys.modules\n")
+    (folder / "light.py").write_text("import sys\ndef score(problem, text):\n"
+                                     "    return 'torch' in sys.modules\n")
     assert ask(make(f"{folder}/light.py:score"), "")[0][0] == 0.0
     code = "import sys, common.reward; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                          text=True).stdout == "False\n"
 
 
 def test_nothing_waits(make):
-    """put and get return at once: before the workers are there, while they are busy, and while one does not read its pipe"""
+    """put and get return at once: before the workers are there, while they are busy, and while
+    one does not read its pipe"""
     rewards = make(workers=1)
-    assert rewards.get() == [] and rewards.get(block=True) == [] and rewards.workers == [], "no worker before it is needed"
+    assert (rewards.get() == [] and rewards.get(block=True) == []
+            and rewards.workers == []), "no worker before it is needed"
     begin = time.monotonic()
     rewards.put(0, PROBLEM, "sleep 0.5")
     assert rewards.get() == [] and time.monotonic() - begin < 0.4
@@ -171,7 +181,8 @@ def test_nothing_waits(make):
 
 
 def test_slow_jobs_run_side_by_side(make):
-    """quick jobs travel many to a message; with slow ones about, nothing may be stuck behind one while a worker is idle"""
+    """quick jobs travel many to a message; with slow ones about, nothing may be stuck behind one
+    while a worker is idle"""
     rewards = make()
     ask(rewards, *["sleep 0.1"] * 6)
     for i, text in enumerate(["sleep 0.2", "sleep 0.2", "sleep 1", *["score 1"] * 7]):
@@ -185,14 +196,15 @@ def test_no_job_sees_what_another_did(make):
 
 
 def test_the_reward_is_the_text_of_the_file_as_the_run_began(make, folder):
-    """a user edits my.py for the next experiment while this one runs; a replaced worker must not pick that up"""
+    """a user edits my.py for the next experiment while this one runs; a replaced worker must
+    not pick that up"""
     rewards = make()
     (folder / "my.py").write_text("def score(problem, text):\n    return 1/0\n")
     results = ask(rewards, "die", "die", "die", "score 0.5")
     assert results[3] == (0.5, (results[3][1].seconds, None)) and rewards.failed == {"died": 3}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what goes wrong
 
 @pytest.mark.parametrize("text, kind, says", [
@@ -210,12 +222,14 @@ def test_a_failure_scores_0_is_counted_and_named(make, text, kind, says):
     assert [reward for reward, _ in results] == [1, 0, 2, 3] and rewards.failed == {kind: 1}
     assert says in results[1][1].error and [info.error for _, info in results[2:]] == [None, None]
     assert len(rewards.lines) == 1 and "\n" not in rewards.lines[0]
-    assert "problem 7, sample 1: " in rewards.lines[0] and says in rewards.lines[0] and f"({kind}," in rewards.lines[0]
+    assert "problem 7, sample 1: " in rewards.lines[0] and says in rewards.lines[0]
+    assert f"({kind}," in rewards.lines[0]
 
 
 def test_what_is_no_number(make):
     rewards = make(workers=1)
-    values = {"math.inf": "inf (float)", "None": "None (NoneType)", "'1'": "'1' (str)", "[1.0]": "[1.0] (list)", "10**400": "(int)",
+    values = {"math.inf": "inf (float)", "None": "None (NoneType)",
+              "'1'": "'1' (str)", "[1.0]": "[1.0] (list)", "10**400": "(int)",
               "__import__('numpy').zeros(2)": "array([0., 0.]) (ndarray)"}
     for says, (reward, info) in zip(values.values(), ask(rewards, *(f"give {value}" for value in values))):
         assert reward == 0 and says in info.error
@@ -238,17 +252,20 @@ def test_the_log_is_not_flooded(make):
     rewards = make()
     ask(rewards, *["raise x"] * 250)
     assert rewards.failed == {"raised": 250}
-    assert [line.split(", ")[1].split()[0] for line in rewards.lines] == ["1", "2", "3", "10", "30", "100", "200"]
+    assert [line.split(", ")[1].split()[0] for line in rewards.lines] == ["1", "2", "3",
+                                                                          "10", "30", "100", "200"]
 
 
 def test_prints_do_not_reach_the_pipe(make):
-    """answers travel over what was the worker's stdout: a print in a reward, or in a process it starts, must not become an answer"""
+    """answers travel over what was the worker's stdout: a print in a reward, or in a process it
+    starts, must not become an answer"""
     assert [reward for reward, _ in ask(make(), "print", "score 0.5", "print")] == [1, 0.5, 1]
 
 
 def test_a_reward_that_forks_answers_once(make):
     rewards = make(workers=1)
-    assert [reward for reward, _ in ask(rewards, "fork", "fork", "score 1")] == [0.5, 0.5, 1.0] and rewards.failed == {}
+    assert [reward for reward, _ in ask(rewards, "fork", "fork", "score 1")] == [0.5, 0.5, 1.0]
+    assert rewards.failed == {}
 
 
 def test_a_hanging_rewards_children_go_with_it(make, folder):
@@ -257,10 +274,14 @@ def test_a_hanging_rewards_children_go_with_it(make, folder):
 
 
 def test_who_is_replaced(make, monkeypatch):
-    """after a hang always; after an exception too, for it may leave the module in any state, but never so often that
-    start-ups become the work: a reward that raises on every tenth text would otherwise cost a start-up every tenth text"""
+    """after a hang always; after an exception too, for it may leave the module in any state, but
+    never so often that start-ups become the work: a reward that raises on every tenth text would
+    otherwise cost a start-up every tenth text"""
     rewards = make(workers=1, timeout_min=0.5)
-    pid = lambda: ask(rewards, "pid")[0][0]
+
+    def pid():
+        return ask(rewards, "pid")[0][0]
+
     first = pid()
     ask(rewards, "raise x")
     assert pid() == first
@@ -274,7 +295,8 @@ def test_who_is_replaced(make, monkeypatch):
 
 def test_nothing_is_lost_or_doubled(make):
     """2,000 jobs, of which some fail in every way: the others come back, once each, with their own values"""
-    random, kinds = Random(0), {"raise x": "raised", "give math.nan": "value", "die": "died", "crash": "died", "hang": "timeout"}
+    random = Random(0)
+    kinds = {"raise x": "raised", "give math.nan": "value", "die": "died", "crash": "died", "hang": "timeout"}
     texts = [f"score {i}" for i in range(2000)]
     for text, n in zip(kinds, (40, 40, 5, 5, 2)):
         for i in random.sample(range(2000), n):
@@ -292,20 +314,23 @@ def test_nothing_is_lost_or_doubled(make):
 
 
 def test_a_file_that_no_longer_starts_is_said(make, folder):
-    """rewards that fail are part of a run; workers that cannot begin are its end, in one line instead of a night of zeros"""
+    """rewards that fail are part of a run; workers that cannot begin are its end, in one line
+    instead of a night of zeros"""
     (folder / "gone.py").write_text("1/0")
     rewards = make(f"{folder}/gone.py:score")
     rewards.put(0, PROBLEM, "x")
-    with pytest.raises(RuntimeError, match=r"gone.py:score: the file does not import: ZeroDivisionError.*\(gone.py, line 1\)"):
+    with pytest.raises(RuntimeError, match=r"gone.py:score: the file "
+                       r"does not import: ZeroDivisionError.*\(gone.py, line 1\)"):
         drain(rewards)
     assert len(rewards.lines) == 2, "it was tried again first"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the limit of a problem
 
 def test_the_limit_follows_what_was_right(make):
-    """T = min(max(T_min, 1.5 * longest of the correct answers of this problem), T_max); a wrong answer may be slow for any reason"""
+    """T = min(max(T_min, 1.5 * longest of the correct answers of this problem), T_max); a wrong
+    answer may be slow for any reason"""
     rewards = make(timeout_min=1.0, timeout_max=1.3)
     other = data.Problem("another")
     assert rewards.timeout(PROBLEM.prompt) == 1.0
@@ -317,17 +342,19 @@ def test_the_limit_follows_what_was_right(make):
 
 
 def test_late_is_late_even_if_nobody_looked(make):
-    """the parent may be away in an update for a minute: what counts is the worker's clock, or results would depend on ours"""
+    """the parent may be away in an update for a minute: what counts is the worker's clock, or
+    results would depend on ours"""
     rewards = make(workers=1, timeout_min=0.5)
     ask(rewards, "score 1")
     rewards.put((7, 0), PROBLEM, "sleep 0.7")
     rewards.put((7, 1), PROBLEM, "score 1")
     time.sleep(1.2)
-    assert [(reward, info.error is None) for _, reward, info in sorted(drain(rewards))] == [(0, False), (1, True)]
+    assert [(reward, info.error is None)
+            for _, reward, info in sorted(drain(rewards))] == [(0, False), (1, True)]
     assert rewards.failed == {"timeout": 1}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # said before the run starts
 
 @pytest.mark.parametrize("spec, says", [
@@ -366,7 +393,7 @@ def test_check_does_not_wait_for_ever(folder, monkeypatch):
         R.check(f"{folder}/slow.py:score")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # how it ends
 
 DRIVER = """
@@ -391,24 +418,28 @@ pids = [w.proc.pid for w in rewards.workers]
 
 
 def drive(folder, code):
-    return subprocess.Popen([sys.executable, "-c", DRIVER + textwrap.dedent(code), f"{folder}/my.py:score"], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.Popen([sys.executable, "-c", DRIVER + textwrap.dedent(code),
+                             f"{folder}/my.py:score"], cwd=folder, text=True, stdout=subprocess.PIPE,
+                            start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def test_ctrl_c_leaves_the_workers_alone(folder):
-    """it reaches the whole group of a terminal; the run finishes its step and saves, and for that it needs its rewards"""
+    """it reaches the whole group of a terminal; the run finishes its step and saves, and for that
+    it needs its rewards"""
     p = drive(folder, """
-        put("sleep 0.2", "sleep 0.2")                 # so that both have started: one of them may have done all before
+        # so that both have started: one of them may have done all before
+        put("sleep 0.2", "sleep 0.2")
         drain()
         put("sleep 0.7", "sleep 0.7")
         rewards.get()
         print(json.dumps(pids), flush=True)
-        print(json.dumps([drain(), rewards.failed, len(signals), pids == [w.proc.pid for w in rewards.workers]]))
+        print(json.dumps([drain(), rewards.failed, len(signals),
+                          pids == [w.proc.pid for w in rewards.workers]]))
     """)
     pids = json.loads(p.stdout.readline())
     os.killpg(p.pid, signal.SIGINT)
     assert [os.getsid(pid) for pid in pids] == pids
-    for pid in pids:                                  # and a batch system may send these to every process there is
+    for pid in pids:                  # and a batch system may send these to every process there is
         os.kill(pid, signal.SIGINT)
         os.kill(pid, signal.SIGTERM)
     assert json.loads(p.communicate(timeout=20)[0]) == [[1, 1], {}, 1, True] and p.returncode == 0
@@ -416,7 +447,8 @@ def test_ctrl_c_leaves_the_workers_alone(folder):
 
 
 def test_workers_die_with_their_parent(folder):
-    """killed without a word, while one worker hangs inside C code that holds the interpreter and one has nothing to do"""
+    """killed without a word, while one worker hangs inside C code that holds the interpreter and
+    one has nothing to do"""
     p = drive(folder, """
         put("regex", "score 1")
         rewards.get(block=True)

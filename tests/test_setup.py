@@ -38,7 +38,8 @@ def test_shell_scripts(script):
 
 
 def test_ci_runs_the_tests_and_nothing_else():
-    lines = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [line for line in (ROOT / ".ci/run").read_text().splitlines()
+             if line and not line.startswith("#")]
     assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "exec ./test.sh"]
 
 
@@ -48,24 +49,29 @@ def test_an_old_python_is_said(tmp_path):
     old = tmp_path / "python3.8"
     old.write_text("#!/usr/bin/env bash\nexit 1\n")
     old.chmod(0o755)
-    done = subprocess.run(["bash", tmp_path / "speedrun.sh"], capture_output=True, text=True, env={**os.environ, "PYTHON": str(old)})
+    done = subprocess.run(["bash", tmp_path / "speedrun.sh"], capture_output=True,
+                          text=True, env={**os.environ, "PYTHON": str(old)})
     assert done.returncode == 2 and "Python 3.11" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / ".venv").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the house: a file imports from lower rows only
 
-ROWS = [      # the bottom first
-    ["common.run", "data"],
+ROWS = [      # the bottom first; a row may name files that are not written yet
+    ["common.sandbox"],
+    ["common.flags", "common.watch", "common.cpu", "common.backend", "data"],
+    ["common.run"],
     ["kernels", "common.optim", "common.hf"],
-    ["pack", "common.reward", "common.view"],
-    ["train_gpt"],
+    ["pack", "common.reward", "common.view", "common.deal"],
+    ["train_gpt", "common.slabs"],
     ["rollout"],
-    ["evaluate"],
-    ["nanorl"],
-    ["ttrl", "opd_check"],
-    ["opd"],
+    ["algos", "evaluate", "common.metrics"],
+    ["common.memory", "common.evidence"],
+    ["stages"],
+    ["tail", "opd_check"],
+    ["nanorl", "ttrl", "opd"],
+    ["ideas"],
 ]
 HEIGHT = {name: i for i, row in enumerate(ROWS) for name in row}
 ANYTHING = ("tests", "bench", "examples")
@@ -93,25 +99,59 @@ def imports(source, module):
 def upward(source, module):
     """what a file imports from its own row or from above"""
     here = place(module)
-    return {there for there in map(place, imports(source, module)) if there and there != here and HEIGHT[there] >= HEIGHT[here]}
+    return {there for there in map(place, imports(source, module))
+            if there and there != here and HEIGHT[there] >= HEIGHT[here]}
+
+
+def siblings(source, module):
+    """the other ideas that an idea imports"""
+    found = {name.split(".")[1] for name in imports(source, module) if name.startswith("ideas.")}
+    return found - {module.split(".")[1]}
+
+
+def ours():
+    """every file that has a place in the drawing, relative to the root"""
+    patterns = ("*.py", "common/*.py", "data/**/*.py", "ideas/*.py")
+    return [path.relative_to(ROOT) for pattern in patterns for path in ROOT.glob(pattern)]
 
 
 def test_upward_imports_are_found():
-    assert upward("import kernels\nfrom common.run import die\nimport torch.data", "train_gpt") == set()
+    assert upward("import kernels\nfrom common.flags import die\nimport torch.data", "train_gpt") == set()
     assert upward("def f():\n    from nanorl import update", "rollout") == {"nanorl"}
     assert upward("from common import optim", "kernels") == {"common.optim"}
     assert upward("from . import view", "common.run") == {"common.view"}
     assert upward("from .tokenizer import x\nimport data", "data.countdown") == set()
     assert upward("from ..common.run import x", "data.countdown") == {"common.run"}
     assert upward("import common.reward as r", "pack") == {"common.reward"}
+    assert upward("from common.watch import Watch\nfrom common.flags import die", "common.run") == set()
+    for module, below in (("common.watch", "common.flags"), ("common.cpu", "data"),
+                          ("data.countdown", "common.flags")):
+        assert upward(f"import {below}", module) == {below}, "nothing in the bottom row imports another of it"
+    assert upward("import stages, rollout\nfrom common import evidence", "ideas.darling") == set()
+    assert upward("from ideas import darling", "nanorl") == {"ideas"}
+
+
+def test_ideas_that_import_each_other_are_found():
+    assert siblings("import nanorl\nfrom common.flags import die", "ideas.darling") == set()
+    assert siblings("from ideas.spo import trust", "ideas.darling") == {"spo"}
+    assert siblings("from . import spo",
+                    "ideas.darling") == siblings("import ideas.spo", "ideas.darling") == {"spo"}
+
+
+def test_ideas_never_import_each_other():
+    for path in ours():
+        if path.parts[0] == "ideas":
+            found = siblings((ROOT / path).read_text(), f"ideas.{path.stem}")
+            assert not found, f"{path} imports {', '.join(sorted(found))}: an idea stands on the core alone"
 
 
 def test_arrows_point_down():
-    files = [p.relative_to(ROOT) for p in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("data/**/*.py")]]
+    files = ours()
     assert Path("common/run.py") in files
     for path in files:
-        if path.name == "__init__.py" and path.parent.name == "common":
-            assert (ROOT / path).read_text() == "", "common is a folder of files, not a package with a face"
+        if path.name == "__init__.py" and path.parent.name in ("common", "ideas"):
+            assert (ROOT / path).read_text() == "", (
+                f"{path.parent} is a folder of files, not a package with a face")
             continue
         module = ".".join(path.with_suffix("").parts).removesuffix(".__init__") or "data"
         assert place(module), f"{path} has no row in the drawing: give it one"
@@ -121,6 +161,6 @@ def test_arrows_point_down():
 
 
 def test_nothing_below_imports_tests_bench_or_examples():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("data/**/*.py")]:
-        named = {name.split(".")[0] for name in imports(path.read_text(), path.stem)}
-        assert not named & set(ANYTHING), f"{path.name} imports {named & set(ANYTHING)}"
+    for path in ours():
+        named = {name.split(".")[0] for name in imports((ROOT / path).read_text(), path.stem)}
+        assert not named & set(ANYTHING), f"{path} imports {named & set(ANYTHING)}"

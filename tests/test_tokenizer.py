@@ -1,4 +1,5 @@
-"""Tokenizers: they round-trip, they are as small as they say, and what cannot be encoded is said, not mangled."""
+"""Tokenizers: they round-trip, they are as small as they say, and what cannot be encoded is
+said, not mangled."""
 import json
 
 import pytest
@@ -63,8 +64,8 @@ def test_a_character_outside_the_alphabet_is_named():
 
 def test_decode_never_raises():
     """
-    A sampler cuts completions where it likes: in the middle of a character's bytes, and a head that was padded to a round size can
-    sample an id that no token has. Neither may bring a run down.
+    A sampler cuts completions where it likes: in the middle of a character's bytes, and a head that
+    was padded to a round size can sample an id that no token has. Neither may bring a run down.
     """
     tok = TOKENIZERS["bytes"]
     assert tok.decode(tok.encode("aé")[:-1]) == "a\ufffd"
@@ -77,7 +78,7 @@ def test_chat():
     one = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2+2?"}]
     assert tok.chat(one) == "<|system|>be brief<|end|><|user|>2+2?<|end|><|assistant|>"
     whole = tok.chat([*one, {"role": "assistant", "content": "4"}])
-    assert whole == tok.chat(one) + "4<|end|>"              # what is trained begins exactly as what is prompted
+    assert whole == tok.chat(one) + "4<|end|>"  # what is trained begins exactly as what is prompted
     with pytest.raises(ValueError, match="tool"):
         tok.chat([{"role": "tool", "content": "x"}])
     with pytest.raises(ValueError, match="special token"):  # a message must not be able to end its own turn
@@ -115,7 +116,8 @@ def test_gpt2_offline_is_one_line(monkeypatch):
 def test_gpt2_shape(monkeypatch):
     """without a download: the same object over a stand-in with GPT-2's one special token."""
     ranks = {bytes([i]): i for i in range(256)}
-    fake = tiktoken.Encoding("gpt2", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    fake = tiktoken.Encoding("gpt2", pat_str=r"[\s\S]+", mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": 256})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake)
     tok = data.tokenizer("gpt2")
     assert tok.stop == {256} and tok.bos == 256 and tok.encode(tok.end) == [256]

@@ -21,7 +21,8 @@ def run(folder, rows):
 
 def rl(n=60, up=0.0):
     for s in range(1, n + 1):
-        row = {"step": s, "reward": s / n + up, "loss": None if s == 3 else 0.1, "length": 10 + s, "entropy": 1 / s, "sampler_kl": 1e-6 * s,
+        row = {"step": s, "reward": s / n + up, "loss": None if s == 3 else 0.1,
+               "length": 10 + s, "entropy": 1 / s, "sampler_kl": 1e-6 * s,
                "zero_var": 0.5, "truncated": 0.0, "t_rollout": 1.0, "t_train": 0.5, "note": "a word"}
         if s % 20 == 0:
             row |= {"eval/avg": 0.5, "eval/avg_se": 0.02, "eval/pass@4": 0.8}
@@ -39,18 +40,21 @@ def test_curves_of_an_rl_run(tmp_path):
     assert path == tmp_path / "a/curves.png" and shape(path)[0] > 300
     found = view.panels({"a": view.read(tmp_path / "a")})
     titles = [t for t, _, _ in found]
-    assert [k for _, k, _ in found[1:3]] == [["eval/avg", "eval/pass@4"], ["test/avg"]], "two sets of problems are two panels"
+    assert [k for _, k, _ in found[1:3]] == [["eval/avg", "eval/pass@4"],
+                                             ["test/avg"]], "two sets of problems are two panels"
     assert titles[0] == "reward" and titles[1].startswith("eval") and titles[2].startswith("test")
     assert "standard error" in titles[1] and "standard error" in titles[2]
     assert "bits per byte" not in titles and "length (tokens)" in titles
 
 
 def test_missing_keys_and_damaged_rows(tmp_path):
-    folder = run(tmp_path / "a", [{"step": 1, "loss": 2.0}, {"loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}])
+    folder = run(tmp_path / "a", [{"step": 1, "loss": 2.0}, {"loss": 1.0},
+                                  {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}])
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"step": 4, "lo')
     assert view.read(folder) == {"loss": ([1, 3], [2.0, 1.0])}
-    assert shape(view.curves(folder))[1] < shape(view.curves(run(tmp_path / "b", rl())))[1], "one panel is narrower than many"
+    assert shape(view.curves(folder))[1] < shape(view.curves(run(tmp_path / "b", rl())))[1], (
+        "one panel is narrower than many")
 
 
 def test_smoothing_keeps_the_level():
@@ -80,37 +84,42 @@ def test_bad_input_is_one_line(tmp_path, capsys, make, words):
     with pytest.raises(SystemExit) as e:
         view.main(argv)
     out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
+    assert e.value.code == 2 and out == "" and err.startswith("error: ")
+    assert err.count("\n") == 1 and words in err
     assert not list(tmp_path.rglob("*.png"))
 
 
 def test_an_evaluations_size_is_not_drawn_beside_its_accuracy(tmp_path, monkeypatch):
-    """1,000 problems on the axis of accuracies made every accuracy a line at zero; and the seconds of a whole step, stacked on those of its
-    stages, doubled the step"""
+    """1,000 problems on the axis of accuracies made every accuracy a line at zero; and the
+    seconds of a whole step, stacked on those of its stages, doubled the step"""
     import matplotlib.axes
     drawn = []
     for name in ("plot", "stackplot", "fill_between"):
         plain = getattr(matplotlib.axes.Axes, name)
-        monkeypatch.setattr(matplotlib.axes.Axes, name, lambda self, *a, plain=plain, **k: drawn.append((a, k)) or plain(self, *a, **k))
+        monkeypatch.setattr(matplotlib.axes.Axes, name,
+                            lambda self, *a, plain=plain, **k: drawn.append((a, k)) or plain(self, *a, **k))
     run = tmp_path / "run"
     run.mkdir()
-    rows = [{"step": s, "reward": 0.1, "eval/avg": 0.5, "eval/avg_se": 0.01, "eval/n": 1000, "eval/k": 4, "eval/length": 300.0,
+    rows = [{"step": s, "reward": 0.1, "eval/avg": 0.5, "eval/avg_se": 0.01,
+             "eval/n": 1000, "eval/k": 4, "eval/length": 300.0,
              **({} if s == 2 else {"test/avg": 0.4, "test/avg_se": 0.01, "test/n": 1000}),
              "t_rollout": 1.0, "t_train": 2.0, "t_step": 700.0} for s in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     view.curves(run)
     assert drawn
-    numbers = [x for a, _ in drawn for part in a[1:] if hasattr(part, "__len__") and not isinstance(part, str) for x in np.ravel(part)]
+    numbers = [x for a, _ in drawn for part in a[1:]
+               if hasattr(part, "__len__") and not isinstance(part, str) for x in np.ravel(part)]
     assert max(numbers) < 100
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the page of samples
 
 def sample(step, index, reward, text="7+1=8", finished="stop", **more):
     pieces = [*text, "<|end|>"]
-    return {"step": step, "problem": 9, "index": index, "prompt": "C1 7=8:", "text": text, "pieces": pieces,
-            "logprobs": [-0.25] * len(pieces), "advantage": reward - 0.5, "reward": reward, "finished": finished, **more}
+    return {"step": step, "problem": 9, "index": index, "prompt": "C1 7=8:",
+            "text": text, "pieces": pieces, "logprobs": [-0.25] * len(pieces),
+            "advantage": reward - 0.5, "reward": reward, "finished": finished, **more}
 
 
 def paged(folder, rows, tail=""):
@@ -127,7 +136,8 @@ def test_the_page_holds_all_rows_and_loads_nothing(tmp_path):
     rows = [sample(1, 0, 1.0), sample(1, 1, 0.0), sample(2, 0, 1.0, "</script><b>3", "length")]
     page = paged(tmp_path / "a<b", rows, tail='{"step": 3, "pie')
     assert view.pages(tmp_path / "a<b") == [tmp_path / "a<b/curves.png", page]
-    assert inside(page) == {"rows": rows, "note": ""}, "a sample that says </script> does not end the page, a half line is left out"
+    assert inside(page) == {"rows": rows, "note": ""}, (
+        "a sample that says </script> does not end the page, a half line is left out")
     text = page.read_text()
     assert text.count("</script>") == 2 and "a&lt;b" in text
     assert not any(word in text for word in ("http:", "https:", "src=", "@import", "<link", "fetch(", "url("))
@@ -136,7 +146,8 @@ def test_the_page_holds_all_rows_and_loads_nothing(tmp_path):
 def test_a_run_without_samples_has_no_page(tmp_path):
     run(tmp_path / "a", rl(5))
     assert view.pages(tmp_path / "a") == [tmp_path / "a/curves.png"]
-    assert paged(tmp_path / "b", [{"step": 1, "words": "not a sample"}]) is None and not list(tmp_path.rglob("*.html"))
+    assert paged(tmp_path / "b", [{"step": 1, "words": "not a sample"}]) is None
+    assert not list(tmp_path.rglob("*.html"))
 
 
 def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
@@ -154,9 +165,10 @@ const rows = JSON.parse(text.split('id="rows">')[1].split("</script>")[0]).rows;
 const none = { step: "", low: "", high: "", truncated: "", words: "" };
 const kept = f => rows.filter(row => keep(row, { ...none, ...f })).map(row => rows.indexOf(row));
 console.log(JSON.stringify({
-  all: kept({}), step: kept({ step: "1" }), right: kept({ low: "0.5" }), wrong: kept({ high: "0.5" }), cut: kept({ truncated: "yes" }),
-  whole: kept({ truncated: "no" }), words: kept({ words: "9" }), colours: colours(rows), one: values(rows[0], "advantage"),
-  apart: values(rows[3], "disagreement"), no_teacher: values(rows[0], "disagreement"), scale: scale(rows, "advantage"),
+  all: kept({}), step: kept({ step: "1" }), right: kept({ low: "0.5" }), wrong: kept({ high: "0.5" }),
+  cut: kept({ truncated: "yes" }), whole: kept({ truncated: "no" }), words: kept({ words: "9" }),
+  colours: colours(rows), one: values(rows[0], "advantage"), apart: values(rows[3], "disagreement"),
+  no_teacher: values(rows[0], "disagreement"), scale: scale(rows, "advantage"),
   tints: [tint(0.5, 0.5), tint(-5, 0.5), tint(0, 0.5), tint(null, 0.5)] }));`);
 """
 
@@ -174,7 +186,8 @@ def test_what_the_page_shows(tmp_path):
     done = subprocess.run([node, "-e", JAVASCRIPT, awkward(tmp_path / "a")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (found["all"], found["step"], found["right"], found["wrong"]) == ([0, 1, 2, 3], [0, 1], [0, 2], [1, 3])
+    assert (found["all"], found["step"], found["right"],
+            found["wrong"]) == ([0, 1, 2, 3], [0, 1], [0, 2], [1, 3])
     assert (found["cut"], found["whole"], found["words"]) == ([2], [0, 1, 3], [2])
     assert found["colours"] == ["disagreement", "advantage", "logprobs"]
     assert found["one"] == [0.5] * 6, "one advantage of a sample is every token's"
@@ -190,11 +203,13 @@ def test_the_page_in_a_browser(tmp_path):
     page = awkward(tmp_path / "a")
 
     def shown(at):
-        words = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
+        words = [browser, "--headless=new", "--no-sandbox", "--disable-gpu",
+                 f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
         done = subprocess.run([*words, f"file://{page}{at}"], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     last, right = shown(""), shown("#step=&low=0.5&colour=logprobs")
-    assert last.count("<article>") == 1 and "1 of 4 samples" in last and "225 60 50" in last, "it opens at the last step, disagreement red"
+    assert (last.count("<article>") == 1 and "1 of 4 samples" in last
+            and "225 60 50" in last), "it opens at the last step, disagreement red"
     assert right.count("<article>") == 2 and "2 of 4 samples" in right and "truncated</span>" in right

@@ -1,0 +1,136 @@
+"""
+common/backend.py: who runs what, and how it proves itself.
+
+A step of the model may have several backends: a kernel of ours, a package, and always plain torch,
+its twin, which is the definition. Whoever owns a step hands over the candidates, best first, and a
+function that probes one; this file picks. A wheel built for another card imports all the same and
+returns noise, or nothing; so no candidate is used before it has proved itself on this machine,
+forward and backward.
+
+    choose("decode", "cuda", ["flash", "triton"], probe)    -> "triton", the first that is right
+    probe(what, name, kind, low, dtype)    -> what that backend makes of tiny random numbers which
+                                           `low` can hold, computed in `dtype`: tensors, gradients
+                                           among them
+
+    NANORL_ATTENTION=torch|varlen|flash ...    forces one
+    NANORL_CHECK=1 ...                         range checks on the GPU too (slow)
+
+This file imports nothing of ours.
+"""
+
+import os
+import types
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a Mac: the twins run and the kernels are only text
+    triton, tl = None, types.SimpleNamespace(constexpr=None)
+
+jit = triton.jit if triton else lambda kernel: kernel
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own: kernels run in numpy on the CPU
+CHECK = os.environ.get("NANORL_CHECK") == "1"
+
+# what NANORL_ATTENTION forces, and what then runs which kind of attention
+FORCED = {
+    "flash": {"train": "flash", "decode": "flash"},
+    "varlen": {"train": "varlen", "decode": "triton"},
+    "torch": {"train": "torch", "decode": "torch"},
+}
+picks = {}  # (what, kind of device) -> name
+
+# -----------------------------------------------------------------------------
+# the pick
+
+
+def chosen(what, kind):
+    """What was picked before, or None."""
+    return picks.get((what, kind))
+
+
+def choose(what, kind, candidates, probe):
+    """-> the first of the candidates that proves itself on this kind of device ("cuda", "cpu" or
+    "mps"), else "torch". One that does not is dropped, with a printed line; or refused, if it was
+    forced."""
+    if (what, kind) in picks:
+        return picks[what, kind]
+    forced = os.environ.get("NANORL_ATTENTION", "")
+    if what not in FORCED["torch"]:
+        forced = ""
+    if forced and forced not in FORCED:
+        raise ValueError(f"NANORL_ATTENTION={forced} is not known; known: {', '.join(FORCED)}")
+
+    picked = "torch"
+    for name in [FORCED[forced][what]] if forced else candidates:
+        if name == "torch":
+            break
+        try:
+            prove(what, name, kind, probe)
+        except Exception as why:  # whatever a foreign package raises on this machine
+            if forced:
+                raise ValueError(f"NANORL_ATTENTION={forced}: {name} "
+                                 f"for {what} on {kind} failed its check: {why}") from why
+            reason = " ".join(str(why).split())[:200]
+            print(f"backend: {name} for {what} on {kind} dropped: {type(why).__name__}: {reason}", flush=True)
+        else:
+            picked = name
+            break
+    picks[what, kind] = picked
+    return picked
+
+
+def prove(what, name, kind, probe):
+    """Its error is at most twice the torch twin's in the same precision, and the result's rounding."""
+    low = torch.bfloat16 if kind == "cuda" else torch.float32
+    with torch.inference_mode(False), torch.enable_grad():
+        ours = probe(what, name, kind, low, low)
+        with sdpa_kernel(SDPBackend.MATH):  # the twin is the same on every card
+            twin = probe(what, "torch", kind, low, low)
+            exact = probe(what, "torch", kind, low, torch.float32)
+    for x, plain, right in zip(ours, twin, exact):
+        error = float((x - right).abs().max())
+        rounding = torch.finfo(low).eps / 2 * float(right.abs().max())
+        allowed = 2 * float((plain - right).abs().max()) + rounding + 1e-3
+        assert error <= allowed, f"its error is {error:.2g}, at most {allowed:.2g} is right"
+
+
+def report(kind, names):
+    """In words, for the log: what runs which step, and the versions. names: step -> backend."""
+    versions = {"torch": torch.__version__, "triton": getattr(triton, "__version__", "no")}
+    if "flash" in names.values():
+        versions["flash_attn"] = __import__("flash_attn").__version__
+    runs = ", ".join(f"{what} {name}" for what, name in names.items())
+    return f"{runs} on {kind} ({', '.join(f'{package} {version}' for package, version in versions.items())})"
+
+
+# -----------------------------------------------------------------------------
+# what a kernel is given
+
+
+def expect(name, x, shape, dtypes=None):
+    """Shapes and dtypes cost nothing to check; a wrong pointer costs the whole process."""
+    assert tuple(x.shape) == tuple(shape), f"{name} is {tuple(x.shape)}, expected {tuple(shape)}"
+    assert dtypes is None or x.dtype in dtypes, (
+        f"{name} is {x.dtype}, expected {' or '.join(str(d) for d in dtypes)}")
+    contiguous = x.stride(-1) == 1 or x.shape[-1] < 2 or x.numel() == 0
+    assert contiguous, f"{name} {tuple(x.shape)}, stride {x.stride()}: rows not contiguous"
+
+
+def expect_ids(name, ids, n):
+    """0 <= ids < n. Reading a number back makes the GPU wait, so it is done there only with
+    NANORL_CHECK=1."""
+    if ids.numel() and (CHECK or ids.device.type == "cpu"):
+        low, high = int(ids.min()), int(ids.max())
+        assert 0 <= low and high < n, (
+            f"{name} {tuple(ids.shape)} holds {low} .. {high}, allowed are 0 .. {n - 1}")
+
+
+def to_device(numbers, dtype, device):
+    """A list, an array or a tensor on the device, without making the GPU wait: from pinned memory,
+    copied when the stream gets there."""
+    x = torch.as_tensor(numbers, dtype=dtype)
+    return (x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda"
+            else x.to(device))

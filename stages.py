@@ -1,0 +1,628 @@
+"""
+stages.py: what every loop is made of. Each stage is a function of `rl`, the state that they share.
+
+    setup          a model, a task, a sampler, an optimizer; what a user got wrong is reported here,
+                   before anything is written
+    open_run       a run folder; with --resume, rl as the last checkpoint left it
+    next_problems  the next problems of an endless list
+    collect        n samples per problem, yielded group by group with their rewards
+    advantage      (algos.py) fills the samples
+    update         the gradient: packs the groups of all ranks, gives each rank its share, back-
+                   propagates sums
+    step           sums them over ranks; one division, clipping, the optimizer
+    learn          all updates of a rollout: update and step, once per mini-batch and epoch
+    test, save     an evaluation; a checkpoint
+
+A loop is these, top to bottom; nanorl.py's is the one to read first. Left out of the usual recipe: a
+trainer that owns the loop, and callbacks to get back into it.
+
+    rl = setup(config)
+    while not over(rl):
+        rl.step += 1
+        groups = list(collect(rl, next_problems(rl, config.prompts), config.n))
+        for group in groups:
+            advantage(group, rl.config)
+        stats = learn(rl, groups)
+        share_visits(rl)
+        numbers = summary(rl, groups, stats, start)              # common/metrics.py; counts rl.spent
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import data
+import train_gpt
+from algos import (Algo, address, advantage, aggregated, covariant, make_loss, predicting,
+                   with_algorithm)
+from common import hf, memory, view
+from common.deal import Feed
+from common.flags import die, positive, shares, truncation
+from common.metrics import Clock, recent
+from common.optim import Optimizer
+from common.reward import Rewards, check
+from common.run import Run, check_day, check_name, dated, gather, newest, start
+from evaluate import evaluate, words
+from kernels import linear_logprob
+from pack import batches
+from rollout import Sample, Sampler, completion, prompt_ids
+from train_gpt import GPT
+
+__all__ = ["Common", "RL", "Settings", "advantage", "close", "collect", "due", "finish", "gather_groups",
+           "learn", "make_loss", "next_problems", "open_run", "over", "predicting", "save", "setup",
+           "share_visits", "step", "test", "update"]
+
+# -----------------------------------------------------------------------------
+# what a run is told, and what it knows
+
+
+@dataclass
+class Common:
+    """every loop"""
+    name: str = "rl"                     # the run: everything it writes lies in runs/NAME
+    init: str = "runs/base"              # a Hugging Face folder, or a run; missing bases are trained first
+    task: str = "countdown"              # a task of data/; the word after a colon is its variant
+    tokens: int = 0          # end after this many sampled tokens, if that comes first; 0: no limit
+    prompts: int = 32                    # prompts per step, over all ranks
+    max_new: int = 48  # tokens of a sample, at most; look at `truncated` before anything else
+    top_p: float = 1.0                   # 1: off; below it, importance weights correct the truncation
+    tis: float = 2.0                     # cap on the importance weight trainer / sampler; 0: no weight
+    lr: float = 2e-3                     # AdamW
+    muon_lr: float = 0.0                 # Muon for the matrices of the blocks; 0: AdamW for all
+    warmup: int = 5                      # steps of linear warm-up
+    decay: float = 0.6                   # share of the steps, at the end, with linear decay to zero
+    weight_decay: float = 0.0            # decoupled, matrices only
+    clip: float = 1.0                    # global norm of the gradient; 0: no clipping
+    row_tokens: int = 4096               # tokens of one packed row of the update
+    slots: int = 0          # sequences that the sampler decodes at a time; 0: from the device
+    workers: int = 2                     # reward processes of each rank
+    save_every: int = 50                 # steps between checkpoints
+    seed: int = 0                        # problems and samples
+    date: str = ""  # what a chat template that asks for today gets, 2026-01-31; "": the run's first day
+    checkpoint: bool = False             # recompute blocks in the backward: memory for time
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
+    threads: int = 0                     # CPU threads; 0: all cores, shared by the ranks
+    deterministic: bool | None = None    # repeatable bit for bit; none: on CPU
+    resume: bool = False                 # continue runs/NAME
+    wandb: str = ""                      # a wandb project, if curves should go there too
+
+    # what holds in a loop without these flags: class attributes, no fields
+    aggregate = "token"
+    kl_coef = 0.0
+    entropy_coef = 0.0
+    cov = ""
+    epochs = 1
+    minibatch = 0
+    stream = False
+    dry_run = False
+    eval_n = 0
+    eval_k = 4
+    final_n = 0
+
+
+@dataclass
+class Settings(Algo, Common):
+    """For a loop without a command line: an idea, a bench, a test."""
+    steps: int = 100                     # rollouts
+    n: int = 8                           # samples per prompt
+    problems: int = 8192                 # training problems, at most
+
+
+def kept(default=MISSING, factory=MISSING):
+    return field(default=default, default_factory=factory, metadata=dict(kept=True))
+
+
+@dataclass
+class RL:
+    """What the stages share. Fields that are `kept` are in a checkpoint."""
+    config: object                       # with the row of --algo filled in
+    env: object                          # rank, world, device, dtype
+    model: GPT
+    tok: object
+    task: object                         # of data/
+    sampler: Sampler
+    workers: Rewards                     # reward processes
+    problems: list = field(default_factory=list)     # to train on
+    valid: list = field(default_factory=list)        # of the evaluations during the run
+    test: list = field(default_factory=list)         # of those before and after
+    optimizer: Optimizer | None = None
+    reference: GPT | None = None         # for --kl-coef: on the host between updates
+    rounds: object = None                # tail.Rounds, for --tail-batching
+    own: object = None                   # what a script adds: a dataclass, kept whole
+    steps: int = 0                       # rollouts of the whole run
+
+    step: int = kept(0)                  # rollouts that were learned from
+    progress: float = kept(0.0)  # the same in fractions: schedules move within a rollout, too
+    cursor: int = kept(0)                # problems taken from the endless list
+    spent: int = kept(0)                 # tokens sampled
+    visits: dict = kept(factory=dict)    # problem -> times it was completed: part of its noise
+    late: list = kept(factory=list)      # problems that were put off: see tail.py
+    best: float = kept(-math.inf)        # the highest eval/avg
+    stalled: int = kept(0)               # evaluations since then
+    history: list = kept(factory=list)   # the numbers of earlier steps
+
+    # of the step that is being made
+    normaliser: float = 0.0              # what the sums will be divided by
+    early: dict = field(default_factory=dict)        # --stream: groups learned early -> their stats
+    dropped: int = 0                     # groups that --dynamic threw away,
+    dropped_tokens: int = 0              # and their tokens
+    wasted_tokens: int = 0               # tokens that a round threw away
+    clock: Clock = field(default_factory=Clock)      # seconds per stage
+
+
+# -----------------------------------------------------------------------------
+# the beginning
+
+
+def find_base(config, env):
+    """runs/base and the like are trained first where they are missing."""
+    preset = config.init.removeprefix("runs/")
+    if preset == config.init or preset not in train_gpt.PRESETS or newest(config.init):
+        return
+    if config.dry_run:
+        die(f"--dry-run: {config.init} is not trained yet; give a model by --init")
+    if env.master:
+        print(f"no base in {config.init} yet: training it first (python train_gpt.py --preset {preset})",
+              flush=True)
+    begun = Path(config.init, "config.json").exists()
+    train_gpt.main(["--preset", preset] + ["--resume"] * begun)
+    if env.device.type == "cuda":  # what it held is neither this run's peak nor lost to its pool
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def check_flags(c):
+    """What holds of the flags of every loop. Its own are checked in a script's `configure`."""
+    positive(c, "prompts max_new row_tokens save_every workers")
+    shares(c, "decay")
+    check_name(c.name)
+    check_day(c.date)
+    check_sampling(c)
+
+
+def check_sampling(c):
+    """What no loop can learn from."""
+    truncation(c)
+    for wrong, why in [
+        (not c.temperature,
+         "--temperature 0 samples the same answer again and again: groups need variety, give a number "
+         "above 0"),
+        (0 < c.tis < 1,
+         f"--tis {c.tis} would cut the weight where sampler and trainer agree: give 1 or more, or 0 for no "
+         "weight"),
+        (c.top_p < 1 and not c.tis,
+         "--top-p below 1 with --tis 0: what is sampled is not what is trained, and nothing would correct "
+         "it"),
+    ]:
+        if wrong:
+            die(why)
+
+
+def setup(config, problems=None, reward=None, longest=0, task=None):
+    """-> RL. problems: to train on, instead of the task's. reward: a task or my.py:score, instead
+    of config.task's own. longest: tokens of the longest prompt that will come, if above these.
+    task: instead of config.task."""
+    env = start(config.device, config.dtype, config.threads, config.deterministic)
+    if isinstance(config, Algo):
+        config = with_algorithm(config)
+    check_flags(config)
+    if config.stream and env.deterministic:
+        die("--stream adds up in the order of the clock: give --no-deterministic, too")
+    try:
+        task = data.load(task or config.task)
+        reward = reward or config.task
+        check(reward)
+    except (ValueError, FileNotFoundError) as e:
+        die(e)
+    find_base(config, env)
+    try:
+        folder = hf.find(config.init)
+        tok = data.tokenizer(folder)
+        # a dry run takes nothing of the GPU
+        place = torch.device("cpu") if config.dry_run else env.device
+        model = GPT.from_hf(folder, dtype=env.dtype, device=place)
+        model.checkpoint = config.checkpoint
+        if problems is None:
+            problems = task.problems("train", config.problems, config.seed)
+        valid = task.problems("valid", config.eval_n, config.seed) if config.eval_n else []
+        final = task.problems("test", config.final_n, config.seed) if config.final_n else []
+
+        chats = any("messages" in p.data for p in [*problems, *valid, *final])
+        config = dated(config, tok, chats)
+        prompts = [len(prompt_ids(p, tok)) for p in [*problems, *valid, *final]]
+        need = max([longest, *prompts]) + config.max_new
+        if need > config.row_tokens:
+            raise ValueError(f"--row-tokens {config.row_tokens} is below one sample: a prompt and --max-new "
+                             f"take {need}")
+        if need > model.config.max_len:
+            raise ValueError(f"a prompt and --max-new {config.max_new} take {need} tokens, the model serves "
+                             f"{model.config.max_len}")
+
+        reference = None
+        if config.kl_coef:
+            reference = GPT.from_hf(folder, dtype=env.dtype).requires_grad_(False)
+        optimizer = new_optimizer(model, config)
+        if place.type == "cuda":
+            memory.trial_update(model, optimizer, reference, config, need)
+        sampler = Sampler(model, tok.stop, tok, slots=config.slots or None, max_len=need,
+                          deterministic=env.deterministic)
+        if sampler.paged and sampler.storage.most < need:
+            raise ValueError(f"what an update leaves of the GPU holds {sampler.storage.most} tokens of keys "
+                             f"and values, one sample may take {need}: lower --row-tokens, or give "
+                             "--checkpoint")
+    except (ValueError, FileNotFoundError) as e:
+        die(e)
+    except torch.cuda.OutOfMemoryError:
+        die(f"an update of --row-tokens {config.row_tokens} does not fit on the GPU: lower it, or give "
+            "--checkpoint (--dry-run lists what a run needs)")
+    workers = Rewards(reward, workers=config.workers)
+    return RL(config, env, model, tok, task, sampler, workers, problems, valid, final, optimizer, reference,
+              steps=getattr(config, "steps", 0))
+
+
+def new_optimizer(model, config):
+    return Optimizer(model, lr=config.lr, muon_lr=config.muon_lr or None, weight_decay=config.weight_decay,
+                     clip=config.clip)
+
+
+# flags that may differ on --resume: they change when something is done, or by how many, never the
+# result
+FREE = ("eval_every", "save_every", "threads", "workers", "wandb", "budget", "patience")
+
+
+def open_run(rl, sources):
+    """-> the run folder. sources: the files whose text its log keeps. With --resume rl is as the
+    last checkpoint left it; a run that was stopped before its first one begins again."""
+    config = rl.config
+    run = Run(f"runs/{config.name}", config, rl.env, resume=config.resume, free=FREE, sources=sources)
+    rl.workers.log = run.log
+    count = len(rl.problems)
+    if config.prompts > count:
+        run.log(f"--prompts {config.prompts} is more than the {count} problems there are: a step holds "
+                f"{count}")
+    if not config.resume:
+        return run
+    found = run.latest()
+    run.rewind(found[1] if found else -1)
+    if found:
+        folder = found[0]
+        rl.model.load_hf(folder)
+        states = run.load(folder)
+        rl.optimizer.load_state_dict([state["optimizer"] for state in states])
+        for name, value in states[0]["kept"].items():
+            setattr(rl, name, value)
+        for part in ("reference", "rounds"):
+            if getattr(rl, part):
+                getattr(rl, part).load_state_dict(states[0][part])
+        if rl.own:
+            rl.own = replace(rl.own, **states[0]["own"])
+    return run
+
+
+def save(rl, run, history=50):
+    """A checkpoint: the model's folder, and one state file per rank. history: how many of the
+    last steps it keeps."""
+    state = {f.name: getattr(rl, f.name) for f in fields(rl) if f.metadata.get("kept")}
+    state["history"] = recent(rl.history, history)
+    parts = dict(optimizer=rl.optimizer.state_dict(), kept=state)
+    if rl.env.master:
+        parts["reference"] = rl.reference.state_dict() if rl.reference else None
+        parts["rounds"] = rl.rounds.state_dict() if rl.rounds else None
+        parts["own"] = dict(vars(rl.own)) if rl.own else {}
+    run.save(rl.step, lambda folder: rl.model.save_hf(folder, rl.tok), parts)
+
+
+# -----------------------------------------------------------------------------
+# problems, and samples of them
+
+
+def next_problems(rl, count):
+    """-> the next `count` different problems of the endless list: the training problems, in a new
+    order every epoch. One that this step has already, at the turn of an epoch, is passed over."""
+    order = None
+    order_of = None
+    found = {}
+    while len(found) < min(count, len(rl.problems)):
+        epoch, place = divmod(rl.cursor, len(rl.problems))
+        if epoch != order_of:
+            order = np.random.default_rng([rl.config.seed, epoch]).permutation(len(rl.problems))
+            order_of = epoch
+        problem = rl.problems[order[place]]
+        found[problem.id] = problem
+        rl.cursor += 1
+    return list(found.values())
+
+
+def collect(rl, problems, n, resume=None, max_new=None, stop_strings=(), reward=True, seed=None):
+    """Yields the groups of this rank as they finish, rewards in. Rewards run in worker processes while
+    sampling continues.
+
+    resume  {id: Samples or token lists}: the group of id is exactly these, in this order. Entry j is
+            sample j and draws noise of its own from here on, so that several may begin with the same
+            text. A Sample keeps its log-probs (nan: forced, and not trained); plain tokens are forced.
+            max_new counts the tokens that an entry begins with.
+    reward  False: not scored; a segment, or a turn.
+    seed    of an evaluation: that noise, visit 0, and nothing of rl moves.
+    """
+    c = rl.config
+    sampler = rl.sampler
+    clock = rl.clock if seed is None else Clock()
+    visits = rl.visits if seed is None else {}
+    by_id = {p.id: p for p in problems}
+    prompts = {id: prompt_ids(p, rl.tok) for id, p in by_id.items()}
+    limits = dict.fromkeys(by_id, max_new or c.max_new)
+    branches = {id: [renumbered(entry, j) for j, entry in enumerate(entries)]
+                for id, entries in (resume or {}).items()}
+    scored = {id: set() for id in by_id}                         # the indices whose reward is in
+
+    # with --stream a rank without sequences has better to do than to wait for some
+    feed = Feed(sampler, prompts, n, limits, visits=visits, resume=branches, wait=not c.stream,
+                stop_strings=stop_strings, seed=c.seed if seed is None else seed,
+                temperature=c.temperature, top_p=c.top_p)
+    with feed, forgetting(rl.workers):
+        while feed.busy:
+            with clock("rollout" if feed.more or sampler.live else "idle"):
+                # takes prompts that no rank has taken, and no more: another rank may be free sooner
+                while feed.more and sampler.live < sampler.slots + n:
+                    feed.admit()
+                feed.rebalance()
+                ready = ask_rewards(rl, by_id, feed.step()) if reward else list(feed.step())
+            with clock("reward"):
+                if reward:
+                    ready += take_rewards(rl, feed, visits)
+            for s in ready:
+                scored[s.problem].add(s.index)
+            for problem in dict.fromkeys(s.problem for s in ready):
+                if problem in feed.groups and len(scored[problem]) == feed.size[problem]:
+                    visits[problem] = visits.get(problem, 0) + 1
+                    yield feed.finish(problem)
+
+
+def ask_rewards(rl, by_id, samples):
+    """Sends samples to the workers, where task.reward(problem, text) or a function of yours runs.
+    -> those that were scored already, on the rank that they began on"""
+    ready = []
+    for s in samples:
+        if math.isnan(s.reward):
+            rl.workers.put((s.problem, s.index, s.visit), by_id[s.problem], completion(s, rl.tok))
+        else:
+            ready.append(s)
+    return ready
+
+
+def take_rewards(rl, feed, visits):
+    """-> the samples whose rewards came meanwhile; a reward may be nan. It waits for one only if
+    nothing but rewards is pending. Those of groups that moved to another rank are skipped."""
+    ready = []
+    waiting = not feed.left and bool(feed.groups)
+    for (problem, index, visit), reward, _ in rl.workers.get(block=waiting):
+        if problem in feed.groups and visit == visits.get(problem, 0):
+            sample = next(s for s in feed.groups[problem] if s.index == index)
+            sample.reward = reward
+            ready.append(sample)
+    return ready
+
+
+@contextmanager
+def forgetting(workers):
+    """What they still work on at the end belongs to groups that moved, or that are not wanted."""
+    try:
+        yield
+    finally:
+        workers.forget()
+
+
+def renumbered(entry, index):
+    return replace(entry, index=index) if isinstance(entry, Sample) else entry
+
+
+def share_visits(rl):
+    """Every rank knows the visits of every problem: it may meet another rank next time."""
+    for part in gather(rl.visits):
+        rl.visits = {k: max(rl.visits.get(k, 0), part.get(k, 0)) for k in rl.visits | part}
+
+
+def gather_groups(rl, groups):
+    """The groups of all ranks, by their address: the same list everywhere, however many ranks
+    there are."""
+    with rl.clock("idle"):                                       # waits for the slowest rank
+        parts = gather(groups)
+    return sorted((g for part in parts for g in part), key=lambda g: (g[0].problem, g[0].visit))
+
+
+# -----------------------------------------------------------------------------
+# the update: sums now, one division at the end
+
+
+def merge_stats(parts):
+    """Stats of micro-batches, ranks or updates as one: sums, but the largest of *_max and all
+    numbers of *_all."""
+    total = {}
+    for part in parts:
+        for name, value in part.items():
+            if name.endswith("_all"):
+                total[name] = np.append(total.get(name, np.zeros(0, np.float32)), value)
+            elif name.endswith("_max"):
+                total[name] = max(total.get(name, 0.0), float(value))
+            else:
+                total[name] = total.get(name, 0.0) + float(value)
+    return total
+
+
+def micro_batches(rl, groups, rank, ranks):
+    """A rank's packed rows, each a Batch: prompts shared, work balanced over ranks (pack.py). A
+    response whose advantage is zero adds nothing to the gradient: unless another term needs it, it
+    counts in the normaliser and costs no forward."""
+    c = rl.config
+    trained = groups
+    if not c.entropy_coef and not c.kl_coef:
+        trained = [[s for s in g if s.advantage] for g in groups]
+    trained = [g for g in trained if g]
+    return batches(trained, c.row_tokens, rl.model.config, rank, ranks) if trained else []
+
+
+def update(rl, groups, loss):
+    """The gradient of one update from the groups of all ranks, each rank passing its own. ->
+    stats as sums over ranks"""
+    return backward(rl, gather_groups(rl, groups), loss)
+
+
+def backward(rl, groups, loss, early=None):
+    """Packs the groups of all ranks, gives each rank its share, back-propagates the sums. ->
+    stats as sums over ranks. early: {address: stats} of groups that this rank has back-propagated
+    already; here they only count in the normaliser."""
+    for s in (s for g in groups for s in g):
+        _, share = aggregated(s, rl.config)
+        rl.normaliser += share
+    parts = list((early or {}).values())
+    if early is not None:
+        learned = {k for part in gather(set(early)) for k in part}
+        groups = [g for g in groups if address(g[0]) not in learned]
+    parts.append(backward_share(rl, groups, loss, rl.env.rank, rl.env.world))
+    return merge_stats(gather(merge_stats(parts)))
+
+
+def backward_share(rl, groups, loss, rank, ranks):
+    """This rank's gradients of its share of the groups, as sums; ranks meet in Optimizer.step.
+    -> stats, as sums"""
+    with rl.clock("pack"):
+        micro = micro_batches(rl, groups, rank, ranks)
+        for batch in micro:
+            weights = []
+            for s in batch.samples:
+                weight, _ = aggregated(s, rl.config)
+                weights.append(weight)
+            if weights:
+                batch.weight_N = torch.tensor(weights)[batch.sample_N]
+    parts = []
+    with rl.clock("train"):
+        for batch in micro:
+            batch = batch.to(rl.env.device)
+            value, stats = loss(batch, predicting(rl.model, batch), rl.model.head_weight)
+            value.backward()
+            parts.append(stats)
+        # copied only now, when all rows are launched: a copy waits for the GPU
+        parts = [{k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in stats.items()}
+                 for stats in parts]
+    return merge_stats(parts)
+
+
+@torch.no_grad()
+def old_logprobs(rl, groups):
+    """-> {address: log-probs of the policy as it is now}, of every sample that is trained, on all
+    ranks."""
+    mine = {}
+    with rl.clock("train"):
+        for batch in micro_batches(rl, groups, rl.env.rank, rl.env.world):
+            batch = batch.to(rl.env.device)
+            hidden_ND = predicting(rl.model, batch)
+            logp_N, _ = linear_logprob(
+                hidden_ND, rl.model.head_weight, batch.targets_N, rl.config.temperature)
+            lengths = torch.bincount(batch.sample_N, minlength=len(batch.samples)).tolist()
+            parts = logp_N.cpu().split(lengths)
+            mine |= {address(s): part.numpy() for s, part in zip(batch.samples, parts)}
+    return {k: v for part in gather(mine) for k, v in part.items()}
+
+
+def elapsed(rl):
+    """The share of the run that is over: of its steps, or of --tokens where those are used up
+    first."""
+    share = rl.progress / rl.steps
+    return max(share, rl.spent / rl.config.tokens) if rl.config.tokens else share
+
+
+def step(rl, share=1.0):
+    """The one division, the clipping, the optimizer. A step without signal moves nothing. share:
+    of a rollout, when it is learned from in several steps; schedules count rollouts."""
+    c = rl.config
+    with rl.clock("opt"):
+        factor = min(1.0, (rl.progress + 1) / max(1, c.warmup))
+        if c.decay:                  # --decay 0: not even within the last rollout, which max() means
+            factor = min(factor, (1 - elapsed(rl)) / max(1 / rl.steps, c.decay))
+        stats = rl.optimizer.step(divide=rl.normaliser, factor=max(0.0, factor))
+    rl.normaliser = 0.0
+    rl.progress += share
+    return stats
+
+
+def learn(rl, groups):
+    """Every update of a rollout: mini-batches by address, the same for any number of ranks, --epochs
+    times. -> stats of them all."""
+    c = rl.config
+    groups = gather_groups(rl, groups)
+    size = c.minibatch or max(1, len(groups))
+    parts = [groups[i : i + size] for i in range(0, max(1, len(groups)), size)] * c.epochs
+    old = old_logprobs(rl, groups) if len(parts) > 1 else None
+    marked = covariant(groups, c) if c.cov else None
+    loss = make_loss(c, elapsed(rl), old, marked, rl.reference)
+    if rl.reference:
+        rl.reference.to(rl.env.device)
+    done = []
+    for part in parts:
+        stats = backward(rl, part, loss, rl.early if c.stream else None)
+        done.append(stats | step(rl, 1 / len(parts)))
+    if rl.reference:
+        rl.reference.to("cpu")
+    return merge_stats(done) | {"grad_norm": sum(s["grad_norm"] for s in done) / len(done)}
+
+
+# -----------------------------------------------------------------------------
+# around the loop
+
+
+def over(rl):
+    """After its steps, or after --tokens sampled ones: metrics.summary counts those."""
+    return rl.step >= rl.steps or 0 < rl.config.tokens <= rl.spent
+
+
+def due(step, every):
+    return every > 0 and step % every == 0
+
+
+def test(rl, run, name, title):
+    """-> {NAME/metric: value} of an evaluation: "test" before and after a run, "eval" (the valid
+    split) during it."""
+    problems = rl.test if name == "test" else rl.valid
+    c = rl.config
+    result = evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, c.eval_k, c.max_new)
+    run.log(f"{title}: {words(result)}")
+    return {f"{name}/{k}": v for k, v in result.items()}
+
+
+def stop_here(rl, run):
+    """Ctrl-C or SIGTERM on any rank: all of them leave after this step, which is saved."""
+    rl.workers.close()
+    run.bye(rl.step)
+
+
+def reset(rl):
+    """ProRL: the policy becomes its own reference, so the KL is 0 again, and the optimizer
+    forgets its moments."""
+    rl.reference.load_state_dict(rl.model.state_dict())
+    rl.optimizer.reset()
+
+
+def finish(rl, run):
+    """Pictures, and where the model lies."""
+    rl.workers.close()
+    if rl.env.master:
+        view.pages(run.folder)
+        run.log(f"wrote {run.folder}: curves.png, samples.html, and the model in ckpt/step_{rl.step} "
+                "(a Hugging Face folder)")
+    run.close()
+
+
+def close(rl):
+    """Workers and memory, for several runs in one process. A closed rl cannot sample or learn."""
+    rl.workers.close()
+    rl.model = rl.sampler = rl.optimizer = rl.reference = None
+    rl.early.clear()
+    if rl.env.device.type == "cuda":
+        torch.cuda.empty_cache()
+

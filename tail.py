@@ -1,0 +1,470 @@
+"""
+tail.py: tail batching (RollPacker, arXiv 2509.21009). No rank waits for the longest response.
+
+Responses differ in length by 30x, so most of a rollout is spent waiting for a few of them. Here a
+short round launches more prompts than it needs and ends when enough of them are done. What was too
+long waits in a queue, and when the queue is a batch, a long round runs it:
+
+    short round, 4 prompts wanted, 5 launched    aaa  bbbbb  cc  dddd | eeeee    4 are done, e waits
+    long round, when the queue holds 4           eeeeeeeeee jjjjjjj ooooooooooooo tttttttt   no race
+
+    --tail-batching   who races             an aborted sample     what is trained
+    race              prompts and samples   is drawn anew         a prompt's short samples: biased
+    prompt            prompts               is drawn once more,   everything once, in another order
+                                            with the same noise
+    continue          prompts               is resumed            everything once; its first tokens
+                                                                  are of an older policy
+
+A race that prefers short samples changes what is learned: length_bias estimates how much.
+
+Left out of the usual recipe, and why:
+- a scheduler process: ranks exchange what is done every few steps, and all come to one decision;
+- an engine: a Race needs submit, step, abort and live, so that bench/simulate.py can stand in.
+
+    python nanorl.py --tail-batching prompt
+    torchrun --nproc_per_node=8 -- nanorl.py --tail-batching prompt --stream --no-deterministic
+"""
+
+import math
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch.distributed as dist
+
+from algos import address, make_loss
+from common.deal import calls
+from common.metrics import varied
+from common.run import all_sum, barrier, gather
+from rollout import Sample, completion, prompt_ids
+from stages import backward_share, collect, elapsed, next_problems, share_visits
+
+# -----------------------------------------------------------------------------
+# a round, and what happens to the prompts in it
+
+
+@dataclass
+class Launch:
+    """A prompt, from its first launch until its group is complete."""
+    id: int
+    visit: int                           # of its noise
+    # what it had when it was deferred
+    ended: list = field(default_factory=list)      # continue: its samples that had ended,
+    unfinished: list = field(default_factory=list)  # and those that had not
+    first: list = field(default_factory=list)      # race: [tokens, ended] of its first samples
+
+
+@dataclass
+class Round:
+    launches: list
+    want: int                            # the round ends when this many prompts are done
+    n: int                               # samples of a prompt that are launched
+    keep: int                            # and that make a group
+    long: bool
+
+
+@dataclass
+class Racing:
+    """A prompt of a round, on the rank that samples it."""
+    place: int                           # in the round
+    launch: Launch
+    ended: list                          # samples that ended,
+    came: list                           # those of them whose rewards are in, in that order
+    cut: list                            # samples that were aborted
+    kept: list                           # the group, once the prompt counts
+
+
+class Race:
+    """A round on this rank's engine, one decode step at a time."""
+
+    def __init__(self, round, engine, mine=None, room=math.inf):
+        """mine: this rank's places in the round, launched while fewer than `room` samples live."""
+        self.round = round
+        self.engine = engine
+        self.waiting = deque(range(len(round.launches)) if mine is None else mine)
+        self.room = room
+        self.racing = {}                 # id -> Racing
+        self.taken = 0                   # prompts that count so far, on all ranks
+
+    def launch(self, prompts, max_new, **settings):
+        """Launches what there is room for. prompts: {id: tokens}; settings: submit's. -> samples that
+        ended in an earlier round."""
+        brought = []
+        while self.waiting and self.engine.live < self.room:
+            place = self.waiting.popleft()
+            launch = self.round.launches[place]
+            self.racing[launch.id] = Racing(place, launch, list(launch.ended), [], [], [])
+            brought += launch.ended
+            missing = self.round.n - len(launch.ended)
+            if missing:                  # or all had ended, but the last too late for its round
+                self.engine.submit(launch.id, prompts[launch.id], missing, max_new,
+                                   visit=launch.visit, resume=launch.unfinished, **settings)
+        return brought
+
+    def step(self):
+        """A decode step. -> the samples that ended, in the order of launching."""
+        if not self.engine.live:
+            return []
+        ended = sorted(self.engine.step(), key=lambda s: (self.racing[s.problem].place, s.index))
+        for s in ended:
+            self.racing[s.problem].ended.append(s)
+        return ended
+
+    def rewarded(self, samples):
+        """The rewards of these samples are in. -> places of the prompts that are done by it."""
+        done = []
+        for s in samples:
+            prompt = self.racing[s.problem]
+            prompt.came.append(s)
+            if len(prompt.came) == self.round.keep:
+                done.append(prompt.place)
+                if self.round.n > self.round.keep:     # the others of this prompt lost the race
+                    prompt.cut = self.engine.abort(s.problem)
+        return done
+
+    def claim(self, done, add=None):
+        """done: (step, place) of this rank's prompts. -> the groups of those that count. Ranks meet
+        here, unless they share a counter: add."""
+        if add:
+            counted, self.taken = as_they_come(done, self.round.want, add)
+        else:
+            counted, self.taken = in_order(done, self.round.want, self.taken)
+        groups = []
+        for _, place in counted:
+            prompt = self.racing[self.round.launches[place].id]
+            prompt.kept = sorted(prompt.came[: self.round.keep], key=lambda s: s.index)
+            groups.append(prompt.kept)
+        return groups
+
+    def close(self):
+        """Aborts what does not count."""
+        for id, prompt in self.racing.items():
+            if not prompt.kept:
+                prompt.cut += self.engine.abort(id)
+
+
+def in_order(done, want, taken):
+    """-> those of this rank's done prompts that count, and how many do on all ranks, where `taken`
+    did before. The earlier decode step wins, then the earlier launch. Every rank calls it."""
+    every = sorted(x for part in gather(done) for x in part)
+    counted = set(every[: want - taken])
+    return [x for x in done if x in counted], taken + len(counted)
+
+
+def as_they_come(done, want, add):
+    """The same without meeting. add(k) adds to a counter that ranks share, and says where it is."""
+    return [x for x in done if add(1) <= want], add(0)
+
+
+# -----------------------------------------------------------------------------
+# which round comes next
+
+
+class Rounds:
+    """The queue of deferred prompts, and what recent rounds say about their bias."""
+    NUMBERS = ("long", "wasted", "older", "bias")
+
+    def __init__(self, mode, prompts, n, more_prompts=1.25, more_samples=1.25):
+        """prompts, n: what a round yields. more_*: how many times that is launched."""
+        self.mode = mode
+        self.prompts = prompts
+        self.n = n
+        self.more = more_prompts
+        self.launched = math.ceil(more_samples * n) if mode == "race" else n
+        self.queue = []                  # Launches, first in, first out
+        self.window = deque(maxlen=20)   # of recent rounds, the records that length_bias() takes
+        # of the last round, over all ranks
+        self.long = False
+        self.wasted = 0                  # tokens thrown away
+        self.older = 0                   # tokens kept that an earlier policy sampled
+        self.bias = math.nan if mode == "race" else 0.0    # at the last long round
+
+    def missing(self, want=None):
+        """How many new prompts the next round takes: none, if it is long. want: fewer prompts than
+        usual, to fill up a step."""
+        want = want or self.prompts
+        if want == self.prompts and len(self.queue) >= want:
+            return 0
+        return math.ceil(self.more * want)
+
+    def plan(self, fresh, want=None):
+        """-> the next Round, a long one without fresh prompts. fresh: (id, visit) of the missing
+        ones, or of as many as there are outside the queue."""
+        want = want or self.prompts
+        self.long = not fresh
+        launches = [Launch(*x) for x in fresh]
+        if self.long:
+            launches = self.queue[:want]
+            self.queue = self.queue[want:]
+        n = self.n if self.long else self.launched
+        return Round(launches, min(want, len(launches)), n, self.n, self.long)
+
+    def settle(self, race, max_new):
+        """After a race: who is queued, with what; and the evidence. All ranks come to the same."""
+        records = []
+        deferred = {}
+        wasted = 0
+        older = 0
+        for id, prompt in race.racing.items():
+            launch = prompt.launch
+            seen = [[len(s.tokens), 1] for s in prompt.ended]
+            seen += [[len(s.tokens), 0] for s in prompt.cut]
+            sampled = sum(n for n, _ in seen)
+            if prompt.kept:
+                lengths = [len(s.tokens) for s in prompt.kept]
+                records.append([lengths, launch.first or seen, bool(launch.first)])
+                wasted += sampled - sum(lengths)
+                older += sum(len(s.tokens) for s in launch.ended + launch.unfinished)
+            elif self.mode == "continue":
+                deferred[id] = Launch(id, launch.visit, prompt.ended, prompt.cut)
+            else:
+                deferred[id] = launch
+                wasted += sampled
+                if self.mode == "race":  # another draw; the mode prompt repeats this one
+                    deferred[id] = Launch(id, launch.visit + 1, first=launch.first or seen)
+        parts = gather((records, deferred, wasted, older, set(race.racing) - set(deferred)))
+        self.window.append(sorted(record for part in parts for record in part[0]))
+        deferred = {id: launch for part in parts for id, launch in part[1].items()}
+        self.wasted = sum(part[2] for part in parts)
+        self.older = sum(part[3] for part in parts)
+        kept = set().union(*(part[4] for part in parts))
+        self.queue += [deferred.get(x.id, x) for x in race.round.launches if x.id not in kept]
+        # after a whole period, with those in it that were deferred
+        if self.mode == "race" and (race.round.long or not self.queue):
+            self.bias = length_bias([record for part in self.window for record in part], max_new)
+
+    def evidence(self):
+        """Is the tail between prompts, where racing them is harmless, or within them? Variances of
+        log length say."""
+        logs = [np.log(lengths) for part in self.window for lengths, _, _ in part]
+        within = float(np.mean([x.var(ddof=1) for x in logs])) if logs else math.nan
+        between = math.nan
+        if len(logs) > 1:
+            between = float(np.var([x.mean() for x in logs], ddof=1)) - within / self.n
+        kept = sum(sum(lengths) for lengths, _, _ in self.window[-1])
+        return dict(length_between=between, length_within=within, length_bias=self.bias,
+                    queue=len(self.queue), long=int(self.long), older=self.older / max(1, kept),
+                    wasted=self.wasted / max(1, self.wasted + kept))
+
+    def state_dict(self):
+        """Plain numbers, strings and lists."""
+        queue = []
+        for launch in self.queue:
+            ended = [dict(vars(s)) for s in launch.ended]
+            unfinished = [dict(vars(s)) for s in launch.unfinished]
+            queue.append(vars(launch) | dict(ended=ended, unfinished=unfinished))
+        numbers = {name: getattr(self, name) for name in self.NUMBERS}
+        return dict(queue=queue, window=list(self.window), **numbers)
+
+    def load_state_dict(self, state):
+        self.queue = [Launch(**launch) for launch in state["queue"]]
+        for launch in self.queue:
+            launch.ended = [Sample(**s) for s in launch.ended]
+            launch.unfinished = [Sample(**s) for s in launch.unfinished]
+        self.window = deque(state["window"], maxlen=20)
+        for name in self.NUMBERS:
+            setattr(self, name, state[name])
+
+
+# -----------------------------------------------------------------------------
+# does the race prefer short samples?
+
+
+def kaplan_meier(seen):
+    """[tokens, ended] of samples, some of them aborted -> lengths in order, and for each the estimated
+    share of all samples that is longer (E. L. Kaplan and P. Meier, 1958, JASA 53)."""
+    lengths, ended = np.array(sorted(seen, key=lambda x: (x[0], -x[1])), float).T
+    at_risk = np.arange(len(lengths), 0, -1)
+    return lengths, np.cumprod(1 - ended / at_risk)
+
+
+def median(seen):
+    lengths, longer = kaplan_meier(seen)
+    below = longer <= 0.5
+    return max(1.0, lengths[np.argmax(below)] if below[-1] else lengths[-1])
+
+
+def length_bias(records, most):
+    """How much longer kept responses are than all that were drawn (below 0: shorter). records: for
+    each prompt the lengths that were kept, [tokens, ended] of the samples of its first launch, which
+    nothing selected, and whether there was another. An aborted sample would have become as long as
+    others that came so far, in units of its prompt's median: prompts differ, and the race sees the
+    short ones first. most: where a response is cut."""
+    scales = []
+    pool = []
+    for kept, first, again in records:
+        seen = first + [[n, 1] for n in kept] if again else first
+        scale = median(seen)
+        scales.append(scale)
+        pool += [[n / scale, ended] for n, ended in seen]
+    lengths, longer = kaplan_meier(pool)
+    areas = longer[:-1] * np.diff(lengths)           # under the curve, between two lengths
+    beyond = np.append(np.cumsum(areas[::-1])[::-1], 0.0)
+    drawn = []
+    for (_, first, _), scale in zip(records, scales):
+        i = np.searchsorted(lengths, [n / scale for n, _ in first], "right") - 1
+        rest = np.divide(beyond[i], longer[i], out=np.zeros(len(i)), where=longer[i] > 0) * scale
+        whole = [n if ended else min(most, n + more) for (n, ended), more in zip(first, rest)]
+        drawn.append(np.mean(whole))
+    kept = np.mean([np.mean(kept) for kept, _, _ in records])
+    return float(kept / np.mean(drawn)) - 1
+
+
+# -----------------------------------------------------------------------------
+# the groups of a step: what nanorl's loop asks for
+
+EVERY = 16                               # decode steps between two meetings of racing ranks
+TRIES = 4                                # of --dynamic to fill a step
+
+
+def sample_step(rl):
+    """Yields this rank's groups of a step as they are complete, rewards in. --dynamic drops groups
+    whose rewards are all equal, and samples others in their place. Whoever takes a group fills its
+    advantages before asking for the next: --stream learns from it."""
+    c = rl.config
+    handed = []
+    rl.early = {}
+    rl.dropped = 0
+    rl.dropped_tokens = 0
+    rl.wasted_tokens = 0
+    for _ in range(TRIES if c.dynamic else 1):
+        missing = c.prompts - all_sum(len(handed))
+        if missing <= 0:
+            break
+        groups = collect_round if rl.rounds else collect_all
+        for group in groups(rl, missing, handed):
+            if c.dynamic and not varied(group):
+                rl.dropped += 1
+                rl.dropped_tokens += sum(len(s.tokens) for s in group)
+                continue
+            handed.append(group)
+            yield group
+        if rl.rounds and rl.env.master:
+            rl.wasted_tokens += rl.rounds.wasted
+        share_visits(rl)                 # another rank may draw one of these problems next
+
+
+def collect_all(rl, count, handed):
+    """The groups of the next `count` problems. It ends when every rank has none left."""
+    problems = next_problems(rl, count)
+    yield from collect(rl, problems, rl.config.n)
+    if not rl.config.stream:
+        with rl.clock("idle"):
+            barrier()
+        return
+    add = shared_counter(rl)
+    add(1)
+    while add(0) < rl.env.world:
+        meanwhile(rl, handed)
+
+
+def collect_round(rl, count, handed):
+    """The same for a round, which may end before its last prompt."""
+    c = rl.config
+    world = rl.env.world
+    sampler = rl.sampler
+    round = rl.rounds.plan(fresh_problems(rl, rl.rounds.missing(count)), count)
+    by_id = {p.id: p for p in rl.problems}
+    prompts = {launch.id: prompt_ids(by_id[launch.id], rl.tok) for launch in round.launches}
+    settings = dict(seed=c.seed, temperature=c.temperature, top_p=c.top_p)
+    race = Race(round, sampler, range(rl.env.rank, len(prompts), world), sampler.slots + c.n)
+    add = None if rl.env.deterministic or world == 1 else shared_counter(rl)
+    unscored = {}                        # (problem, index) -> sample
+    try:
+        while race.taken < round.want:
+            done = []
+            for step in range(EVERY if world > 1 else 1):
+                with rl.clock("rollout"):
+                    ended = race.launch(prompts, c.max_new, **settings)
+                    idle = not sampler.live
+                    ended += race.step()
+                    ask(rl, by_id, ended, unscored)
+                ready = ended            # repeatable: a sample is in when it ended
+                if not rl.env.deterministic:         # faster: when its reward is
+                    ready = [s for s in ended if not math.isnan(s.reward)]
+                    ready += scored(rl, unscored, block=idle and not ended and world == 1)
+                done += [(step, place) for place in race.rewarded(ready)]
+                if idle:
+                    break
+            with rl.clock("idle"):
+                groups = race.claim(done, add)
+            for group in groups:
+                while any((s.problem, s.index) in unscored for s in group):
+                    scored(rl, unscored, block=True)
+                rl.visits[group[0].problem] = group[0].visit + 1
+                yield group
+            if idle and race.taken < round.want:
+                meanwhile(rl, handed)
+    finally:
+        race.close()
+    with rl.clock("idle"):
+        rl.rounds.settle(race, c.max_new)
+    rl.workers.forget()                  # the rewards of samples that lost
+
+
+def fresh_problems(rl, count):
+    """-> (id, visit) of the next `count` problems, fewer if there are fewer. One that still waits in
+    the queue from an epoch before is put off until it does not."""
+    busy = {launch.id for launch in rl.rounds.queue}
+    coming = rl.late                     # what was put off comes first
+    rl.late = []
+    found = []
+    while len(found) < min(count, len(rl.problems) - len(busy)):
+        if not coming:
+            # no further than this epoch, or some were passed over at its turn
+            left = len(rl.problems) - rl.cursor % len(rl.problems)
+            coming = [p.id for p in next_problems(rl, min(count - len(found), left))]
+        id = coming.pop(0)
+        if id in busy or id in found:
+            rl.late.append(id)
+        else:
+            found.append(id)
+    rl.late += coming
+    return [(id, rl.visits.get(id, 0)) for id in found]
+
+
+def ask(rl, by_id, samples, unscored):
+    """Sends samples to the reward workers."""
+    for s in samples:
+        if math.isnan(s.reward):
+            unscored[s.problem, s.index] = s
+            rl.workers.put((s.problem, s.index), by_id[s.problem], completion(s, rl.tok))
+
+
+def scored(rl, unscored, block=False):
+    """-> samples whose rewards came."""
+    ready = []
+    with rl.clock("reward"):
+        for key, reward, _ in rl.workers.get(block):
+            sample = unscored.pop(key)
+            sample.reward = reward
+            ready.append(sample)
+    return ready
+
+
+def meanwhile(rl, handed):
+    """Nothing is left to sample here, but elsewhere there is. With --stream this rank learns from a
+    group that it handed out."""
+    for group in handed if rl.config.stream else ():
+        if address(group[0]) not in rl.early:
+            learn_early(rl, group)
+            return
+    time.sleep(0.001)
+
+
+def learn_early(rl, group):
+    """The gradient of one complete group, before the others are sampled: sums are divided at the
+    step, so when does not matter."""
+    if rl.reference:
+        rl.reference.to(rl.env.device)
+    loss = make_loss(rl.config, elapsed(rl), reference=rl.reference)
+    rl.early[address(group[0])] = backward_share(rl, [group], loss, 0, 1)
+
+
+def shared_counter(rl):
+    """-> add(k), which says what it comes to over all ranks. Every call makes a new counter, so all
+    ranks make the same calls."""
+    store = dist.distributed_c10d._get_default_store() if rl.env.world > 1 else dist.HashStore()
+    key = f"count/{next(calls)}"
+    return lambda k: store.add(key, k)
