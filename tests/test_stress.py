@@ -1,5 +1,7 @@
-"""the sampler under load: 10,000 random submits, aborts, resumes and preemptions on a pool that
-is too small. No page leaks, no token is lost, and every sample has the tokens that it has alone"""
+"""
+the sampler under load: 10,000 random submits, aborts, resumes and preemptions on a pool that is too small.
+No page leaks, no token is lost, and every sample has the tokens that it has alone
+"""
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -136,8 +138,8 @@ def nothing_leaks(sampler):
 
 
 def equal_or_tied(model, a, s, other):
-    """Equal; or parted where the uniform fell on the border of two tokens, or two were as likely,
-    within rounding. -> were they equal?"""
+    """Equal; or parted where the uniform fell on the border of two tokens, or two were as likely, within
+    rounding. -> were they equal?"""
     if s.tokens == other.tokens:
         return True
     t = next(t for t, (x, y) in enumerate(zip(s.tokens, other.tokens)) if x != y)
@@ -188,8 +190,10 @@ def by_itself(sampler, a, index):
             return s
 
 
-@pytest.mark.parametrize("kind", [dict(paged=True, pages=PAGES), dict(exact=False), dict(exact=True)],
-                         ids=["pages", "slabs", "exact"])
+KINDS = dict(pages=dict(paged=True, pages=PAGES), slabs=dict(exact=False), exact=dict(exact=True))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_ten_thousand_operations(kind):
     model = small()
     sampler = Sampler(model, {STOP}, slots=SLOTS, **kind)
@@ -200,8 +204,7 @@ def test_ten_thousand_operations(kind):
     done = load.done
     assert all(done[name] for name in ("submit", "abort", "resume", "preempt", "step")), done
     if sampler.paged:
-        assert len(preempted) > done["preempt"] + 30, (
-            "the pool is small: some are preempted because no page is left")
+        assert len(preempted) > done["preempt"] + 30, "some are preempted because no page is left"
 
     # no token is lost, none is of another sample, and the log-probs are those of the tokens
     peace = in_peace(model, load.asked.values())
@@ -209,31 +212,30 @@ def test_ten_thousand_operations(kind):
     for a in load.asked.values():
         assert sorted(a.ended) == list(range(a.n)), "every sample ends once"
         for index, s in a.ended.items():
-            assert len(s.tokens) == len(s.logprobs) and s.prompt == a.prompt
-            assert s.visit == a.settings["visit"]
+            assert len(s.tokens) == len(s.logprobs) and (s.prompt, s.visit) == (a.prompt, a.settings["visit"])
             assert s.finished == ("stop" if s.tokens[-1] == STOP else "length") and STOP not in s.tokens[:-1]
             other = peace[a.problem, index]
             if equal_or_tied(model, a, s, other):
                 assert s.finished == other.finished
                 assert torch.allclose(torch.tensor(s.logprobs), torch.tensor(other.logprobs), atol=1e-4)
                 assert (s.kept is None) == (other.kept is None)
-                assert s.kept is None or torch.allclose(torch.tensor(s.kept),
-                                                        torch.tensor(other.kept), atol=1e-4)
+                if s.kept is not None:
+                    assert torch.allclose(torch.tensor(s.kept), torch.tensor(other.kept), atol=1e-4)
             else:
                 parted.append(s)
     print(dict(done), f"{len(preempted)} preemptions, {len(peace)} samples, {len(parted)} parted at a tie")
     assert len(parted) <= len(peace) / 200
 
     alone = Sampler(model, {STOP}, slots=1, exact=True)
-    ended = [(asked, index) for asked in load.asked.values() for index in asked.ended]
-    for asked, index in load.lot.sample(ended, 60):
-        equal_or_tied(model, asked, by_itself(alone, asked, index), peace[asked.problem, index])
+    for problem, index in load.lot.sample(list(peace), 60):
+        a = load.asked[problem]
+        equal_or_tied(model, a, by_itself(alone, a, index), peace[problem, index])
 
 
 @pytest.mark.parametrize("prompt, begun, n, max_new", [(80, 60, 2, 70), (100, 30, 3, 55), (120, 30, 2, 32)])
 def test_what_fits_alone_ends(prompt, begun, n, max_new):
-    """The pool holds one of these sequences, but not beside the prompt that its siblings wait
-    for: it was computed, given back and computed again for ever."""
+    """The pool holds one of these sequences, but not beside the prompt that its siblings wait for: that was
+    computed, given back and computed again for ever."""
     sampler = Sampler(small(), (), slots=SLOTS, paged=True, pages=PAGES)
     old = [Sample([1] * prompt, [2] * begun, [0.0] * begun, "aborted", 0, i, 0) for i in range(n)]
     sampler.submit(0, [1] * prompt, n, max_new, resume=old)
@@ -243,8 +245,8 @@ def test_what_fits_alone_ends(prompt, begun, n, max_new):
 
 
 def test_prefixes_further_back_make_way():
-    """Nothing runs, the first prompt is computed, and the prompts behind it hold all pages but
-    one: the last gave its page back, and took it again before the first could enter."""
+    """Nothing runs, the first prompt is computed, and the prompts behind it hold all pages but one: the last
+    gave its page back, and took it again before the first could enter."""
     sampler = Sampler(small(), (), slots=8, paged=True, pages=PAGES)
     for problem in range(9):
         sampler.submit(problem, [1] * 30, 1, 9)
