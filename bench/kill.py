@@ -380,14 +380,14 @@ def whole(config, kind, ranks):
 
 def trial(config, number, tries=6):
     """One run of the tally. -> its line"""
-    kind, ranks, near, twice = plan(config, number)
+    kind, ranks, near, twice, alone = plan(config, number)
     reference, happens = whole(config, kind, ranks)
     start = time.monotonic()
     for attempt in range(tries):
         lot = random.Random(f"{config.seed} {number} {attempt}")
         moments = [draw(lot, near, twice, happens)] + [draw(lot, near, True, happens)] * twice
-        one = lot.randrange(ranks) if ranks > 1 and number % 10 == 9 else None
-        if one is not None:                  # before ranks have met, only their launcher can tell
+        one = lot.randrange(2) if alone else None
+        if alone:                            # before ranks have met, only their launcher can tell
             moments = [replace(moment, count=max(1, moment.count)) for moment in moments]
         row = dict(number=number, kind=kind, ranks=ranks, twice=twice, kills=[], equal=False, wrong="")
         try:
@@ -429,11 +429,13 @@ def run_and_kill(config, row, moments, one):
 
 
 def plan(config, number):
-    """-> kind, ranks, near a write, killed twice. Periods without a common divisor: every kind
-    meets every case"""
+    """-> kind, ranks, near a write, killed twice, only one rank of two. Periods without a common divisor: every
+    kind meets every case"""
     kinds = config.kinds.split(",")
-    return (kinds[number % len(kinds)], 1 + (number % 5 == 4),
-            (number // len(kinds) + number) % 2 == 0, number % 7 == 3)
+    turn = number // len(kinds)
+    ranks = 2 if number % 5 == 4 else 1
+    alone = ranks == 2 and (number // 5 + turn // 5) % 2 == 1
+    return kinds[number % len(kinds)], ranks, (turn + number) % 2 == 0, number % 7 == 3, alone
 
 
 # ------------------------------------------------------------------------------
