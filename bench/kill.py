@@ -429,8 +429,8 @@ def run_and_kill(config, row, moments, one):
 
 
 def plan(config, number):
-    """-> kind, ranks, near a write, killed twice, only one rank of two. Periods without a common divisor: every
-    kind meets every case"""
+    """-> kind, ranks, near a write, killed twice, only one rank of two. Periods without a common
+    divisor: every kind meets every case"""
     kinds = config.kinds.split(",")
     turn = number // len(kinds)
     ranks = 2 if number % 5 == 4 else 1
