@@ -43,7 +43,7 @@ from algos import (Algo, address, advantage, aggregated, covariant, make_loss, p
 from common import hf, memory, view
 from common.deal import Feed
 from common.flags import die, positive, shares, truncation
-from common.metrics import Clock, recent
+from common.metrics import Clock, in_order, recent
 from common.optim import Optimizer
 from common.reward import Rewards, check
 from common.run import Run, check_day, check_name, dated, gather, newest, start
@@ -433,7 +433,7 @@ def gather_groups(rl, groups):
     there are."""
     with rl.clock("idle"):                                       # waits for the slowest rank
         parts = gather(groups)
-    return sorted((g for part in parts for g in part), key=lambda g: (g[0].problem, g[0].visit))
+    return in_order([g for part in parts for g in part])
 
 
 # -----------------------------------------------------------------------------
