@@ -41,20 +41,21 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import common.overlap
+import common.teacher
 import kernels
-import opd_check
-import pack
 import stages
-from algos import BASELINES, address, predicting
+from algos import BASELINES, predicting
 from common.flags import die, flags, positive, shares, without_effect
 from common.metrics import sample_rows, summary, warnings
+from common.overlap import (by_sample, diagnosis, disagreement, guard, log_softmax, measure,
+                            pulls_of)
 from common.run import gather, progress
+from common.teacher import (audit, load_teacher, park, privileged, read_gold, sides, stop_class,
+                            unpark)
 from kernels import linear_logprob, linear_logprob_at, linear_topk
-from opd_check import (by_sample, diagnosis, disagreement, guard, load_teacher, log_softmax,
-                       measure, privileged, pulls_of, read_gold, stop_class)
 from rollout import Sample, Sampler, prompt_ids
 from stages import (RL, Common, check_flags, collect, due, finish, new_optimizer, next_problems,
                     open_run, over, save, setup, share_visits, step, stop_here, test, update)
@@ -321,65 +322,6 @@ def configure(argv):
 
 
 # -----------------------------------------------------------------------------
-# the teacher: on its batch, and at rest
-
-
-def teacher_hidden(taught, batch, contexts):
-    """-> the teacher's hidden states at the batch's predictions. contexts: {problem: its own prompt}."""
-    if not contexts:
-        return predicting(taught, batch)
-    device = batch.targets_N.device
-    samples = [replace(s, prompt=contexts.get(s.problem, s.prompt)) for s in batch.samples]
-    other = pack.rows([segment for s in samples for segment in pack.alone(s)]).to(device)
-    place = {address(s): i for i, s in enumerate(batch.samples)}
-    places = torch.tensor([place[address(s)] for s in other.samples], device=device)
-    order_N = places[other.sample_N].argsort(stable=True)    # back in the order of the batch
-    return predicting(taught, other)[order_N]
-
-
-def sides(model, teacher, batch, hidden_ND, head_VD, contexts=None):
-    """-> p, q: the hidden states of both at the same predictions, the rows of both heads that are
-    tokens; and which predictions the teacher could not score."""
-    taught = teacher or model
-    with torch.no_grad():
-        taught_ND = teacher_hidden(taught, batch, contexts)
-        bad_N = ~taught_ND.isfinite().all(1)
-        taught_ND = taught_ND.masked_fill(bad_N.unsqueeze(1), 0.0)
-    width = min(len(head_VD), len(taught.head_weight))   # heads are padded, to different multiples
-    p = SimpleNamespace(hidden_ND=hidden_ND, head_VD=head_VD[:width])
-    q = SimpleNamespace(hidden_ND=taught_ND, head_VD=taught.head_weight[:width].detach())
-    return p, q, bad_N
-
-
-def park(teacher, config, env):
-    """After an update: stay, go to the host, or keep only this rank's part of every tensor."""
-    if teacher is None or config.teacher_at == "device":
-        return
-    if config.teacher_at == "host":
-        teacher.to("cpu")
-        return
-    for p in teacher.parameters():
-        p.whole = p.shape
-        flat = F.pad(p.data.flatten(), (0, -p.numel() % env.world))
-        p.data = flat.view(env.world, -1)[env.rank].clone()
-
-
-def unpark(teacher, config, env):
-    """Before an update: whole and on the device again."""
-    if teacher is None or config.teacher_at == "device":
-        return
-    if config.teacher_at == "host":
-        teacher.to(env.device)
-        return
-    for p in teacher.parameters():
-        parts = [p.data]
-        if env.world > 1:
-            parts = [torch.empty_like(p.data) for _ in range(env.world)]
-            torch.distributed.all_gather(parts, p.data)
-        p.data = torch.cat(parts)[:p.whole.numel()].view(p.whole)
-
-
-# -----------------------------------------------------------------------------
 # the loss of a batch
 
 
@@ -589,7 +531,7 @@ def add_teacher(rl):
         return None
     width = len(rl.model.head_weight)
     teacher, its_tok = load_teacher(config.teacher or config.init, rl.tok, rl.env, width)
-    for line in opd_check.audit(rl.tok, its_tok) if rl.env.master else ():
+    for line in audit(rl.tok, its_tok) if rl.env.master else ():
         print(f"audit: {line}")
     if rl.sampler.max_len > teacher.config.max_len:
         raise ValueError(f"a prompt and --max-new take {rl.sampler.max_len} tokens, the teacher "
@@ -751,7 +693,8 @@ def main(argv=None):
     loss = make_loss(config, rl.model, teacher, lessons.stop, lessons.special, lessons.contexts,
                      rl.reference, log_ratios)
     park(teacher, config, rl.env)
-    run = open_run(rl, sources=[__file__, opd_check.__file__, stages.__file__])
+    files = [__file__, common.teacher.__file__, common.overlap.__file__, stages.__file__]
+    run = open_run(rl, sources=files)
     if writer:
         writer.visits = rl.own.writer_visits
     name = config.teacher or ("none" if teacher is None else "the student as it starts")

@@ -42,11 +42,11 @@ from algos import (Algo, address, advantage, aggregated, covariant, make_loss, p
                    with_algorithm)
 from common import hf, memory, view
 from common.deal import Feed
-from common.flags import die, positive, shares, truncation
+from common.flags import check_day, check_name, die, positive, shares, truncation
 from common.metrics import Clock, in_order, recent
 from common.optim import Optimizer
 from common.reward import Rewards, check
-from common.run import Run, check_day, check_name, dated, gather, newest, start
+from common.run import Run, dated, gather, newest, start
 from evaluate import evaluate, words
 from kernels import linear_logprob
 from pack import batches

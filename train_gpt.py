@@ -36,9 +36,9 @@ from torch.utils.checkpoint import checkpoint
 import data
 import kernels
 from common import cpu, hf, view
-from common.flags import die, flags, positive, shares, without_effect
+from common.flags import check_day, check_name, die, flags, positive, shares, without_effect
 from common.optim import Optimizer
-from common.run import Run, all_sum, barrier, check_day, check_name, dated, progress, start
+from common.run import Run, all_sum, barrier, dated, progress, start
 from data.documents import documents, kind_of
 from kernels import (linear, linear_logprob, packed_attention, qk_norm_rope, rms_norm, rope_tables, swiglu,
                      uniform)

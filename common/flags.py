@@ -31,6 +31,8 @@ import textwrap
 import tokenize
 import types
 import typing
+from datetime import date
+from pathlib import Path
 
 
 def die(message):
@@ -62,6 +64,28 @@ def truncation(config, prefix=""):
     greedy = getattr(config, f"{prefix}temperature") == 0
     if greedy and top_p < 1:
         die(f"{flag} {top_p} has no effect: temperature 0 takes the likeliest token anyway")
+
+
+def check_name(name):
+    """refuses a --name that is no folder within runs/"""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") or not part.isprintable() for part in parts):
+        die(f"--name {name!r} is no name of a run: it becomes the folder runs/NAME, so give a word, or "
+            "words with a / between them, none of them . or ..")
+    for i in range(len(parts) + 1):
+        folder = Path("runs", *parts[:i])
+        if folder.exists() and not folder.is_dir():
+            die(f"{folder} is a file, not a run folder: choose another --name")
+
+
+def check_day(day):
+    """refuses a --date that is no day"""
+    try:
+        known = not day or date.fromisoformat(day).isoformat() == day
+    except ValueError:
+        known = False
+    if not known:
+        die(f"--date {day!r} is no day: give it as 2026-01-31")
 
 
 def without_effect(config, rows, base=None):

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.run import newest
+from common.files import newest
 
 # -----------------------------------------------------------------------------
 # where the model is

@@ -15,8 +15,8 @@ There is no trainer that owns the loop: the loop is yours, these are its tools.
 
 Left out of the usual recipe: a checkpoint has no collectives and no "latest" pointer. Each rank
 writes its own file under another name, syncs it and renames it, and a folder counts when every file
-of it is there. So a kill at any instruction leaves either the old checkpoint or the new one, and a
-rank that hangs can never drag the others into half a save.
+of it is there (common/files.py). So a kill at any instruction leaves either the old checkpoint or
+the new one, and a rank that hangs can never drag the others into half a save.
 """
 import atexit
 import dataclasses
@@ -25,7 +25,6 @@ import math
 import os
 import pickle
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -41,10 +40,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from common.files import (checkpoints, complete, discard, disk_error, jsonable, newest, plain, sync,
+                          write_whole)
 from common.flags import die, moved
 from common.watch import Watch
 
 MOVED = {"flags": "common.flags", "positive": "common.flags", "GONE": "common.watch",
+         "check_name": "common.flags", "check_day": "common.flags",
          "ONE": "common.cpu:ONE_THREAD", "times": "common.cpu:matmul_t", "spare": "common.cpu:spare_rows"}
 __getattr__ = moved(__name__, MOVED)
 
@@ -177,78 +179,7 @@ def progress(total, desc, done=0):
 
 
 # ------------------------------------------------------------------------------
-# files that are whole or not there
-
-def _sync(path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _put(path, fill):
-    """write under another name, sync, rename, sync the folder: the file survives a power cut"""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as f:
-        fill(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
-    _sync(path.parent)
-
-
-def _complete(folder):
-    """the checkpoint's world size if every file of it is there, else 0; meta.json is written last"""
-    try:
-        world = json.loads((folder / "meta.json").read_text())["world"]
-    except (OSError, ValueError, KeyError):
-        return 0
-    whole = all((folder / f"state_{r}_of_{world}.pt").exists() for r in range(world))
-    return world if whole else 0
-
-
-def _steps(run_folder):
-    """(step, path) of all checkpoint folders, complete or not, oldest first"""
-    paths = (Path(run_folder) / "ckpt").glob("step_*")
-    found = [(re.fullmatch(r"step_(\d+)", path.name), path) for path in paths]
-    return sorted((int(match[1]), path) for match, path in found if match)
-
-
-def newest(run_folder):
-    """(path, step) of a run's last complete checkpoint, or None"""
-    whole = [(path, step) for step, path in _steps(run_folder) if _complete(path)]
-    return whole[-1] if whole else None
-
-
-def _disk_error(e):
-    """the system's reason if writing failed, else None; torch and safetensors wrap it"""
-    while e is not None:
-        if isinstance(e, OSError):
-            return e.strerror or str(e)
-        by_torch = "inline_container" in str(e) and not isinstance(e.__context__, OSError)
-        if by_torch or "(os error " in str(e):             # the second: by safetensors
-            return str(e)
-        e = e.__cause__ or e.__context__
-    return None
-
-
-def _discard(folder):
-    # the marker goes first: a folder whose removal is interrupted must not count as a checkpoint
-    (folder / "meta.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _clean(x):
-    """JSON has no nan and no tensors: nan and inf become null"""
-    if isinstance(x, dict):
-        return {k: _clean(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_clean(v) for v in x]
-    if hasattr(x, "tolist"):           # numpy and torch, scalars too
-        return _clean(x.tolist())
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
+# how log.txt begins
 
 def _git(*words):
     try:
@@ -304,16 +235,6 @@ def _flag(name):
 # ------------------------------------------------------------------------------
 # a run: its folder, its files, its checkpoints, its end
 
-def check_day(day):
-    """refuses a --date that is no day"""
-    try:
-        known = not day or date.fromisoformat(day).isoformat() == day
-    except ValueError:
-        known = False
-    if not known:
-        die(f"--date {day!r} is no day: give it as 2026-01-31")
-
-
 def dated(config, tok, chats):
     """
     -> Config. A chat template may ask for today's date, as Llama 3.2's does. It gets the day on
@@ -332,18 +253,6 @@ def dated(config, tok, chats):
             pass                               # no run, or a damaged one: Run says so
     tok.date = broadcast(day or date.today().isoformat())
     return dataclasses.replace(config, date=tok.date)
-
-
-def check_name(name):
-    """refuses a --name that is no folder within runs/"""
-    parts = name.split("/")
-    if any(part in ("", ".", "..") or not part.isprintable() for part in parts):
-        die(f"--name {name!r} is no name of a run: it becomes the folder runs/NAME, so give a word, or "
-            "words with a / between them, none of them . or ..")
-    for i in range(len(parts) + 1):
-        folder = Path("runs", *parts[:i])
-        if folder.exists() and not folder.is_dir():
-            die(f"{folder} is a file, not a run folder: choose another --name")
 
 
 class Run:
@@ -427,7 +336,7 @@ class Run:
         text = json.dumps(fields, indent=1, default=str) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _put(folder / "config.json", lambda f: f.write(text.encode()))
+            write_whole(folder / "config.json", lambda f: f.write(text.encode()))
             self.ckpt.mkdir(exist_ok=True)
             self._sweep()
             for name in ("metrics.jsonl", "samples.jsonl", "log.txt"):
@@ -459,14 +368,14 @@ class Run:
 
     def _rows(self, name, rows):
         if self.env.master:
-            lines = [json.dumps(_clean(row), ensure_ascii=False) + "\n" for row in rows]
+            lines = [json.dumps(jsonable(row), ensure_ascii=False) + "\n" for row in rows]
             self.files[name].write("".join(lines))
             self.files[name].flush()           # a reader sees the step when it has happened
 
     def metrics(self, step, **numbers):
         self._rows("metrics.jsonl", [{"step": step, **numbers}])
         if self.wandb:
-            self.wandb.log(_clean(numbers), step=step)
+            self.wandb.log(jsonable(numbers), step=step)
 
     def samples(self, rows):
         self._rows("samples.jsonl", rows)
@@ -482,21 +391,21 @@ class Run:
                 lines = (self.folder / name).read_bytes().splitlines()
                 kept = [line + b"\n" for line in lines if _step(line) <= step]
                 self.files[name].close()
-                _put(self.folder / name, lambda f, kept=kept: f.write(b"".join(kept)))
+                write_whole(self.folder / name, lambda f, kept=kept: f.write(b"".join(kept)))
                 self._append(name)
-            for later, path in _steps(self.folder):
+            for later, path in checkpoints(self.folder):
                 if later > step:
-                    _discard(path)
+                    discard(path)
         barrier()      # no rank may save into a folder that is just being removed
-        self.saved = step if _complete(self.ckpt / f"step_{step}") else None
+        self.saved = step if complete(self.ckpt / f"step_{step}") else None
 
     # --- checkpoints
 
     def _sweep(self, current=None):
         """remove what a crash left behind, except the folder that the ranks are writing now"""
-        for step, path in _steps(self.folder):
-            if step != current and not _complete(path):
-                _discard(path)
+        for step, path in checkpoints(self.folder):
+            if step != current and not complete(path):
+                discard(path)
         for aside in self.ckpt.glob("*.tmp"):
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -515,8 +424,8 @@ class Run:
         except Exception as e:
             # the half-written folder goes, the others stay; a rank still writing here fails in its turn
             shutil.rmtree(aside, ignore_errors=True)
-            _discard(final)
-            reason, last = _disk_error(e), newest(self.folder)
+            discard(final)
+            reason, last = disk_error(e), newest(self.folder)
             if reason is None:
                 raise
             then = (f"continue from step {last[1]} with --resume" if last
@@ -524,30 +433,30 @@ class Run:
             die(f"could not write {final}: {reason}. Nothing of it is left; make room, then {then}")
         self.saved = step
         if self.env.master:
-            whole = [path for _, path in _steps(self.folder) if _complete(path)]
+            whole = [path for _, path in checkpoints(self.folder) if complete(path)]
             # with a slower rank still writing, one more than `keep` waits for the next save
             for path in whole[:-keep]:
-                _discard(path)
+                discard(path)
 
     def _write(self, step, write, state, final, aside):
         """the model's files, then every rank's state, then the marker that makes it a checkpoint"""
         final.mkdir(parents=True, exist_ok=True)
-        _sync(self.ckpt)
+        sync(self.ckpt)
         if self.env.master:
             self._sweep(step)
             aside.mkdir()
             write(aside)
             for path in [p for p in aside.rglob("*") if p.is_file()]:
-                _sync(path)
+                sync(path)
             for path in aside.iterdir():
                 os.replace(path, final / path.name)
             aside.rmdir()
         own = final / f"state_{self.env.rank}_of_{self.env.world}.pt"
         state = plain(state)
-        _put(own, lambda f: torch.save(state, f))
+        write_whole(own, lambda f: torch.save(state, f))
         if self.env.master:
             meta = json.dumps({"step": step, "world": self.env.world})
-            _put(final / "meta.json", lambda f: f.write(meta.encode()))
+            write_whole(final / "meta.json", lambda f: f.write(meta.encode()))
 
     def keep_best(self, step, write):
         """
@@ -574,7 +483,7 @@ class Run:
     def load(self, path):
         """every rank's state, on the CPU, mapped and not read: a rank touches only what it needs"""
         path = Path(path)
-        world = _complete(path)
+        world = complete(path)
         if not world:
             die(f"{path} is not a complete checkpoint: its meta.json or a state file is missing")
         return [_load(path / f"state_{r}_of_{world}.pt") for r in range(world)]
@@ -610,25 +519,6 @@ def _step(line):
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):     # the half line of a killed process
         return math.inf
-
-
-def plain(x, where="state"):
-    """
-    A state as tensors, numbers, strings and what holds them: lists, tuples, dicts. What numpy made
-    becomes Python's own. So a checkpoint can be read without running what is written in it.
-    """
-    if torch.is_tensor(x) or x is None:
-        return x
-    if hasattr(x, "tolist"):                   # an array of numpy, or a number
-        return x.tolist()
-    if type(x) in (bool, int, float, str):
-        return x
-    if isinstance(x, dict):
-        return {plain(k, f"{where}, a key"): plain(v, f"{where}.{k}") for k, v in x.items()}
-    if type(x) in (list, tuple):
-        return type(x)(plain(v, f"{where}[{i}]") for i, v in enumerate(x))
-    raise TypeError(f"{where} is a {type(x).__name__}: a checkpoint keeps tensors, numbers, strings, "
-                    "lists and dicts; keep vars(it), and make it anew from them")
 
 
 def _load(path):

@@ -15,6 +15,7 @@ import opd
 import opd_check
 import pack
 import stages
+from common import overlap
 from common.run import Run
 from kernels import packed_attention
 from algos import predicting
@@ -237,7 +238,7 @@ def test_bytes_a_token():
 def test_compare_by_hand():
     p = torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04]]).log()
     q = torch.tensor([[0.1, 0.6, 0.2, 0.04, 0.06]]).log()
-    found = dict(zip(opd_check.MEASURES, opd_check.compare(p, q, 2, [4])[0].tolist()))
+    found = dict(zip(overlap.MEASURES, overlap.compare(p, q, 2, [4])[0].tolist()))
 
     def close(name, value):
         return math.isclose(found[name], value, rel_tol=1e-4, abs_tol=1e-6)
@@ -247,29 +248,29 @@ def test_compare_by_hand():
     assert close("p_stop", 0.04) and close("q_stop", 0.06)
     assert close("kl", float((p.exp() * (p - q)).sum()))
     assert close("gap", abs(found["p_entropy"] - found["q_entropy"]))
-    wide = dict(zip(opd_check.MEASURES, opd_check.compare(p, q, 5, [4])[0].tolist()))
+    wide = dict(zip(overlap.MEASURES, overlap.compare(p, q, 5, [4])[0].tolist()))
     assert math.isclose(wide["agreed"], -wide["kl"], rel_tol=1e-5) and wide["overlap"] == 1
-    same = dict(zip(opd_check.MEASURES, opd_check.compare(p, p, 2, [4])[0].tolist()))
+    same = dict(zip(overlap.MEASURES, overlap.compare(p, p, 2, [4])[0].tolist()))
     assert same["overlap"] == 1 and abs(same["agreed"]) < 1e-6 and same["kl"] == same["gap"] == 0
 
 
 def test_no_overlap_at_all_is_a_number():
     p = torch.tensor([[1 - 3e-30, 1e-30, 1e-30, 1e-30]]).log()
-    found = opd_check.compare(p, p.flip(1), 1, [])
+    found = overlap.compare(p, p.flip(1), 1, [])
     assert found.isfinite().all() and found[0, 0] == 0
 
 
 def test_measures_by_position():
     sample_N = torch.tensor([0] * 5 + [1] * 3 + [2] * 20)
-    assert opd_check.places(sample_N).tolist() == [*range(5), *range(3), *range(20)]
+    assert overlap.places(sample_N).tolist() == [*range(5), *range(3), *range(20)]
     g = torch.Generator().manual_seed(0)
     hidden, other, head = (torch.randn(n, 4, generator=g) for n in (28, 28, 9))
-    sums = opd_check.measure(hidden, head, other, head, sample_N, 3, [0])
+    sums = overlap.measure(hidden, head, other, head, sample_N, 3, [0])
     assert sums[:, 0].tolist()[:4] == [4 + 3 + 4, 1 + 12, 4, 0]
-    means = opd_check.means_of(sums.flatten())
-    whole = opd_check.compare((hidden @ head.t()).log_softmax(1), (other @ head.t()).log_softmax(1),
+    means = overlap.means_of(sums.flatten())
+    whole = overlap.compare((hidden @ head.t()).log_softmax(1), (other @ head.t()).log_softmax(1),
                               3, [0]).mean(0)
-    assert math.isclose(means["kl"], float(whole[opd_check.MEASURES.index("kl")]), rel_tol=1e-5)
+    assert math.isclose(means["kl"], float(whole[overlap.MEASURES.index("kl")]), rel_tol=1e-5)
     assert "kl/16" in means and "kl/64" not in means, "nobody was there"
 
 
@@ -279,7 +280,7 @@ def test_repeated_against_a_loop():
     expected = [i >= 3 and any(t[j - 3:j + 1] == t[i - 3:i + 1] for j in range(3, i))
                 for t in texts for i in range(len(t))]
     tokens, owner = torch.tensor(sum(texts, [])), torch.tensor([i for i, t in enumerate(texts) for _ in t])
-    assert opd_check.repeated(tokens, owner, 4).tolist() == expected and sum(expected) > 20
+    assert overlap.repeated(tokens, owner, 4).tolist() == expected and sum(expected) > 20
 
 
 # -----------------------------------------------------------------------------

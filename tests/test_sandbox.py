@@ -530,12 +530,13 @@ def test_a_kernel_that_refuses_namespaces(tmp_path):
     """as in most containers: the filter is left, and what is missing is said, once for two sandboxes"""
     text = """
 import platform
-from common import sandbox as s
-s.call("prctl", s.NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-refuse = s.instruction("load", 0) + s.always(s.FORBIDDEN["unshare"][s.machine()], s.REFUSE)
-s.install(refuse + s.instruction("return", s.ALLOW))
+from common import jail
+from common.sandbox import Sandbox
+jail.call("prctl", jail.NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+refuse = jail.instruction("load", 0) + jail.always(jail.FORBIDDEN["unshare"][jail.machine()], jail.REFUSE)
+jail.install(refuse + jail.instruction("return", jail.ALLOW))
 for _ in range(2):
-    held = s.Sandbox(log=print)
+    held = Sandbox(log=print)
     print(held.run("def f(): return 1", "assert f() == 1", ["f"]).passed)
     print(held.run("import os\\ndef f(): return os.fork() * 0", "assert f() == 0", ["f"]).passed)
 """
@@ -543,6 +544,19 @@ for _ in range(2):
     assert said == ("sandbox: this machine does not give walls of namespaces (Operation not permitted) "
                     "(docs/code.md says what that means)")
     assert scores == ["True", "False"] * 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_files_of_ours_are_no_modules_to_a_program(mode, sandboxes):
+    """the worker imports common/jail.py, so it starts with our folder on its path; its children do not"""
+    code = """
+import sys
+def answer(x):
+    try:
+        import common.flags
+    except ImportError:
+        return [path for path in sys.path if path.endswith(x)]"""
+    assert sandboxes[mode].run(code, f"assert answer({ROOT.name!r}) == []", ["answer"]).passed
 
 
 def test_what_it_lacks_is_said_once():
