@@ -27,15 +27,16 @@ of e^(x - m), `rescale` what a new maximum makes of it; e such an exponential, p
     python kernels.py     prints what runs on this machine, each kernel checked against its twin
 """
 
+import functools
 import importlib.util
-import inspect
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import varlen
 
 from common import cpu
-from common.backend import INTERPRET, choose, chosen, expect, expect_ids, jit, report, tl, to_device, triton
+from common.backend import (INTERPRET, PROBED_ROW, PROBES, choose, chosen, expect, expect_dense, expect_heads,
+                            expect_ids, flash, flash_decode, jit, report, tl, to_device, triton, varlen)
 
 
 def fused(x):
@@ -56,7 +57,7 @@ def fused(x):
 
 
 def longest(cu_seqlens):
-    return max((b - a for a, b in zip(cu_seqlens, cu_seqlens[1:])), default=0)
+    return max((b - a for a, b in pairwise(cu_seqlens)), default=0)
 
 
 def causal_attention(q, k, v):
@@ -78,19 +79,22 @@ def ancestry(cu_seqlens, parent=None):
     return ranges
 
 
-def packed_attention_torch(cu_seqlens, max_len, parent=None):
-    ranges = ancestry(cu_seqlens, parent)
+def ranges_attention(cu_q, ranges):
+    """-> attend(). Segment i's queries see ranges[i] of the keys, the last of which they are."""
 
     def attend(layer, q, k, v):
         outs = [torch.zeros_like(q[:0])]
-        for seen in ranges:
-            start, end = seen[-1]
+        for start, end, seen in zip(cu_q, cu_q[1:], ranges):
             keys = torch.cat([k[a:b] for a, b in seen])
             values = torch.cat([v[a:b] for a, b in seen])
             outs.append(causal_attention(q[start:end], keys, values))
         return torch.cat(outs)
 
     return attend
+
+
+def packed_attention_torch(cu_seqlens, max_len, parent=None):
+    return ranges_attention(cu_seqlens, ancestry(cu_seqlens, parent))
 
 
 class _Gather(torch.autograd.Function):
@@ -110,51 +114,26 @@ class _Gather(torch.autograd.Function):
         return total.index_add_(0, take, grad.float()).to(grad.dtype), None
 
 
-# Both fast calls keep segments apart by themselves, skip what is masked, share keys among query heads
-# and align the causal mask to the bottom right: with P more keys than queries, query i sees P + i + 1
-# keys. They take half precision only. A torch without this switch always shares key heads.
-GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
+def _in_one_call(run, cu_q, ranges):
+    """ranges_attention by a package. Each segment's keys are gathered behind its ancestors': extra
+    copies of a prompt's keys, but one exact softmax. (Attending to prompt and response apart and
+    merging by log-sum-exp copies nothing, and torch's backward would silently ignore the gradient
+    that flows through it.)"""
+    cu_k = [0, *accumulate(sum(b - a for a, b in seen) for seen in ranges)]
+    pieces = [piece for seen in ranges for piece in seen]
 
-
-def _flash(q, k, v, cu_q, cu_k, max_q, max_k):
-    from flash_attn import flash_attn_varlen_func
-    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
-
-
-def _varlen(q, k, v, cu_q, cu_k, max_q, max_k):
-    return varlen.varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), **GQA)
-
-
-def _ends(cu_q, cu_k, device):
-    """-> cu_q, cu_k, max_q and max_k, as both fast calls take them."""
-    return (to_device(cu_q, torch.int32, device), to_device(cu_k, torch.int32, device),
-            longest(cu_q), longest(cu_k))
-
-
-def _packed_by(run, cu_seqlens, parent=None):
-    """attend(), one call for the whole row. With parents, each segment's keys are gathered behind its
-    ancestors': extra copies of a prompt's keys, but one exact softmax. (Attending to prompt and
-    response apart and merging by log-sum-exp copies nothing, and torch's backward would silently
-    ignore the gradient that flows through it.)"""
-    plan = []
-
-    def make(device):
-        pieces = ancestry(cu_seqlens, parent)
-        cu_k = [0]
-        for ranges in pieces:
-            cu_k.append(cu_k[-1] + sum(b - a for a, b in ranges))
+    @functools.cache
+    def plan(device):
         take = None
-        if cu_k != list(cu_seqlens):
-            rows = torch.cat([torch.arange(a, b) for ranges in pieces for a, b in ranges])
-            take = to_device(rows, torch.long, device)
-        return take, _ends(cu_seqlens, cu_k, device)
+        if pieces != list(pairwise(cu_k)):
+            take = to_device(torch.cat([torch.arange(a, b) for a, b in pieces]), torch.long, device)
+        cu = [to_device(x, torch.int32, device) for x in (cu_q, cu_k)]
+        return take, *cu, longest(cu_q), longest(cu_k)
 
     def attend(layer, q, k, v):
-        if q.shape[0] == 0:
+        if len(q) == 0:
             return torch.zeros_like(q)
-        if not plan:
-            plan.append(make(q.device))
-        take, ends = plan[0]
+        take, *ends = plan(q.device)
         if take is not None:
             k, v = _Gather.apply(k, take), _Gather.apply(v, take)
         return run(q, k, v, *ends)
@@ -162,61 +141,48 @@ def _packed_by(run, cu_seqlens, parent=None):
     return attend
 
 
-def _trains(q):
-    """What this q goes to: both fast calls take half precision, and heads of 8, 16, ... 256."""
-    half = q.dtype in (torch.bfloat16, torch.float16) or not q.is_cuda
-    fits = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    name = picked("train", q.device.type)
-    return name if fits else "torch"
+def _by_backend(cu_q, keys, make):
+    """-> attend(), made once for the backend that its q go to, and used by all layers."""
+    make = functools.cache(make)
 
-
-def _expect_qkv(q, k, v, queries, keys):
-    expect("q", q, (queries, q.shape[1], q.shape[2]))
-    expect("k", k, (keys, k.shape[1], q.shape[2]), (q.dtype,))
-    expect("v", v, k.shape, (q.dtype,))
-    assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads"
-
-
-def continued_attention(cu_q, cu_k):
-    """-> attend(q, k, v) without gradient, for prompts that continue from a cache: segment i's
-    queries are the last of its keys."""
-    plan = []
-
-    def attend(q, k, v):
-        _expect_qkv(q, k, v, cu_q[-1], cu_k[-1])
-        run = RUNS["train"][_trains(q)]
-        if run is None:  # a mask for each segment, and scores that are written out
-            ends = zip(cu_q, cu_q[1:], cu_k, cu_k[1:])
-            return torch.cat([causal_attention(q[a:b], k[c:d], v[c:d]) for a, b, c, d in ends])
-        if not plan:
-            plan.append(_ends(cu_q, cu_k, q.device))
-        return run(q, k, v, *plan[0])
+    def attend(layer, q, k, v):
+        expect("q", q, (cu_q[-1], q.shape[1], q.shape[2]))
+        expect("k", k, (keys, k.shape[1], q.shape[2]), (q.dtype,))
+        expect("v", v, k.shape, (q.dtype,))
+        assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads"
+        # the packages take half precision, and heads of 8, 16, ... 256
+        half = q.dtype in (torch.bfloat16, torch.float16) or not q.is_cuda
+        fits = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+        name = picked("train", q.device.type)
+        return make(name if fits else "torch")(layer, q, k, v)
 
     return attend
 
 
 def _packed(name, cu_seqlens, max_len, parent):
     if run := RUNS["train"][name]:
-        return _packed_by(run, cu_seqlens, parent)
+        return _in_one_call(run, cu_seqlens, ancestry(cu_seqlens, parent))
     if cpu.ON and cpu.stands_for(cpu.packed_attention, packed_attention_torch):
         return cpu.packed_attention(cu_seqlens, max_len, parent)
     return packed_attention_torch(cu_seqlens, max_len, parent)
 
 
 def packed_attention(cu_seqlens, max_len, parent=None):
-    """-> attend(layer, q, k, v) for model(tokens_T, positions_T, attend). Lists of ints; the plan is
-    made once and used by all layers."""
+    """-> attend(layer, q, k, v) for model(tokens_T, positions_T, attend). Lists of ints."""
     assert max_len >= longest(cu_seqlens), "max_len is below the longest segment"
-    made = {}
+    return _by_backend(cu_seqlens, cu_seqlens[-1], lambda name: _packed(name, cu_seqlens, max_len, parent))
 
-    def attend(layer, q, k, v):
-        _expect_qkv(q, k, v, cu_seqlens[-1], cu_seqlens[-1])
-        name = _trains(q)
-        if name not in made:
-            made[name] = _packed(name, cu_seqlens, max_len, parent)
-        return made[name](layer, q, k, v)
 
-    return attend
+def continued_attention(cu_q, cu_k):
+    """-> attend(layer, q, k, v), for prompts that continue from a cache: segment i's queries are the
+    last of its keys."""
+    ranges = [[piece] for piece in pairwise(cu_k)]
+
+    def make(name):
+        run = RUNS["train"][name]
+        return _in_one_call(run, cu_q, ranges) if run else ranges_attention(cu_q, ranges)
+
+    return _by_backend(cu_q, cu_k[-1], make)
 
 
 # -----------------------------------------------------------------------------
@@ -245,16 +211,6 @@ def decode_attention_torch(q, k_new, v_new, k_pages, v_pages, block_table, lengt
     shared = q.shape[1] != k_new.shape[1]
     o = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=mask, enable_gqa=shared)
     return o.squeeze(2)
-
-
-def _flash_decode(q, k_new, v_new, k_pages, v_pages, block_table, lengths):
-    from flash_attn import flash_attn_with_kvcache
-    o = flash_attn_with_kvcache(
-        q.unsqueeze(1), k_pages, v_pages,
-        k=k_new.unsqueeze(1), v=v_new.unsqueeze(1),
-        cache_seqlens=lengths, block_table=block_table, causal=True,
-        num_splits=1)  # its own choice of splits has given nan
-    return o.squeeze(1)
 
 
 @jit
@@ -355,9 +311,8 @@ def _triton_decode(q, k_new, v_new, k_pages, v_pages, block_table, lengths, spli
     lse = q.new_empty(B, splits, H, dtype=torch.float32)
     block_d = triton.next_power_of_2(hd)
 
-    # BLOCK_N 64: 120 registers and 39 kB, so four programs share an H100's multiprocessor, each with
-    # 32 kB under way. 32 halves what is under way, 128 takes 74 kB and leaves room for three. (The
-    # compiler's report at head_dim 128; not timed.)
+    # BLOCK_N 64: 39 kB, so four programs share an H100's multiprocessor. 32 halves what each has under
+    # way, 128 leaves room for three. (The compiler's report at head_dim 128; not timed.)
     _decode_kernel[(B, KV, splits)](
         q, k_new, v_new, k_pages, v_pages, block_table, lengths, part, lse, hd**-0.5,
         block_table.stride(0), q.stride(0), k_new.stride(0), v_new.stride(0),
@@ -375,13 +330,10 @@ def decode_attention(q, k_new, v_new, k_pages, v_pages, block_table, lengths):
     the way. No gradient."""
     B, H, hd = q.shape
     pages, page, KV, _ = k_pages.shape
-    for name, x, heads in (("q", q, H), ("k_new", k_new, KV), ("v_new", v_new, KV)):
-        expect(name, x, (B, heads, hd), (k_pages.dtype,))
-        assert x.stride(1) == hd or heads == 1, (
-            f"{name} {tuple(x.shape)} has stride {x.stride()}: the heads of a row must be contiguous")
-    expect("v_pages", v_pages, (pages, page, KV, hd), (k_pages.dtype,))
-    assert k_pages.is_contiguous() and v_pages.is_contiguous(), (
-        f"k_pages or v_pages {tuple(k_pages.shape)} is not contiguous")
+    for name, x, heads in ("q", q, H), ("k_new", k_new, KV), ("v_new", v_new, KV):
+        expect_heads(name, x, (B, heads, hd), (k_pages.dtype,))
+    expect_dense("k_pages", k_pages, (pages, page, KV, hd))
+    expect_dense("v_pages", v_pages, (pages, page, KV, hd), (k_pages.dtype,))
     expect("block_table", block_table, (B, block_table.shape[1]), (torch.int32,))
     expect("lengths", lengths, (B,), (torch.int32,))
     assert H % KV == 0, f"{H} query heads cannot share {KV} key heads"
@@ -428,7 +380,7 @@ def linear_logits(hidden, weight, temperature=1.0):
 class _LogprobAt(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, ids_NK, temperature):
-        wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         logp_NK = torch.empty(ids_NK.shape, dtype=wide, device=hidden_ND.device)
         lse_N = torch.empty(ids_NK.shape[0], dtype=wide, device=hidden_ND.device)
         entropy_N = torch.empty_like(lse_N)
@@ -456,8 +408,8 @@ class _LogprobAt(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logp_NK, grad_entropy_N):
         hidden_ND, weight_VD, ids_NK, lse_N, entropy_N = ctx.saved_tensors
-        if grad_logp_NK is None and grad_entropy_N is None:
-            return None, None, None, None
+        if grad_logp_NK is None:
+            grad_logp_NK = lse_N.new_zeros(ids_NK.shape)
         grad_h = torch.empty_like(hidden_ND)
         grad_w = None
         if ctx.needs_input_grad[1]:
@@ -471,18 +423,15 @@ class _LogprobAt(torch.autograd.Function):
                 z = linear_logits(hidden_ND[s], weight_VD, ctx.temperature)
                 z.sub_(lse_N[s].unsqueeze(1))
 
-            g = None if grad_logp_NK is None else grad_logp_NK[s].to(z.dtype)
+            g = grad_logp_NK[s].to(z.dtype)
+            flat = g.sum(1, keepdim=True)
             if grad_entropy_N is None:
-                z.exp_().mul_(-g.sum(1, keepdim=True))  # -p sum_k g_k
-            else:                                       # -p (sum_k g_k + g_H (z - lse + H))
+                z.exp_().mul_(-flat)  # -p sum_k g_k
+            else:                     # -p (sum_k g_k + g_H (z - lse + H))
                 p = z.exp()
                 g_H = grad_entropy_N[s].unsqueeze(1)
-                flat = g_H * entropy_N[s].unsqueeze(1)
-                if g is not None:
-                    flat = flat + g.sum(1, keepdim=True)
-                z.mul_(g_H).add_(flat).mul_(p).neg_()
-            if g is not None:
-                z.scatter_add_(1, ids_NK[s], g)
+                z.mul_(g_H).add_(g_H * entropy_N[s].unsqueeze(1) + flat).mul_(p).neg_()
+            z.scatter_add_(1, ids_NK[s], g)
 
             if ctx.temperature != 1.0:
                 z.div_(ctx.temperature)
@@ -496,12 +445,11 @@ class _LogprobAt(torch.autograd.Function):
 
 
 # On a GPU the product stays with cuBLAS and the kernels do the rest, tile by tile of the vocabulary.
-# Why not one kernel for both? The product is 2 D FLOP per logit, nearly all of the time, and cuBLAS
-# runs it near the ceiling of every GPU, which one Triton product for all of them does not. One kernel
-# would save reading the logits back, 4 bytes each: a tenth of the product's time at D = 4096, a third
-# at D = 1024 (arithmetic for an H200, not timings). The backward takes large tiles, because there
-# each tile also adds to dH (N, D). Considered for the forward: 32 MB, which would stay in the L2
-# cache, but its products last 22 us at D = 1024 and N = 8192, less than Python takes to launch them.
+# One kernel for both would save reading the logits back, a tenth of the product's time at D = 4096 and
+# a third at D = 1024 (arithmetic for an H200, not timings); but the product, 2 D FLOP per logit, is
+# nearly all of the time, and cuBLAS runs it near the ceiling of every GPU. Tiles are larger in the
+# backward, where each also adds to dH (N, D); smaller ones in the forward would last less than Python
+# takes to launch them.
 FORWARD_TILE = 1 << 24  # logits: 64 MB of fp32
 BACKWARD_TILE = TILE    # and half of it again for their gradient in bf16
 
@@ -643,7 +591,7 @@ def _logprob(hidden_ND, weight_VD, ids_NK, temperature):
         hidden_ND = F.pad(hidden_ND, (0, 0, 0, spare))
         ids_NK = F.pad(ids_NK, (0, 0, 0, spare))
     logp_NK, entropy_N = _LogprobAt.apply(hidden_ND, weight_VD, ids_NK, temperature)
-    return (logp_NK[:N], entropy_N[:N]) if spare else (logp_NK, entropy_N)
+    return logp_NK[:N], entropy_N[:N]
 
 
 def linear_logprob(hidden_ND, weight_VD, targets_N, temperature=1.0):
@@ -703,7 +651,7 @@ def qk_norm_rope_torch(q, k, q_weight, k_weight, cos_T, sin_T, eps):
 
 
 @jit
-def _load_heads(pid, x, weight, cos, sin, T, stride, eps, HEADS, HALF, NORM, BLOCK_R, BLOCK_D):
+def _load_heads(pid, x, weight, cos, sin, T, stride, eps, HEADS, HALF, BLOCK_R, BLOCK_D):
     """BLOCK_R heads, counted through all tokens: the two halves x1 and x2 of each, normalised but not
     yet weighted; the angles; the halves w1 and w2 of the weight; 1 / rms; and where the same heads
     lie in a contiguous tensor."""
@@ -721,7 +669,7 @@ def _load_heads(pid, x, weight, cos, sin, T, stride, eps, HEADS, HALF, NORM, BLO
     w1 = 1.0
     w2 = 1.0
     inv_rms = 1.0
-    if NORM:
+    if weight is not None:
         inv_rms = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * HALF) + eps)[:, None]
         x1 = x1 * inv_rms
         x2 = x2 * inv_rms
@@ -733,9 +681,9 @@ def _load_heads(pid, x, weight, cos, sin, T, stride, eps, HEADS, HALF, NORM, BLO
 
 
 @jit
-def _norm_rope_rows(pid, x, out, weight, cos, sin, T, stride, eps, HEADS, HALF, NORM, BLOCK_R, BLOCK_D):
+def _norm_rope_rows(pid, x, out, weight, cos, sin, T, stride, eps, HEADS, HALF, BLOCK_R, BLOCK_D):
     x1, x2, cos_RD, sin_RD, w1, w2, inv_rms, offsets, mask = _load_heads(
-        pid, x, weight, cos, sin, T, stride, eps, HEADS, HALF, NORM, BLOCK_R, BLOCK_D)
+        pid, x, weight, cos, sin, T, stride, eps, HEADS, HALF, BLOCK_R, BLOCK_D)
     x1 = x1 * w1
     x2 = x2 * w2
     tl.store(out + offsets, x1 * cos_RD - x2 * sin_RD, mask=mask)
@@ -744,13 +692,13 @@ def _norm_rope_rows(pid, x, out, weight, cos, sin, T, stride, eps, HEADS, HALF, 
 
 @jit
 def _norm_rope_rows_back(pid, x, grad, dx, dw, weight, cos, sin, T, stride, eps,
-                         HEADS, HALF, NORM, BLOCK_R, BLOCK_D):
+                         HEADS, HALF, BLOCK_R, BLOCK_D):
     x1, x2, cos_RD, sin_RD, w1, w2, inv_rms, offsets, mask = _load_heads(
-        pid, x, weight, cos, sin, T, stride, eps, HEADS, HALF, NORM, BLOCK_R, BLOCK_D)
+        pid, x, weight, cos, sin, T, stride, eps, HEADS, HALF, BLOCK_R, BLOCK_D)
     g1 = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
     g2 = tl.load(grad + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
     g1, g2 = g1 * cos_RD + g2 * sin_RD, g2 * cos_RD - g1 * sin_RD  # the rotation turned back
-    if NORM:
+    if weight is not None:
         cols = tl.arange(0, BLOCK_D)  # the caller sums dw over programs
         tl.store(dw + pid * 2 * HALF + cols, tl.sum(g1 * x1, 0), mask=cols < HALF)
         tl.store(dw + pid * 2 * HALF + HALF + cols, tl.sum(g2 * x2, 0), mask=cols < HALF)
@@ -765,7 +713,7 @@ def _norm_rope_rows_back(pid, x, grad, dx, dw, weight, cos, sin, T, stride, eps,
 
 @jit
 def _norm_rope_kernel(q, k, q_out, k_out, q_weight, k_weight, cos, sin, T, q_stride, k_stride, eps,
-                      H: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+                      H: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr,
                       BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """x / sqrt(mean x^2 + eps) * weight (arXiv 1910.07467), then the rotation of arXiv 2104.09864,
     read once and written once. The first programs take the query heads, the rest the key heads.
@@ -774,16 +722,16 @@ def _norm_rope_kernel(q, k, q_out, k_out, q_weight, k_weight, cos, sin, T, q_str
     first = tl.cdiv(T * H, BLOCK_R)
     if pid < first:
         _norm_rope_rows(pid, q, q_out, q_weight, cos, sin, T, q_stride, eps,
-                        H, HALF, NORM, BLOCK_R, BLOCK_D)
+                        H, HALF, BLOCK_R, BLOCK_D)
     else:
         _norm_rope_rows(pid - first, k, k_out, k_weight, cos, sin, T, k_stride, eps,
-                        KV, HALF, NORM, BLOCK_R, BLOCK_D)
+                        KV, HALF, BLOCK_R, BLOCK_D)
 
 
 @jit
 def _norm_rope_back_kernel(q, k, q_grad, k_grad, dq, dk, dw_q, dw_k, q_weight, k_weight, cos, sin,
                            T, q_stride, k_stride, eps,
-                           H: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+                           H: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr,
                            BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """With x^ = x / rms:  dw = sum g x^,  dx = (g w - x^ mean(g w x^)) / rms.  The norm is recomputed:
     q and k are kept anyway."""
@@ -791,19 +739,19 @@ def _norm_rope_back_kernel(q, k, q_grad, k_grad, dq, dk, dw_q, dw_k, q_weight, k
     first = tl.cdiv(T * H, BLOCK_R)
     if pid < first:
         _norm_rope_rows_back(pid, q, q_grad, dq, dw_q, q_weight, cos, sin, T, q_stride, eps,
-                             H, HALF, NORM, BLOCK_R, BLOCK_D)
+                             H, HALF, BLOCK_R, BLOCK_D)
     else:
         _norm_rope_rows_back(pid - first, k, k_grad, dk, dw_k, k_weight, cos, sin, T, k_stride, eps,
-                             KV, HALF, NORM, BLOCK_R, BLOCK_D)
+                             KV, HALF, BLOCK_R, BLOCK_D)
 
 
-def _rope_launch(q, k, norm):
+def _rope_launch(q, k):
     """-> programs for q and for k, and the constants. Tiles of 2,048 pairs, 16 per thread: 72 registers
     forward and 123 backward; 4,096 take 164 and 206. (Reported, not timed.)"""
     half = q.shape[2] // 2
     block_d = triton.next_power_of_2(half)
     block_r = max(1, 2048 // block_d)
-    constants = dict(H=q.shape[1], KV=k.shape[1], HALF=half, NORM=norm, BLOCK_R=block_r, BLOCK_D=block_d)
+    constants = dict(H=q.shape[1], KV=k.shape[1], HALF=half, BLOCK_R=block_r, BLOCK_D=block_d)
     return [-(-x.shape[0] * x.shape[1] // block_r) for x in (q, k)], constants
 
 
@@ -812,32 +760,26 @@ class _NormRope(torch.autograd.Function):
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps):
         q_out = q.new_empty(q.shape)
         k_out = k.new_empty(k.shape)
-        norm = q_weight is not None
-        weights = (q_weight, k_weight) if norm else (q, k)  # something to point at
-        programs, constants = _rope_launch(q, k, norm)
+        programs, constants = _rope_launch(q, k)
         _norm_rope_kernel[(sum(programs),)](
-            q, k, q_out, k_out, *weights, cos, sin, len(q), q.stride(0), k.stride(0), eps, **constants)
+            q, k, q_out, k_out, q_weight, k_weight, cos, sin, len(q), q.stride(0), k.stride(0), eps,
+            **constants)
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
         ctx.eps = eps
         return q_out, k_out
 
     @staticmethod
     def backward(ctx, q_grad, k_grad):
-        q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        q, k, *weights, cos, sin = ctx.saved_tensors
         dq = q.new_empty(q.shape)
         dk = k.new_empty(k.shape)
-        norm = q_weight is not None
-        weights = (q_weight, k_weight) if norm else (q, k)
-        programs, constants = _rope_launch(q, k, norm)
-        dw_q, dw_k = (q.new_empty(n, q.shape[2], dtype=torch.float32) for n in programs)
+        programs, constants = _rope_launch(q, k)
+        dws = [q.new_empty(n, q.shape[2], dtype=torch.float32) for n in programs]
         _norm_rope_back_kernel[(sum(programs),)](
-            q, k, q_grad.contiguous(), k_grad.contiguous(), dq, dk, dw_q, dw_k, *weights, cos, sin,
+            q, k, q_grad.contiguous(), k_grad.contiguous(), dq, dk, *dws, *weights, cos, sin,
             len(q), q.stride(0), k.stride(0), ctx.eps, **constants)
-        if not norm:
-            return dq, dk, None, None, None, None, None
-        dw_q = dw_q.sum(0).to(q_weight.dtype)
-        dw_k = dw_k.sum(0).to(k_weight.dtype)
-        return dq, dk, dw_q, dw_k, None, None, None
+        dws = [None if w is None else dw.sum(0).to(w.dtype) for w, dw in zip(weights, dws)]
+        return dq, dk, *dws, None, None, None
 
 
 def rms_norm_torch(x, weight, eps):
@@ -858,16 +800,11 @@ def qk_norm_rope(q, k, q_weight, k_weight, cos_T, sin_T, eps):
     if not fused(q):
         return qk_norm_rope_torch(*args)
 
-    T, _, hd = q.shape
-    expect("q", q, q.shape)
-    expect("k", k, (T, k.shape[1], hd), (q.dtype,))
-    expect("cos", cos_T, (T, hd // 2), (torch.float32,))
-    expect("sin", sin_T, (T, hd // 2), (torch.float32,))
-    assert cos_T.is_contiguous() and sin_T.is_contiguous(), (
-        f"cos or sin {tuple(cos_T.shape)} is not contiguous")
-    for name, x in (("q", q), ("k", k)):  # slices of one projection: any stride between tokens
-        assert x.stride(1) == hd or x.shape[1] == 1, (
-            f"{name} {tuple(x.shape)}, stride {x.stride()}: a token's heads must touch")
+    T, H, hd = q.shape
+    expect_heads("q", q, (T, H, hd))
+    expect_heads("k", k, (T, k.shape[1], hd), (q.dtype,))
+    expect_dense("cos", cos_T, (T, hd // 2), (torch.float32,))
+    expect_dense("sin", sin_T, (T, hd // 2), (torch.float32,))
     if q_weight is not None:
         expect("q_weight", q_weight, (hd,))
         expect("k_weight", k_weight, (hd,))
@@ -934,8 +871,8 @@ def swiglu(gate_up):
         return cpu.swiglu(gate_up)
     if not fused(gate_up):
         return swiglu_torch(gate_up)
-    assert gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0 and gate_up.is_contiguous(), (
-        f"gate_up {tuple(gate_up.shape)}, stride {gate_up.stride()}: expected contiguous (T, 2 d_ff)")
+    T, width = gate_up.shape
+    expect_dense("gate_up", gate_up, (T, 2 * (width // 2)))
     return _Swiglu.apply(gate_up)
 
 
@@ -974,22 +911,17 @@ def uniform(seed, visit, problem, index, position, device=None):
     broadcast."""
     words = seed, visit, problem, index, position
     device = torch.device(device or next((w.device for w in words if torch.is_tensor(w)), "cpu"))
-
-    def word(w):
-        if torch.is_tensor(w):
-            return w.to(device, torch.int64)
+    if not torch.is_tensor(position):
         # a fill, not a copy: copying a number to a GPU would make it wait
-        return torch.full((), w, dtype=torch.int64, device=device)
-
-    *first, position = map(word, words)
-    return uniform_at(address(*first), position)
+        position = torch.full((), position, dtype=torch.int64, device=device)
+    return uniform_at(address(seed, visit, problem, index, device), position)
 
 
-def address(seed, visit, problem, index):
+def address(seed, visit, problem, index, device=None):
     """The hash of the four words that do not change while a sequence grows."""
-    h = torch.full((), 0x9E3779B9, dtype=torch.int64, device=index.device)
-    for w in (seed, visit, problem, index):
-        h = _mix(h, w)
+    h = torch.full((), 0x9E3779B9, dtype=torch.int64, device=device or index.device)
+    for word in (seed, visit, problem, index):
+        h = _mix(h, word)
     return h
 
 
@@ -1053,9 +985,6 @@ def draw_torch(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
     return token_N, logp_N, torch.where(greedy_N, 0.0, kept_N)
 
 
-# Considered: one program for a whole row (64 rows of 151,936 leave half of an H200 idle, and the rest
-# waits for 37 loads one after another, twice); slices of 32,768, whose numbers no longer stay in
-# registers; of 2,048, which make more partial sums than work.
 DRAW_SLICE = 8192  # logits of one program: 32 per thread
 
 
@@ -1106,10 +1035,9 @@ def _cut(z, V, beta, m, limit, COUNT, BLOCK):
 
 
 @jit
-def _slice_kernel(logits, temperature, m_out, s_out, best_out, stride, V, SLICES, SLICE: tl.constexpr):
-    """A program takes one slice of one row: its maximum m, sum e^(z - m), and where the maximum is (the
-    first on a tie). A batch of 64 rows has fewer rows than a GPU has multiprocessors; its slices are a
-    thousand."""
+def _slice_kernel(logits, temperature, m_out, s_out, stride, V, SLICES, SLICE: tl.constexpr):
+    """A program takes one slice of one row: its maximum m and the sum of e^(x - m). A batch of 64 rows
+    has fewer rows than a GPU has multiprocessors; its slices are a thousand."""
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     beta = tl.load(temperature + row).to(tl.float32)
@@ -1117,52 +1045,44 @@ def _slice_kernel(logits, temperature, m_out, s_out, best_out, stride, V, SLICES
 
     cols = piece * SLICE + tl.arange(0, SLICE)
     x = tl.load(logits + row * stride + cols, mask=cols < V, other=-float("inf")).to(tl.float32) * beta
-    top = tl.max(x, 0)
-    m = tl.maximum(top, -1e30)  # a slice of excluded tokens has sum 0, not nan
+    m = tl.maximum(tl.max(x, 0), -1e30)  # a slice of excluded tokens has sum 0, not nan
     tl.store(m_out + row * SLICES + piece, m)
     tl.store(s_out + row * SLICES + piece, tl.sum(tl.exp(x - m), 0))
-    tl.store(best_out + row * SLICES + piece, tl.min(tl.where(x == top, cols, V - 1), 0))
 
 
 @jit
-def _draw_kernel(logits, uniform, temperature, top_k, top_p, m_in, s_in, best_in,
-                 token_out, logp_out, kept_out, stride, V, SLICES, HAS_K: tl.constexpr, HAS_P: tl.constexpr,
-                 SLICE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
-    """A program takes one row: (1) its slices' maxima and sums become the row's, (2) where to cut, for
-    a row that truncates, (3) the token at which the running sum of what was kept passes u. What is
-    kept is all above the cut and the first `ties` tokens equal to it. A row that keeps everything
-    reads only the slice in which u falls."""
+def _draw_kernel(logits, uniform, temperature, top_k, top_p, m_in, s_in, token_out, logp_out, kept_out,
+                 stride, V, SLICES, SLICE: tl.constexpr, BLOCK_S: tl.constexpr,
+                 BLOCK: tl.constexpr):
+    """A program takes one row: (1) its slices' maxima and sums become the row's, (2) where to cut, if
+    the row truncates, (3) the token at which the running sum of what was kept passes u. What is kept
+    is all above the cut and the first `ties` tokens equal to it. A row that keeps everything reads
+    only the slice in which u falls, and a greedy one only that of its maximum."""
     row = tl.program_id(0).to(tl.int64)
     z = logits + row * stride
     beta = tl.load(temperature + row).to(tl.float32)
     greedy = beta == 0
     beta = 1 / tl.where(greedy, 1.0, beta)
 
-    # (1) the row's maximum m, sum s of e^(x - m), and most likely token
+    # (1) the row's maximum m and sum s of e^(x - m)
     pieces = tl.arange(0, BLOCK_S)
     mask_S = pieces < SLICES
-    m_in += row * SLICES
-    s_in += row * SLICES
-    best_in += row * SLICES
-    m_S = tl.load(m_in + pieces, mask=mask_S, other=-1e30)
+    m_S = tl.load(m_in + row * SLICES + pieces, mask=mask_S, other=-1e30)
     m = tl.max(m_S, 0)
-    s_S = tl.load(s_in + pieces, mask=mask_S, other=0.0) * tl.exp(m_S - m)
+    s_S = tl.load(s_in + row * SLICES + pieces, mask=mask_S, other=0.0) * tl.exp(m_S - m)
     s = tl.sum(s_S, 0)
-    best = tl.min(tl.where(m_S == m, tl.load(best_in + pieces, mask=mask_S, other=V - 1), V - 1), 0)
 
     # (2) the cut
     cut = tl.full((), -2147483648, tl.int32)
     ties = V
     mass = s
-    whole = tl.full((), 1, tl.int32)
-    if HAS_K:
+    if top_k is not None:
         k = tl.load(top_k + row).to(tl.int32)
         if (k > 0) & (k < V):
             cut, count, above, e = _cut(z, V, beta, m, k, True, BLOCK)
             ties = k - count
             mass = above + ties * e
-            whole = whole * 0
-    if HAS_P:  # of the mass that top-k left
+    if top_p is not None:  # of the mass that top-k left
         p = tl.load(top_p + row).to(tl.float32)
         if p < 1:
             cut_p, count, above, e = _cut(z, V, beta, m, p * mass, False, BLOCK)
@@ -1172,15 +1092,16 @@ def _draw_kernel(logits, uniform, temperature, top_k, top_p, m_in, s_in, best_in
             ties = tl.where(cut_p == cut, tl.minimum(ties, wanted), wanted)
             cut = cut_p
             mass = above + ties * e
-            whole = whole * 0
+    whole = greedy | (ties == V)
 
     # (3) the token
     target = tl.load(uniform + row) * mass
-    piece = tl.min(tl.where((tl.cumsum(s_S, 0) > target) & (s_S > 0), pieces, BLOCK_S), 0)
+    passed = tl.where(greedy, m_S == m, tl.cumsum(s_S, 0) > target) & (s_S > 0)
+    piece = tl.min(tl.where(passed, pieces, BLOCK_S), 0)
     piece = tl.where(piece < BLOCK_S, piece, tl.max(tl.where(s_S > 0, pieces, 0), 0))
-    start = tl.where(whole > 0, piece * SLICE, 0)
-    end = tl.where(whole > 0, tl.minimum(start + SLICE, V), V)
-    run = tl.where(whole > 0, tl.sum(tl.where(pieces < piece, s_S, 0.0), 0), 0.0)
+    start = tl.where(whole, piece * SLICE, 0)
+    end = tl.where(whole, tl.minimum(start + SLICE, V), V)
+    run = tl.where(whole, tl.sum(tl.where(pieces < piece, s_S, 0.0), 0), 0.0)
 
     seen = tl.full((), 0, tl.int32)
     token = tl.full((), 0, tl.int32) + V
@@ -1189,23 +1110,22 @@ def _draw_kernel(logits, uniform, temperature, top_k, top_p, m_in, s_in, best_in
         cols = block + tl.arange(0, BLOCK)
         x = tl.load(z + cols, mask=cols < end, other=-float("inf")).to(tl.float32) * beta
         e = tl.exp(x - m)
-        if HAS_K or HAS_P:
+        if top_k is not None or top_p is not None:
             tie = ((_order(x) == cut) & (cols < end)).to(tl.int32)
             nth = seen + tl.cumsum(tie, 0) - tie
             e = tl.where((_order(x) > cut) | ((tie > 0) & (nth < ties)), e, 0.0)
             seen += tl.sum(tie, 0)
-        hit = (run + tl.cumsum(e, 0) > target) & (e > 0)
+        hit = tl.where(greedy, x == m, (run + tl.cumsum(e, 0) > target) & (e > 0))
         token = tl.minimum(token, tl.min(tl.where(hit, cols, V), 0))
         last = tl.maximum(last, tl.max(tl.where(e > 0, cols, 0), 0))
         run += tl.sum(e, 0)
 
     # No token passed: u was at the very end, and the sums were rounded the other way.
     token = tl.where(token < V, token, last)
-    token = tl.where(greedy, best, token)
     x = tl.load(z + token).to(tl.float32) * beta
     tl.store(token_out + row, token)
     tl.store(logp_out + row, x - m - tl.log(s))
-    tl.store(kept_out + row, tl.where(greedy | (whole > 0), 0.0, tl.log(run / s)))
+    tl.store(kept_out + row, tl.where(whole, 0.0, tl.log(run / s)))
 
 
 def draw(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
@@ -1233,20 +1153,14 @@ def draw(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
     slices = -(-V // DRAW_SLICE)
     m_NS = logp_N.new_empty(N, slices)
     s_NS = torch.empty_like(m_NS)
-    best_NS = torch.empty_like(m_NS, dtype=torch.int32)
     stride = logits_NV.stride(0)
 
     _slice_kernel[(N, slices)](
-        logits_NV, temperature_N, m_NS, s_NS, best_NS, stride, V, slices,
-        SLICE=DRAW_SLICE, num_warps=8)
-
-    has_k = top_k_N is not None
-    has_p = top_p_N is not None
+        logits_NV, temperature_N, m_NS, s_NS, stride, V, slices, SLICE=DRAW_SLICE, num_warps=8)
     _draw_kernel[(N,)](
-        logits_NV, uniform_N, temperature_N, top_k_N if has_k else uniform_N,
-        top_p_N if has_p else uniform_N, m_NS, s_NS, best_NS, token_N, logp_N, kept_N, stride, V, slices,
-        HAS_K=has_k, HAS_P=has_p, SLICE=DRAW_SLICE, BLOCK_S=max(16, triton.next_power_of_2(slices)),
-        BLOCK=4096, num_warps=8)  # 16 warps spill under Triton 3.6
+        logits_NV, uniform_N, temperature_N, top_k_N, top_p_N, m_NS, s_NS, token_N, logp_N, kept_N,
+        stride, V, slices, SLICE=DRAW_SLICE, BLOCK_S=max(16, triton.next_power_of_2(slices)), BLOCK=4096,
+        num_warps=8)
     return token_N, logp_N, kept_N
 
 
@@ -1254,8 +1168,8 @@ def draw(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
 # which backend runs
 
 RUNS = {
-    "train": {"flash": _flash, "varlen": _varlen, "torch": None},
-    "decode": {"flash": _flash_decode, "triton": _triton_decode, "torch": decode_attention_torch},
+    "train": {"flash": flash, "varlen": varlen, "torch": None},
+    "decode": {"flash": flash_decode, "triton": _triton_decode, "torch": decode_attention_torch},
     "fused": {"triton": (_LogprobFused.apply, _NormRope.apply, _Swiglu.apply),
               "torch": (_LogprobAt.apply, qk_norm_rope_torch, swiglu_torch)},
 }
@@ -1271,33 +1185,8 @@ def candidates(what, kind):
 
 
 def outcome(what, name, kind, low, dtype):
-    """What a backend makes of tiny random numbers that `low` can hold, computed in `dtype`: results,
-    and gradients where there are any."""
-    g = torch.Generator().manual_seed(0)
-
-    def rand(*shape):
-        return torch.randn(shape, generator=g).to(kind, low).to(dtype).requires_grad_(what != "decode")
-
-    if what == "decode":  # lengths at both edges of a page; the pages must hold the new keys
-        lengths = torch.tensor([0, 255, 256, 300], dtype=torch.int32, device=kind)
-        table = torch.tensor([[3, 0], [1, 2], [5, 4], [7, 6]], dtype=torch.int32, device=kind)
-        pages = rand(8, 256, 2, 64), rand(8, 256, 2, 64)
-        o = RUNS[what][name](rand(4, 4, 64), rand(4, 2, 64), rand(4, 2, 64), *pages, table, lengths)
-        return [x.float() for x in (o, *pages)]
-    if what == "train":  # segments with a parent, a grandparent and without
-        leaves = rand(16, 4, 64), rand(16, 2, 64), rand(16, 2, 64)
-        out = [_packed(name, [0, 5, 12, 15, 16], 7, [-1, 0, 1, -1])(0, *leaves)]
-    else:
-        leaves = [rand(*shape) for shape in ((5, 64), (300, 64), (5, 4, 64), (64,), (64,), (5, 64))]
-        hidden, weight, qkv, q_weight, k_weight, x = leaves
-        logprob, norm_rope, act = RUNS[what][name]
-        ids = torch.arange(10, device=kind).view(5, 2)
-        angle = torch.arange(160, dtype=torch.float32, device=kind).view(5, 32)
-        q, k = qkv[:, :2], qkv[:, 2:3]
-        out = [*logprob(hidden, weight, ids, 0.7), act(x),
-               *norm_rope(q, k, q_weight, k_weight, angle.cos(), angle.sin(), 1e-6)]
-    grads = torch.autograd.grad(out, leaves, [rand(*o.shape).to(o.dtype) for o in out])
-    return [x.detach().float() for x in (*out, *grads)]
+    run = _packed(name, *PROBED_ROW) if what == "train" else RUNS[what][name]
+    return PROBES[what](run, kind, low, dtype)
 
 
 def picked(what, kind):

@@ -26,17 +26,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 from itertools import count, islice
 
-import numpy as np
 import torch
 
 from common import cpu
 from common.deal import Feed
 from common.flags import die, flags, moved, positive, truncation, without_effect
+from common.pages import Pages, PagesView, Pool
 from common.run import progress, start
 from common.slabs import Slabs
 from data import begun
-from kernels import (address, continued_attention, decode_attention, draw, linear_logits, packed_attention,
-                     picked, uniform_at)
+from kernels import address, draw, linear_logits, picked, uniform_at
 
 NAN = math.nan
 
@@ -75,36 +74,7 @@ def completion(sample, tok):
 
 
 # -----------------------------------------------------------------------------
-# accounting: the slots of the batch and the pages of the GPU's pool are both counted by this
-
-
-class Pages:
-    """`total` things: taken one by one, shared by reference count, free when the last owner lets
-    go."""
-
-    def __init__(self, total):
-        self.owners = [0] * total
-        self.unowned = list(reversed(range(total)))
-
-    @property
-    def left(self):
-        return len(self.unowned)
-
-    def take(self):
-        page = self.unowned.pop()
-        self.owners[page] = 1
-        return page
-
-    def share(self, page):
-        assert self.owners[page], f"page {page} has no owner: it cannot be shared"
-        self.owners[page] += 1
-        return page
-
-    def free(self, page):
-        assert self.owners[page], f"page {page} is freed twice"
-        self.owners[page] -= 1
-        if not self.owners[page]:
-            self.unowned.append(page)
+# what waits and runs
 
 
 @dataclass(eq=False)
@@ -157,191 +127,14 @@ class Sequence:
 
 
 # -----------------------------------------------------------------------------
-# storage on a CPU is the Slabs of common/slabs.py: a slab per capacity, a full row moves to a larger one
+# storage of keys and values. On a CPU the Slabs of common/slabs.py: a slab per capacity, a full row
+# moves to a larger one
 #
 #   slab 64    [row][row][row]          rows stand side by side from 0: a product per layer and slab
 #   slab 128   [ row  ][ row  ]
 #   slab 256   [    row     ]
 #
-# storage on a GPU: a pool of small pages, sized once and never freed, and a table of pages per sequence
-#
-#   prompt of 40 tokens, pages     table 0   [3][7][12][20]    3 and 7 are full: both sequences share them
-#   of 16, two samples             table 1   [3][7][15]        12, 15: the prompt's last 8 keys, copied
-
-
-PAGE = 32                # a sequence wastes half a page, and a shared page is rarely copied
-
-
-class Pool:
-    # steps between two looks at what has ended: a look makes the GPU wait. The overrun is cut off
-    check_every = 8
-
-    def __init__(self, c, dtype, device, slots, max_len, pages=None, page=None):
-        if page is None:                 # flash-attn reads no others
-            page = 256 if picked("decode", device.type) == "flash" else PAGE
-        self.page = page
-        self.c = c
-        self.device = device
-        longest = -(-(max_len + self.check_every) // page)
-        if pages is None:
-            pages = slots * longest + 1
-            if device.type == "cuda":
-                pages = min(pages, self._pages_that_fit(dtype))
-        self.pages = Pages(pages)
-        self.pages.take()                # page 0: where the padding of a batch writes
-        self.owned = {}                  # slot -> its pages
-        shape = c.n_layer, pages, page, c.n_kv_head, c.head_dim
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        # what kernels read: the pages and lengths of the sequences in the order of the batch
-        self.table = torch.zeros(slots, longest, dtype=torch.int32, device=device)
-        self.lengths = torch.zeros(slots, dtype=torch.int32, device=device)
-        # on the host, of each slot: its pages, and how many of them are written down
-        self.host_table = np.zeros((slots, longest), dtype=np.int32)
-        self.known = [0] * slots
-        self.most = (pages - 3) * page - self.check_every        # tokens: the longest that fits alone
-
-    def _pages_that_fit(self, dtype):
-        """What an update left of the GPU, less some room for prefill."""
-        c = self.c
-        number_bytes = torch.empty((), dtype=dtype).element_size()
-        page_bytes = 2 * c.n_layer * self.page * c.n_kv_head * c.head_dim * number_bytes
-        free = torch.cuda.mem_get_info(self.device)[0]
-        pages = int(0.8 * free) // page_bytes
-        if pages < 5:
-            raise ValueError(f"the GPU has {free / 2**30:.2f} GiB left: no room for keys and values. Take a "
-                             "smaller model")
-        return pages
-
-    def clear(self):
-        self.pages = Pages(len(self.pages.owners))
-        self.pages.take()
-        self.owned.clear()
-        self.k.zero_()                   # in place: graphs know the addresses
-        self.v.zero_()
-
-    # --- prefixes
-
-    def _fork(self, cache, length):
-        """The same keys again: full pages shared, the last partial one copied. Takes one page at
-        most."""
-        full = length // self.page
-        pages = [self.pages.share(p) for p in cache[:full]]
-        if length % self.page:
-            copy = self.pages.take()
-            self.k[:, copy] = self.k[:, cache[full]]
-            self.v[:, copy] = self.v[:, cache[full]]
-            pages.append(copy)
-        return pages
-
-    def open(self, prefix, parent=None):
-        """-> was there room?"""
-        need = -(-len(prefix.tokens) // self.page)
-        if self.pages.left < need + 1:
-            return False
-        prefix.cache = self._fork(parent.cache, parent.done) if parent else []
-        prefix.done = parent.done if parent else 0
-        while len(prefix.cache) < need:
-            prefix.cache.append(self.pages.take())
-        return True
-
-    def close(self, prefix):
-        for p in prefix.cache:
-            self.pages.free(p)
-        prefix.cache = None
-        prefix.hidden = None
-        prefix.done = 0
-
-    def prefill(self, pieces):
-        """pieces: (prefix, begin, end), one after another in a packed row. -> attend"""
-        cu = [0]
-        write = []                       # the place of each token of the row in the pool
-        for prefix, begin, end in pieces:
-            cu.append(cu[-1] + end - begin)
-            places = range(begin, end)
-            write += [prefix.cache[t // self.page] * self.page + t % self.page for t in places]
-        write = torch.tensor(write, device=self.device)
-        read = None
-        if any(begin for _, begin, _ in pieces):         # some continue: what they see is in the pool
-            read, cu_k = self._read_places(pieces)
-            attention = continued_attention(cu, cu_k)
-        else:
-            attention = packed_attention(cu, max(end for _, _, end in pieces))
-
-        def attend(layer, q, k, v):
-            keys = self.k[layer].view(-1, *k.shape[1:])
-            values = self.v[layer].view(-1, *v.shape[1:])
-            keys.index_copy_(0, write, k[: len(write)])
-            values.index_copy_(0, write, v[: len(write)])
-            if read is None:
-                return attention(layer, q, k, v)
-            return attention(q, keys.index_select(0, read), values.index_select(0, read))
-        return attend
-
-    def _read_places(self, pieces):
-        places = []
-        cu_k = [0]
-        for prefix, _, end in pieces:
-            of_pages = torch.tensor(prefix.cache).unsqueeze(1) * self.page + torch.arange(self.page)
-            places.append(of_pages.view(-1)[:end])
-            cu_k.append(cu_k[-1] + end)
-        return torch.cat(places).to(self.device), cu_k
-
-    # --- sequences
-
-    def enter(self, prefix, slot, running):
-        """-> was there room?"""
-        # a page for what is copied, one to continue on, one for each other sequence: or it is
-        # preempted at once
-        if self.pages.left < 2 + running:
-            return False
-        self.owned[slot] = self._fork(prefix.cache, len(prefix.tokens))
-        self.host_table[slot] = 0
-        self.known[slot] = 0
-        return True
-
-    def leave(self, slot):
-        for p in self.owned.pop(slot):
-            self.pages.free(p)
-
-    def grow(self, sequence):
-        """Pages for the steps until the next look. -> were there enough?"""
-        pages = self.owned[sequence.slot]
-        while len(pages) * self.page < sequence.cached + self.check_every:
-            if not self.pages.left:
-                return False
-            pages.append(self.pages.take())
-        return True
-
-    def decode(self, sequences, size):
-        """-> the slots in the order of the batch, the view of its steps, and how many steps it is
-        valid for."""
-        order = [s.slot for s in sorted(sequences, key=lambda s: s.entered)]
-        for slot in order:               # new pages only: all of a long sequence take longer than a step
-            pages = self.owned[slot]
-            self.host_table[slot, self.known[slot] : len(pages)] = pages[self.known[slot] :]
-            self.known[slot] = len(pages)
-        width = max(self.known[slot] for slot in order)
-        table = np.zeros((size, width), np.int32)
-        table[: len(order)] = self.host_table[order, :width]
-        self.table[:size, :width].copy_(torch.from_numpy(table))
-        return order, PagesView(self, size), self.check_every
-
-
-class PagesView:
-    """The pool in the steps of a batch. It holds the table's whole width, since a graph's addresses
-    are fixed: kernels read as far as a sequence's length says."""
-
-    def __init__(self, pool, size):
-        self.pool = pool
-        self.table_B = pool.table[:size]
-        self.lengths_B = pool.lengths[:size]
-
-    def advance(self, position_B):
-        self.lengths_B.copy_(position_B)
-    def attend(self, layer, q, k, v):
-        k_pages, v_pages = self.pool.k[layer], self.pool.v[layer]
-        return decode_attention(q, k, v, k_pages, v_pages, self.table_B, self.lengths_B)
+# On a GPU the Pool of common/pages.py: small pages, of which sequences share those of their prompt.
 
 
 # -----------------------------------------------------------------------------
@@ -388,9 +181,13 @@ class Columns:
         columns.reals.fill_(1.0)
         return columns
 
-    def first(self, n):
-        """Views of the first n columns."""
-        return Columns(self.ints[:, :n], self.reals[:, :n])
+    def __getitem__(self, places):
+        """The columns of these places: views, if they are a slice."""
+        return Columns(self.ints[:, places], self.reals[:, places])
+
+    def fill(self, columns):
+        self.ints.copy_(columns.ints)
+        self.reals.copy_(columns.reals)
 
 
 @dataclass(eq=False)
@@ -414,8 +211,8 @@ class Batch:
 def graph_sizes(slots):
     """Sequences of a CUDA graph: up to the first size that takes them all."""
     sizes = [1, 2, 4, 8, *range(16, slots + 16, 16)]
-    fits = next(size for size in sizes if size >= slots)
-    return [size for size in sizes if size < slots] + [fits]
+    smaller = [size for size in sizes if size < slots]
+    return sizes[: len(smaller) + 1]
 
 
 # -----------------------------------------------------------------------------
@@ -509,32 +306,34 @@ class Sampler:
     # --- in
 
     def _check(self, problem, prompt, n, max_new, temperature, top_p, top_k, stop_strings=()):
-        who = f"problem {problem}: "
+        def refuse(why):
+            raise ValueError(f"problem {problem}: {why}")
+
         if not prompt:
-            raise ValueError(who + "the prompt is empty: a model needs a token to continue from")
+            refuse("the prompt is empty: a model needs a token to continue from")
         if n < 1 or max_new < 1:
-            raise ValueError(who + f"n = {n} and max_new = {max_new} must be at least 1")
+            refuse(f"n = {n} and max_new = {max_new} must be at least 1")
         if len(prompt) >= self.max_len:
-            raise ValueError(who + f"the prompt has {len(prompt)} tokens, and prompt and response "
-                             f"together may have {self.max_len}")
+            refuse(f"the prompt has {len(prompt)} tokens, and prompt and response together may have "
+                   f"{self.max_len}")
         whole = len(prompt) + max_new
         if self.paged and min(self.max_len, whole) > self.storage.most:
-            raise ValueError(who + f"prompt and max_new are {whole} tokens, the pool holds "
-                             f"{self.storage.most}: lower max_new, or make a Sampler with more pages")
+            refuse(f"prompt and max_new are {whole} tokens, the pool holds {self.storage.most}: lower "
+                   "max_new, or make a Sampler with more pages")
         last = self.c.vocab_size - 1
         outside = [t for t in (min(prompt), max(prompt)) if not 0 <= t <= last]
         if outside:
-            raise ValueError(who + f"the prompt has token {outside[0]}, the vocabulary is 0 .. {last}")
+            refuse(f"the prompt has token {outside[0]}, the vocabulary is 0 .. {last}")
         if not 0 <= temperature < math.inf:
-            raise ValueError(who + f"temperature {temperature}: 0 (greedy) or more, and finite")
+            refuse(f"temperature {temperature}: 0 (greedy) or more, and finite")
         if not 0 < top_p <= 1:
-            raise ValueError(who + f"top_p {top_p}: more than 0, at most 1 (1 = off)")
+            refuse(f"top_p {top_p}: more than 0, at most 1 (1 = off)")
         if top_k < 0:
-            raise ValueError(who + f"top_k {top_k}: 0 (off) or more")
+            refuse(f"top_k {top_k}: 0 (off) or more")
         if stop_strings and self.tok is None:
-            raise ValueError(who + "stop strings need a tokenizer: Sampler(model, stop, tok)")
+            refuse("stop strings need a tokenizer: Sampler(model, stop, tok)")
         if "" in stop_strings:
-            raise ValueError(who + "an empty stop string would stop everything")
+            refuse("an empty stop string would stop everything")
 
     def submit(self, problem_id, prompt, n, max_new, *, seed=0, visit=0, temperature=1.0, top_p=1.0,
                top_k=0, resume=(), stop_strings=()):
@@ -570,20 +369,16 @@ class Sampler:
     def step(self):
         """One token for every running sequence; then waiting ones take the free slots and get their
         first. -> Samples that ended"""
-        try:
-            if self.running:
-                if self.batch is None or self.batch.steps >= self.batch.valid_for:
-                    self._rebuild_batch()
-                self._decode(self.batch)
-                self.batch.steps += 1
-                self.steps_done += 1
-                if self.batch.steps % self.storage.check_every == 0:
-                    self._collect_finished(self.batch)
-            if self.waiting and self.free.left:
-                self._admit()
-        except FloatingPointError as e:
-            self.reset()
-            raise ValueError(str(e)) from None
+        if self.running:
+            if self.batch is None or self.batch.steps >= self.batch.valid_for:
+                self._rebuild_batch()
+            self._decode(self.batch)
+            self.batch.steps += 1
+            self.steps_done += 1
+            if self.batch.steps % self.storage.check_every == 0:
+                self._collect_finished(self.batch)
+        if self.waiting and self.free.left:
+            self._admit()
         ended = self.ended
         self.ended = []
         return ended
@@ -632,9 +427,8 @@ class Sampler:
         size = next(size for size in self.sizes if size >= B)
         order, view, valid_for = self.storage.decode(list(self.running.values()), size)
         slots = torch.tensor(order + [self.slots] * (size - B), device=self.device)
-        columns = self.in_batch.first(size)
-        columns.ints.copy_(self.by_slot.ints[:, slots])
-        columns.reals.copy_(self.by_slot.reals[:, slots])
+        columns = self.in_batch[:size]
+        columns.fill(self.by_slot[slots])
         forward = self.model
         if self.alone and size == 1:
             forward = self.model.lone_row(*self.storage.row(order[0]))
@@ -659,17 +453,18 @@ class Sampler:
                     self._close(owner)
                     return
         youngest = max(self.running.values(), key=lambda s: s.entered)
-        self._remove(youngest)
+        self._remove(youngest, youngest.count)
         youngest.group.waiting += 1
         self.waiting.appendleft(youngest)
 
     def _close(self, owner):
-        self.storage.close(owner.prefix)
-        owner.prefix = None
+        if owner.prefix is not None:
+            self.storage.close(owner.prefix)
+            owner.prefix = None
 
-    def _remove(self, s, end=None):
+    def _remove(self, s, end):
         """A sequence leaves the batch, and takes along the tokens it got there."""
-        self._take_along(s, s.count if end is None else end)
+        self._take_along(s, end)
         del self.running[s.slot]
         self.storage.leave(s.slot)
         self.free.free(s.slot)
@@ -680,7 +475,7 @@ class Sampler:
         got = slice(first + len(s.tokens), first + end)
         s.tokens += self.tokens[got].tolist()
         s.logprobs += self.logprobs[got].tolist()
-        s.kept += self.kept[got].tolist() if s.group.truncated else [0.0] * (got.stop - got.start)
+        s.kept += self.kept[got].tolist()        # without truncation nobody reads it
 
     def _sample(self, s, finished):
         g = s.group
@@ -697,43 +492,37 @@ class Sampler:
         finished = []
         for slot, tokens, end in zip(b.order, c.count.tolist(), c.end.tolist()):
             s = self.running[slot]
-            if s.group.stop_strings:
-                end = min(end, self._string_end(s, min(tokens, end)))
+            string_end = self._string_end(s, min(tokens, end))
+            end = min(end, string_end)
             if tokens >= end:
-                finished.append((s, end))
+                finished.append((s, end, end == string_end))
         if not finished:
             return
         self._write_back()
-        for s, end in finished:
+        for s, end, by_string in finished:
             self._remove(s, end)
             if math.isnan(s.logprobs[-1]):
                 place = f"problem {s.group.problem}, sample {s.index}, token {end - 1}"
-                raise FloatingPointError(f"step {self.steps_done}: the logits of {place} are not finite: the "
-                                         "weights have diverged, or overflow on this prompt")
-            stopped = s.tokens[-1] in self.stop or self._has_string(s)
+                self.reset()
+                raise ValueError(f"step {self.steps_done}: the logits of {place} are not finite: the "
+                                 "weights have diverged, or overflow on this prompt")
+            stopped = by_string or s.tokens[-1] in self.stop
             self.ended.append(self._sample(s, "stop" if stopped else "length"))
 
-    def _has_string(self, s):
+    def _string_end(self, s, n):
+        """-> after which of its first n tokens the text holds a stop string, or FAR. Only the tail of
+        each new token is decoded; what matched stays."""
         strings = s.group.stop_strings
         if not strings:
-            return False
-        text = self.tok.decode(s.tokens[-self._reach(s) :])
-        return any(x in text for x in strings)
-
-    def _reach(self, s):
+            return FAR
         # a token is a byte or more, and 3 more bytes may be half a character
-        return max(len(x.encode()) for x in s.group.stop_strings) + 4
-
-    def _string_end(self, s, n):
-        """-> after which of its first n tokens the text holds a stop string. Only the tail of each
-        new token is decoded; what matched stays."""
-        reach = self._reach(s)
+        reach = max(len(x.encode()) for x in strings) + 4
         first = s.slot * self.width
         start = max(0, s.searched - reach)
         tokens = self.tokens[first + start : first + n].tolist()
         for end in range(max(s.searched, len(s.tokens)) + 1, n + 1):
             text = self.tok.decode(tokens[max(0, end - start - reach) : end - start])
-            if any(x in text for x in s.group.stop_strings):
+            if any(x in text for x in strings):
                 return end
         s.searched = n
         return FAR
@@ -758,13 +547,12 @@ class Sampler:
         needed = first.prefix or first.group.prefix
         for s in self.waiting:
             for owner in (s, s.group):
-                if owner.prefix is not None and owner.prefix is not needed:
+                if owner.prefix is not needed:
                     self._close(owner)
         if first.tokens and first.prefix is None:
             whole = Prefix(first.group.prompt + first.tokens)
             if needed is None or not self.storage.open(whole, needed):
-                if needed is not None:           # there are not enough pages for both, even so
-                    self._close(first.group)
+                self._close(first.group)         # there are not enough pages for both, even so
                 self.storage.open(whole)
             first.prefix = whole
 
@@ -845,9 +633,8 @@ class Sampler:
             entering.append(s)
             hiddens.append(prefix.hidden)
             g.waiting -= 1
-            if s.prefix is not None:
-                self._close(s)
-            if not g.waiting and g.prefix is not None:
+            self._close(s)
+            if not g.waiting:
                 self._close(g)
         return entering, hiddens
 
@@ -863,7 +650,7 @@ class Sampler:
                 self.tokens[first : first + s.count] = torch.tensor(s.tokens, device=self.device)
         pad = -len(entering) % self.multiple
         padded = torch.cat((slots, slots.new_full((pad,), self.slots)))
-        columns = Columns(self.by_slot.ints[:, padded], self.by_slot.reals[:, padded])
+        columns = self.by_slot[padded]
         groups = [s.group for s in entering]
         truncated = any(g.truncated for g in groups)
         strings = any(g.stop_strings for g in groups)
@@ -875,23 +662,18 @@ class Sampler:
         self._collect_finished(b)
 
     def _set_columns(self, entering, slots):
-        groups = [s.group for s in entering]
-        words = [(g.seed, g.visit, g.problem, s.index) for s, g in zip(entering, groups)]
+        words = [(s.group.seed, s.group.visit, s.group.problem, s.index) for s in entering]
         words = torch.tensor([[word & M32 for word in four] for four in words])
-        numbers = dict(
-            position=[len(g.prompt) + s.count - 1 for s, g in zip(entering, groups)],
-            count=[s.count for s in entering],
-            write_at=[s.slot * self.width + s.count for s in entering],
-            token=[0] * len(entering),
-            alive=[1] * len(entering),
-            end=[g.max_new for g in groups],
-            address=address(*words.t()).tolist(),
-            top_k=[g.top_k for g in groups],
-            temperature=[g.temperature for g in groups],
-            top_p=[g.top_p for g in groups],
-        )
-        ints = [numbers[name] for name in Columns.INTS]
-        reals = [numbers[name] for name in Columns.REALS]
+        numbers = []
+        for s, noise in zip(entering, address(*words.t()).tolist()):
+            g = s.group
+            numbers.append(dict(
+                position=len(g.prompt) + s.count - 1, count=s.count, write_at=s.slot * self.width + s.count,
+                token=0, alive=1, end=g.max_new, address=noise,
+                top_k=g.top_k, top_p=g.top_p, temperature=g.temperature,
+            ))
+        ints = [[of[name] for of in numbers] for name in Columns.INTS]
+        reals = [[of[name] for of in numbers] for name in Columns.REALS]
         self.by_slot.ints[:, slots] = torch.tensor(ints, device=self.device)
         self.by_slot.reals[:, slots] = torch.tensor(reals, device=self.device)
 
@@ -918,10 +700,9 @@ class Sampler:
         sequences = [s for s in everyone if s.group.problem == problem_id]
         for s in sequences:
             if s.slot >= 0:
-                self._remove(s)
-            for owner in (s, s.group):
-                if owner.prefix is not None:
-                    self._close(owner)
+                self._remove(s, s.count)
+            self._close(s)
+            self._close(s.group)
         self.waiting = deque(s for s in self.waiting if s.group.problem != problem_id)
         return sorted((self._sample(s, "aborted") for s in sequences), key=lambda s: s.index)
 
@@ -951,12 +732,10 @@ class Sampler:
         memory."""
         pool = torch.cuda.graph_pool_handle()
         aside = torch.cuda.Stream()      # one: libraries keep a workspace for each stream
-        # all of it padding, which writes into page 0
-        self.in_batch.ints.copy_(self.by_slot.ints[:, -1:].expand_as(self.in_batch.ints))
-        self.in_batch.reals.copy_(self.by_slot.reals[:, -1:].expand_as(self.in_batch.reals))
+        self.in_batch.fill(self.by_slot[-1:])    # all of it padding, which writes into page 0
         self.storage.table.zero_()
         for size in reversed(self.sizes):
-            columns, view = self.in_batch.first(size), PagesView(self.storage, size)
+            columns, view = self.in_batch[:size], PagesView(self.storage, size)
             b = Batch(columns, [], truncated, strings=False, view=view, forward=self.model)
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):   # compiles kernels, and libraries take their workspace
@@ -1075,27 +854,28 @@ def configure(argv):
 
 
 def main(argv=None):
-    import data
-    from common import hf
-    from train_gpt import GPT
     config = configure(argv)
     env = start(config.device)
     try:
-        folder = hf.find(config.model)
-        model, tok = GPT.from_hf(folder, env.dtype, env.device), data.tokenizer(folder)
-        # exact=False: 1.5x faster for a single conversation
-        sampler = Sampler(model, tok.stop, tok, slots=max(1, config.n), exact=False)
-
+        talk(config, env)
     except (ValueError, FileNotFoundError) as e:
         die(str(e))
 
+
+def talk(config, env):
+    import data
+    from common import hf
+    from train_gpt import GPT
+    folder = hf.find(config.model)
+    model = GPT.from_hf(folder, env.dtype, env.device)
+    tok = data.tokenizer(folder)
+    # exact=False: 1.5x faster for a single conversation
+    sampler = Sampler(model, tok.stop, tok, slots=config.n, exact=False)
+
     def say(text, visit=0):
-        try:
-            prompt = begun(tok.encode(text), tok)
-            (samples,) = sampler.generate([prompt], config.n, config.max_new, config.temperature,
-                                          config.top_p, config.top_k, config.seed, visits=[visit])
-        except ValueError as e:
-            die(str(e))
+        prompt = begun(tok.encode(text), tok)
+        (samples,) = sampler.generate([prompt], config.n, config.max_new, config.temperature,
+                                      config.top_p, config.top_k, config.seed, visits=[visit])
         return [completion(s, tok) for s in samples]
 
     if config.prompt:
@@ -1120,7 +900,7 @@ def _ask(prompt):
 # names that a fork may know from here -> where they are, and under which name
 MOVED = dict(
     Deal="common.deal:SharedPrompts", Slab="common.slabs", causal="common.slabs", calls="common.deal",
-    Row="rollout:Sequence",
+    Row="rollout:Sequence", PAGE="common.pages",
 )
 __getattr__ = moved(__name__, MOVED)
 

@@ -3,9 +3,9 @@ common/backend.py: who runs what, and how it proves itself.
 
 A step of the model may have several backends: a kernel of ours, a package, and always plain torch,
 its twin, which is the definition. Whoever owns a step hands over the candidates, best first, and a
-function that probes one; this file picks. A wheel built for another card imports all the same and
-returns noise, or nothing; so no candidate is used before it has proved itself on this machine,
-forward and backward.
+function that probes one; this file picks. It also holds what packages are called with, and what each
+step is probed with. A wheel built for another card imports all the same and returns noise, or
+nothing; so no candidate is used before it has proved itself on this machine, forward and backward.
 
     choose("decode", "cuda", ["flash", "triton"], probe)    -> "triton", the first that is right
     probe(what, name, kind, low, dtype)    -> what that backend makes of tiny random numbers which
@@ -18,11 +18,13 @@ forward and backward.
 This file imports nothing of ours.
 """
 
+import inspect
 import os
 import types
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import varlen as torch_varlen
 
 try:
     import triton
@@ -107,6 +109,88 @@ def report(kind, names):
 
 
 # -----------------------------------------------------------------------------
+# attention by a package. Both ragged calls keep segments apart by themselves, skip what is masked, share
+# keys among query heads and align the causal mask to the bottom right: with P more keys than queries,
+# query i sees P + i + 1 keys. They take half precision only. A torch without this switch always shares
+# key heads.
+
+
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(torch_varlen.varlen_attn).parameters else {}
+
+
+def flash(q, k, v, cu_q, cu_k, max_q, max_k):
+    from flash_attn import flash_attn_varlen_func
+    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
+
+
+def varlen(q, k, v, cu_q, cu_k, max_q, max_k):
+    return torch_varlen.varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), **GQA)
+
+
+def flash_decode(q, k_new, v_new, k_pages, v_pages, block_table, lengths):
+    from flash_attn import flash_attn_with_kvcache
+    o = flash_attn_with_kvcache(
+        q.unsqueeze(1), k_pages, v_pages,
+        k=k_new.unsqueeze(1), v=v_new.unsqueeze(1),
+        cache_seqlens=lengths, block_table=block_table, causal=True,
+        num_splits=1)  # its own choice of splits has given nan
+    return o.squeeze(1)
+
+
+# -----------------------------------------------------------------------------
+# what a step is asked with: tiny random numbers that `low` can hold, computed in `dtype`. -> results, and
+# gradients where there are any
+
+
+PROBED_ROW = [0, 5, 12, 15, 16], 7, [-1, 0, 1, -1]  # segments with a parent, a grandparent and without
+
+
+def _numbers(kind, low, dtype, gradient):
+    g = torch.Generator().manual_seed(0)
+
+    def rand(*shape):
+        return torch.randn(shape, generator=g).to(kind, low).to(dtype).requires_grad_(gradient)
+
+    return rand
+
+
+def _with_gradients(out, leaves, rand):
+    grads = torch.autograd.grad(out, leaves, [rand(*o.shape).to(o.dtype) for o in out])
+    return [x.detach().float() for x in (*out, *grads)]
+
+
+def probe_train(attend, kind, low, dtype):
+    rand = _numbers(kind, low, dtype, True)
+    leaves = rand(16, 4, 64), rand(16, 2, 64), rand(16, 2, 64)
+    return _with_gradients([attend(0, *leaves)], leaves, rand)
+
+
+def probe_decode(run, kind, low, dtype):
+    """Lengths at both edges of a page; the pages must hold the new keys."""
+    rand = _numbers(kind, low, dtype, False)
+    lengths = torch.tensor([0, 255, 256, 300], dtype=torch.int32, device=kind)
+    table = torch.tensor([[3, 0], [1, 2], [5, 4], [7, 6]], dtype=torch.int32, device=kind)
+    pages = rand(8, 256, 2, 64), rand(8, 256, 2, 64)
+    o = run(rand(4, 4, 64), rand(4, 2, 64), rand(4, 2, 64), *pages, table, lengths)
+    return [x.float() for x in (o, *pages)]
+
+
+def probe_fused(steps, kind, low, dtype):
+    logprob, norm_rope, act = steps
+    rand = _numbers(kind, low, dtype, True)
+    leaves = [rand(*shape) for shape in ((5, 64), (300, 64), (5, 4, 64), (64,), (64,), (5, 64))]
+    hidden, weight, qkv, q_weight, k_weight, x = leaves
+    ids = torch.arange(10, device=kind).view(5, 2)
+    angle = torch.arange(160, dtype=torch.float32, device=kind).view(5, 32)
+    q, k = qkv[:, :2], qkv[:, 2:3]
+    out = [*logprob(hidden, weight, ids, 0.7), act(x),
+           *norm_rope(q, k, q_weight, k_weight, angle.cos(), angle.sin(), 1e-6)]
+    return _with_gradients(out, leaves, rand)
+
+
+PROBES = {"train": probe_train, "decode": probe_decode, "fused": probe_fused}
+
+# -----------------------------------------------------------------------------
 # what a kernel is given
 
 
@@ -117,6 +201,18 @@ def expect(name, x, shape, dtypes=None):
         f"{name} is {x.dtype}, expected {' or '.join(str(d) for d in dtypes)}")
     contiguous = x.stride(-1) == 1 or x.shape[-1] < 2 or x.numel() == 0
     assert contiguous, f"{name} {tuple(x.shape)}, stride {x.stride()}: rows not contiguous"
+
+
+def expect_dense(name, x, shape, dtypes=None):
+    expect(name, x, shape, dtypes)
+    assert x.is_contiguous(), f"{name} {tuple(x.shape)}, stride {x.stride()}: not contiguous"
+
+
+def expect_heads(name, x, shape, dtypes=None):
+    """Slices of one projection: any stride between tokens."""
+    expect(name, x, shape, dtypes)
+    assert x.stride(1) == x.shape[2] or x.shape[1] == 1, (
+        f"{name} {tuple(x.shape)}, stride {x.stride()}: a token's heads must touch")
 
 
 def expect_ids(name, ids, n):

@@ -9,6 +9,7 @@ import kernels
 import pack
 import rollout
 from algos import predicting
+from common.pages import PAGE, Pool
 from kernels import linear_logprob
 from train_gpt import GPT
 
@@ -49,8 +50,8 @@ def budget(shape, config, width, world, slots, longest, reference=False):
         kept_layers = 1 if config.checkpoint else shape.n_layer
         gathered = (config.row_tokens + prompts * k * P) * 2 * kv_heads * kept_layers
 
-    pages = slots * -(-(longest + rollout.Pool.check_every) // rollout.PAGE) + 1
-    cached = pages * rollout.PAGE if half else slots * longest
+    pages = slots * -(-(longest + Pool.check_every) // PAGE) + 1
+    cached = pages * PAGE if half else slots * longest
     largest = shape.vocab_size * shape.d_model
     tile = min(kernels.BACKWARD_TILE, config.row_tokens * shape.vocab_size)
     parts = {

@@ -7,7 +7,7 @@ moves to the slab of twice the size.
     slab 256   [    row     ]         long row does not make the short ones pay, and what moving costs
                                       is paid back as in any array that doubles
 
-Its twin on a GPU is the Pool of rollout.py, with the same methods: open and close a prefix, prefill,
+Its twin on a GPU is the Pool of pages.py, with the same methods: open and close a prefix, prefill,
 enter, leave, grow, decode. A row holds one sequence, whose `slot` names it here.
 """
 

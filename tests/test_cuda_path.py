@@ -16,10 +16,10 @@ import kernels
 import nanorl
 import pack
 import rollout
-from common import memory
-from common import backend
+from common import backend, memory, pages
 from common.optim import Optimizer
-from rollout import Pool, Sample, Sampler
+from common.pages import Pool
+from rollout import Sample, Sampler
 from train_gpt import GPT, GPTConfig
 
 SHAPE = dict(vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, head_dim=16,
@@ -112,8 +112,8 @@ def taped(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     # a CPU is a GPU here, whose numbers no BLAS of numpy reads
     monkeypatch.setattr("common.cpu.ONE_THREAD", False)
-    for name in ("decode_attention", "draw", "uniform_at"):
-        monkeypatch.setattr(rollout, name, one_kernel(getattr(rollout, name)))
+    for module, name in (pages, "decode_attention"), (rollout, "draw"), (rollout, "uniform_at"):
+        monkeypatch.setattr(module, name, one_kernel(getattr(module, name)))
 
     def make(model, **kw):
         sampler = Sampler(model, {STOP}, slots=4, paged=True, **kw)
@@ -224,10 +224,10 @@ def test_a_prompt_in_chunks_is_one_fast_call(monkeypatch):
     monkeypatch.setattr(backend, "picks", {("train", "cpu"): "varlen"})
     q, k, v = rand(9, 4, 16), rand(14, 2, 16), rand(14, 2, 16) + 1
     attend = kernels.continued_attention(cu_q, cu_k)
-    attend(q, k, v), attend(q, k, v)
+    attend(0, q, k, v), attend(1, q, k, v)
     assert calls == [(cu_q, cu_k, 5, 8, torch.int32, torch.int32)] * 2
     q, k, v = rand(9, 4, 20), rand(14, 2, 20), rand(14, 2, 20) + 1
-    got = kernels.continued_attention(cu_q, cu_k)(q, k, v)
+    got = kernels.continued_attention(cu_q, cu_k)(0, q, k, v)
     assert len(calls) == 2 and not got.equal(torch.zeros_like(got))
     for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):  # the same rows of a prompt that is computed whole
         whole = kernels.packed_attention([0, d - c], d - c)(

@@ -31,7 +31,8 @@ triton = pytest.importorskip("triton")
 # compiled: kernel, the types of its arguments in order, its constants, warps, stages
 
 POINTERS = {"b": "*bf16", "f": "*fp32", "l": "*i64", "i": "*i32", "I": "i32", "F": "fp32"}
-ROPE = dict(H=16, KV=8, HALF=64, NORM=True, BLOCK_R=32, BLOCK_D=64)
+ROPE = dict(H=16, KV=8, HALF=64, BLOCK_R=32, BLOCK_D=64)
+NO_NORM = dict(q_weight=None, k_weight=None)
 DECODE = dict(PAGE=256, KV=8, GROUP=4, HD=128, BLOCK_G=16, BLOCK_D=128, BLOCK_N=64)
 DRAW = dict(SLICE=8192, BLOCK_S=32, BLOCK=4096)
 KERNELS = [
@@ -42,13 +43,15 @@ KERNELS = [
     ("_dlogits_kernel", "fblfffffIIIF", dict(BLOCK_V=2048, BLOCK_K=16), 4, 3),
     ("_dlogits_kernel", "fblfffffIIIF", dict(BLOCK_V=2048, BLOCK_K=64), 4, 3),
     ("_norm_rope_kernel", "bbbbbbffIIIF", ROPE, 4, 3),
+    ("_norm_rope_kernel", "bbbbffIIIF", ROPE | NO_NORM, 4, 3),
     ("_norm_rope_back_kernel", "bbbbbbffbbffIIIF", ROPE, 4, 3),
+    ("_norm_rope_back_kernel", "bbbbbbffffIIIF", ROPE | NO_NORM, 4, 3),
     ("_swiglu_kernel", "bbI", dict(BLOCK=1024), 4, 3),
     ("_swiglu_back_kernel", "bbbI", dict(BLOCK=1024), 4, 3),
     ("_uniform_kernel", "fllI", dict(BLOCK=256), 4, 3),
-    ("_slice_kernel", "ffffiIII", dict(SLICE=8192), 8, 3),
-    ("_draw_kernel", "fffifffilffIII", dict(HAS_K=True, HAS_P=True, **DRAW), 8, 3),
-    ("_draw_kernel", "fffffffilffIII", dict(HAS_K=False, HAS_P=False, **DRAW), 8, 3),
+    ("_slice_kernel", "ffffIII", dict(SLICE=8192), 8, 3),
+    ("_draw_kernel", "fffiffflffIII", DRAW, 8, 3),
+    ("_draw_kernel", "ffffflffIII", dict(top_k=None, top_p=None, **DRAW), 8, 3),
 ]
 
 

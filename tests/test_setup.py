@@ -65,7 +65,7 @@ ROWS = [      # the bottom first; a row may name files that are not written yet
     ["common.run"],
     ["kernels", "common.optim", "common.hf"],
     ["pack", "common.reward", "common.view", "common.deal"],
-    ["train_gpt", "common.slabs"],
+    ["train_gpt", "common.slabs", "common.pages"],
     ["rollout"],
     ["algos", "evaluate", "common.metrics", "common.overlap"],
     ["common.memory", "common.evidence", "common.teacher"],
