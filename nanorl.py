@@ -186,7 +186,7 @@ def main(argv=None):
 
     # ---- before
     if rl.step == 0:
-        before = test(rl, run, "test", "before") | test(rl, run, "eval", "  held out")
+        before = test(rl, run, "test", "before") | test(rl, run, "eval", "  validation")
         rl.best = before["eval/avg"]
         run.metrics(0, **before)
 
@@ -219,7 +219,7 @@ def main(argv=None):
         if last:
             numbers |= test(rl, run, "test", "after")
         elif due(rl.step, config.eval_every):
-            numbers |= test(rl, run, "eval", "  held out")
+            numbers |= test(rl, run, "eval", "  validation")
             note_best(rl, numbers["eval/avg"])
         reset_if_due(rl, run)
         run.metrics(rl.step, **numbers)
@@ -239,8 +239,8 @@ def main(argv=None):
 MOVED = dict(
     ALGORITHMS="algos", BASELINES="algos", RATIOS="algos", TRUSTS="algos", AGGREGATES="algos",
     address="algos", covariant="algos", make_loss="algos", predicting="algos", with_algorithm="algos",
-    stored="algos:by_address", elapsed="stages", accumulate="stages:backward_share", backward="stages",
-    everyone="stages:gather_groups", together="stages:merge_stats", score="stages:old_logprobs",
+    stored="algos:by_address", elapsed="stages", accumulate="stages", backward="stages:update",
+    everyone="stages:gather_groups", together="common.metrics:merge_stats", score="stages:old_logprobs",
     stream="tail:learn_early", rehearse="common.memory:trial_update", budget="common.memory",
     fullest="common.memory:fullest_row", CLOCKS="common.metrics", recent="common.metrics",
     repeats="common.metrics", varied="common.metrics", next_round="tail:Rounds",

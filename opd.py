@@ -247,7 +247,7 @@ class Config(Common):
     problems: int = 4096                 # training problems; the epochs repeat them with new noise
     decay: float = 0.5                   # share of the steps, at the end, with linear decay to zero
     eval_every: int = 10                 # steps between evaluations; 0: only before and after
-    eval_n: int = 200                    # problems of one, of the valid split
+    eval_n: int = 200                    # validation problems of one
     eval_k: int = 4                      # samples of each
     final_n: int = 1000                  # test problems of the evaluations before and after
     save_every: int = 20                 # steps between checkpoints
@@ -704,7 +704,7 @@ def main(argv=None):
 
     # ---- before
     if rl.step == 0:
-        before = test(rl, run, "test", "before") | test(rl, run, "eval", "  held out")
+        before = test(rl, run, "test", "before") | test(rl, run, "eval", "  validation")
         run.metrics(0, spent=0, **before)
         keep_best(rl, run, before["eval/avg"])
 
@@ -741,13 +741,13 @@ def main(argv=None):
 
         # evaluate
         if due(rl.step, config.eval_every) and not last:
-            numbers |= test(rl, run, "eval", "  held out")
+            numbers |= test(rl, run, "eval", "  validation")
             if numbers["eval/avg"] > rl.best:
                 keep_best(rl, run, numbers["eval/avg"])
         if reason:
             go_back(rl, run, reason)
         if last:
-            numbers |= test(rl, run, "test", "after") | test(rl, run, "eval", "  held out")
+            numbers |= test(rl, run, "test", "after") | test(rl, run, "eval", "  validation")
         run.metrics(rl.step, **numbers)
         run.samples(samples_of(rl, groups, log_ratios))
 

@@ -363,56 +363,56 @@ def plan(groups, budget, shape, ranks=1, order="length", share=None):
     share  None: where it is predicted to pay. True, False: always, never."""
     if order not in ("length", "correct", "mixed"):
         raise ValueError(f'order is "{order}": it must be length, correct or mixed')
+    items = items_of(groups, budget, shape, ranks, order, share)
+    shares = balance([work(item, shape) for item in items], ranks)
+    dealt = [[items[i] for i in share] for share in shares]
+    if order != "correct":
+        return fill(dealt, budget, order)
+    first, last = (fill([[item for item in mine if hits(item)[0] == hit] for mine in dealt], budget)
+                   for hit in (True, False))
+    return [a + b for a, b in zip(first, last)]
+
+
+def items_of(groups, budget, shape, ranks, order, share):
+    """-> lists of segments that stay together in a row: samples that share what they begin with, and
+    single ones."""
     items = []
     sharing = []                         # lists of samples that become one item, or a few
     for group in groups:
-        for samples in parts_of(group, budget, order):
-            if len(samples) > 1 and (pays(samples, shape) if share is None else share):
-                sharing.append(samples)
+        samples = group if isinstance(group, list) else [group]
+        samples = [s for s in samples if s.tokens]       # a response without tokens predicts nothing
+        samples.sort(key=lambda s: (s.prompt, s.tokens))  # so that what shares stays together when cut
+        for s in samples:
+            check(s, budget)
+        parts = [samples]
+        if order == "correct":
+            parts = [[s for s in samples if right(s)], [s for s in samples if not right(s)]]
+        for part in parts:
+            if len(part) > 1 and (pays(part, shape) if share is None else share):
+                sharing.append(part)
             else:
-                items += [alone(s) for s in samples]
+                items += [alone(s) for s in part]
     total = sum(work(item, shape) for item in [*items, *map(tree, sharing)])
     # one heavy group must not make its rank the slowest
     most = total / ranks / 2 if ranks > 1 else total
     for samples in sharing:
         items += cut(samples, budget, most, shape)
-
-    shares = balance([work(item, shape) for item in items], ranks)
-    dealt = [[items[i] for i in share] for share in shares]
-    kinds = [dealt]
-    if order == "correct":
-        kinds = [[[item for item in mine if hits(item)[0] == hit] for mine in dealt]
-                 for hit in (True, False)]
-    micro = [[] for _ in range(ranks)]
-    for kind in kinds:
-        made = [fill(mine, budget, order) for mine in kind]
-        most = max(map(len, made))
-        for rank in range(ranks):
-            micro[rank] += made[rank] + [[]] * (most - len(made[rank]))
-    return micro
+    return items
 
 
-def parts_of(group, budget, order):
-    """-> lists of samples that may share, by text, so that what shares stays together when cut."""
-    samples = group if isinstance(group, list) else [group]
-    samples = [s for s in samples if s.tokens]           # a response without tokens predicts nothing
-    samples.sort(key=lambda s: (s.prompt, s.tokens))
-    for s in samples:
-        check(s, budget)
-    if order != "correct":
-        return [samples]
-    return [[s for s in samples if right(s)], [s for s in samples if not right(s)]]
-
-
-def fill(items, budget, order):
-    """-> the packed rows of a rank's items, in order."""
-    bins = pack([size(item) for item in items], budget)
-    made = [join([items[i] for i in bin]) for bin in bins]
-    made.sort(key=lambda row: -max(len(s.tokens) for s in row))
-    if order == "mixed":                 # from both ends of the rows sorted by how many are right
-        made.sort(key=lambda row: np.mean(hits(row)))
-        made = [made[k // 2 if k % 2 else -1 - k // 2] for k in range(len(made))]
-    return made
+def fill(dealt, budget, order="length"):
+    """Items of each rank -> for each rank its packed rows, in order, as many on every rank."""
+    micro = []
+    for items in dealt:
+        bins = pack([size(item) for item in items], budget)
+        made = [join([items[i] for i in bin]) for bin in bins]
+        made.sort(key=lambda row: -max(len(s.tokens) for s in row))
+        if order == "mixed":             # from both ends of the rows sorted by how many are right
+            made.sort(key=lambda row: np.mean(hits(row)))
+            made = [made[k // 2 if k % 2 else -1 - k // 2] for k in range(len(made))]
+        micro.append(made)
+    most = max(map(len, micro))
+    return [made + [[]] * (most - len(made)) for made in micro]
 
 
 def hits(segments):
@@ -493,7 +493,7 @@ def main(argv=None):
 
 # names that a fork may know from here -> where they are, and under which name
 MOVED = dict(
-    Launch="tail", Round="tail", Rounds="tail", in_order="tail", as_they_come="tail",
+    Launch="tail", Round="tail", Rounds="tail", in_order="tail:Race", as_they_come="tail:Race",
     longer="tail:kaplan_meier", selected="tail:length_bias",
 )
 __getattr__ = moved(__name__, MOVED)

@@ -774,11 +774,11 @@ class Sampler:
         place = {id: i for i, id in enumerate(ids)}
         bar = progress(None, "rollout") if bar else None
         feed = Feed(self, dict(zip(ids, prompts)), n, dict(zip(ids, limits)), visits=dict(zip(ids, visits)),
-                    **settings)
+                    ahead=int(self.deterministic), **settings)
         with feed:
             try:
-                for id, group in self._groups(feed, n, bar):
-                    yield place[id], group
+                for group in self._groups(feed, bar):
+                    yield place[group[0].problem], group
             except KeyboardInterrupt:
                 found = feed.interrupt()
                 for id in sorted(found, key=place.get):
@@ -790,23 +790,15 @@ class Sampler:
                 if bar is not None:
                     bar.close()
 
-    def _groups(self, feed, n, bar):
-        # one sequence waits for the next free slot; but not if another rank may be free sooner
-        ahead = int(self.deterministic)
+    def _groups(self, feed, bar):
         ended = 0
         if bar is not None:
             bar.unit = " tokens"
         while feed.busy:
-            while feed.more and len(self.waiting) < max(ahead, self.free.left):
-                feed.admit()
-            feed.rebalance()
             before = len(self.running)
-            for sample in feed.step():
-                ended += 1
-                if feed.complete(sample.problem):
-                    group = feed.finish(sample.problem)
-                    self.expected[sample.problem] = sum(len(s.tokens) for s in group) / n
-                    yield sample.problem, group
+            samples = feed.step()
+            ended += len(samples)
+            yield from feed.complete(samples)
             if bar is not None:
                 bar.update(max(before, len(self.running)))
                 bar.set_postfix(live=len(self.running), finished=ended, refresh=False)

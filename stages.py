@@ -28,7 +28,7 @@ trainer that owns the loop, and callbacks to get back into it.
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -37,19 +37,19 @@ import numpy as np
 import torch
 
 import data
+import pack
 import train_gpt
 from algos import (Algo, address, advantage, aggregated, covariant, make_loss, predicting,
                    with_algorithm)
 from common import hf, memory, view
 from common.deal import Feed
-from common.flags import check_day, check_name, die, positive, shares, truncation
-from common.metrics import Clock, in_order, recent
+from common.flags import check_day, check_name, die, moved, positive, shares, truncation
+from common.metrics import Clock, in_order, merge_stats, recent
 from common.optim import Optimizer
 from common.reward import Rewards, check
 from common.run import Run, dated, gather, newest, start
 from evaluate import evaluate, words
 from kernels import linear_logprob
-from pack import batches
 from rollout import Sample, Sampler, completion, prompt_ids
 from train_gpt import GPT
 
@@ -129,8 +129,8 @@ class RL:
     sampler: Sampler
     workers: Rewards                     # reward processes
     problems: list = field(default_factory=list)     # to train on
-    valid: list = field(default_factory=list)        # of the evaluations during the run
-    test: list = field(default_factory=list)         # of those before and after
+    valid_problems: list = field(default_factory=list)       # validation, during the run: eval/*
+    test_problems: list = field(default_factory=list)        # before and after it: test/*
     optimizer: Optimizer | None = None
     reference: GPT | None = None         # for --kl-coef: on the host between updates
     rounds: object = None                # tail.Rounds, for --tail-batching
@@ -183,11 +183,6 @@ def check_flags(c):
     shares(c, "decay")
     check_name(c.name)
     check_day(c.date)
-    check_sampling(c)
-
-
-def check_sampling(c):
-    """What no loop can learn from."""
     truncation(c)
     for wrong, why in [
         (not c.temperature,
@@ -359,63 +354,44 @@ def collect(rl, problems, n, resume=None, max_new=None, stop_strings=(), reward=
     limits = dict.fromkeys(by_id, max_new or c.max_new)
     branches = {id: [renumbered(entry, j) for j, entry in enumerate(entries)]
                 for id, entries in (resume or {}).items()}
-    scored = {id: set() for id in by_id}                         # the indices whose reward is in
+    unscored = {}                                                # what the reward workers have
 
     # with --stream a rank without sequences has better to do than to wait for some
     feed = Feed(sampler, prompts, n, limits, visits=visits, resume=branches, wait=not c.stream,
                 stop_strings=stop_strings, seed=c.seed if seed is None else seed,
                 temperature=c.temperature, top_p=c.top_p)
-    with feed, forgetting(rl.workers):
+    with feed, ExitStack() as at_the_end:
+        at_the_end.callback(rl.workers.forget)                   # what nobody waits for any more
         while feed.busy:
-            with clock("rollout" if feed.more or sampler.live else "idle"):
-                # takes prompts that no rank has taken, and no more: another rank may be free sooner
-                while feed.more and sampler.live < sampler.slots + n:
-                    feed.admit()
-                feed.rebalance()
-                ready = ask_rewards(rl, by_id, feed.step()) if reward else list(feed.step())
-            with clock("reward"):
-                if reward:
-                    ready += take_rewards(rl, feed, visits)
-            for s in ready:
-                scored[s.problem].add(s.index)
-            for problem in dict.fromkeys(s.problem for s in ready):
-                if problem in feed.groups and len(scored[problem]) == feed.size[problem]:
-                    visits[problem] = visits.get(problem, 0) + 1
-                    yield feed.finish(problem)
+            with clock("rollout" if feed.prompts_left or sampler.live else "idle"):
+                ready = feed.step()                              # samples that ended
+            if reward:
+                with clock("reward"):                            # waits if nothing else is missing
+                    wait = not feed.samples_left and bool(feed.groups)
+                    ready = get_rewards(rl, by_id, ready, unscored, wait)
+            for group in feed.complete(ready):
+                visits[group[0].problem] = group[0].visit + 1
+                yield group
 
 
-def ask_rewards(rl, by_id, samples):
-    """Sends samples to the workers, where task.reward(problem, text) or a function of yours runs.
-    -> those that were scored already, on the rank that they began on"""
+def get_rewards(rl, problems, ended, unscored, wait=False):
+    """Sends samples that ended to the workers, where task.reward(problem, text) or a function of
+    yours runs. -> the samples whose rewards are in; a reward may be nan. problems: by id.
+    unscored: the samples that workers have. wait: until a reward comes."""
     ready = []
-    for s in samples:
-        if math.isnan(s.reward):
-            rl.workers.put((s.problem, s.index, s.visit), by_id[s.problem], completion(s, rl.tok))
-        else:
+    for s in ended:
+        if not math.isnan(s.reward):                             # scored on the rank that it began on
             ready.append(s)
-    return ready
-
-
-def take_rewards(rl, feed, visits):
-    """-> the samples whose rewards came meanwhile; a reward may be nan. It waits for one only if
-    nothing but rewards is pending. Those of groups that moved to another rank are skipped."""
-    ready = []
-    waiting = not feed.left and bool(feed.groups)
-    for (problem, index, visit), reward, _ in rl.workers.get(block=waiting):
-        if problem in feed.groups and visit == visits.get(problem, 0):
-            sample = next(s for s in feed.groups[problem] if s.index == index)
+            continue
+        key = s.problem, s.index, s.visit
+        unscored[key] = s
+        rl.workers.put(key, problems[s.problem], completion(s, rl.tok))
+    for key, reward, _ in rl.workers.get(block=wait):
+        if key in unscored:              # it was asked for twice, if its group moved and came back
+            sample = unscored.pop(key)
             sample.reward = reward
             ready.append(sample)
     return ready
-
-
-@contextmanager
-def forgetting(workers):
-    """What they still work on at the end belongs to groups that moved, or that are not wanted."""
-    try:
-        yield
-    finally:
-        workers.forget()
 
 
 def renumbered(entry, index):
@@ -440,66 +416,27 @@ def gather_groups(rl, groups):
 # the update: sums now, one division at the end
 
 
-def merge_stats(parts):
-    """Stats of micro-batches, ranks or updates as one: sums, but the largest of *_max and all
-    numbers of *_all."""
-    total = {}
-    for part in parts:
-        for name, value in part.items():
-            if name.endswith("_all"):
-                total[name] = np.append(total.get(name, np.zeros(0, np.float32)), value)
-            elif name.endswith("_max"):
-                total[name] = max(total.get(name, 0.0), float(value))
-            else:
-                total[name] = total.get(name, 0.0) + float(value)
-    return total
-
-
-def micro_batches(rl, groups, rank, ranks):
-    """A rank's packed rows, each a Batch: prompts shared, work balanced over ranks (pack.py). A
-    response whose advantage is zero adds nothing to the gradient: unless another term needs it, it
-    counts in the normaliser and costs no forward."""
-    c = rl.config
-    trained = groups
-    if not c.entropy_coef and not c.kl_coef:
-        trained = [[s for s in g if s.advantage] for g in groups]
-    trained = [g for g in trained if g]
-    return batches(trained, c.row_tokens, rl.model.config, rank, ranks) if trained else []
-
-
-def update(rl, groups, loss):
-    """The gradient of one update from the groups of all ranks, each rank passing its own. ->
-    stats as sums over ranks"""
-    return backward(rl, gather_groups(rl, groups), loss)
-
-
-def backward(rl, groups, loss, early=None):
-    """Packs the groups of all ranks, gives each rank its share, back-propagates the sums. ->
-    stats as sums over ranks. early: {address: stats} of groups that this rank has back-propagated
-    already; here they only count in the normaliser."""
+def update(rl, groups, loss, gathered=False):
+    """The gradient of one update from the groups of all ranks: each rank gets its share and
+    back-propagates sums. -> stats as sums over ranks. gathered: groups are those of all ranks
+    already; otherwise each rank passes its own."""
+    if not gathered:
+        groups = gather_groups(rl, groups)
     for s in (s for g in groups for s in g):
         _, share = aggregated(s, rl.config)
         rl.normaliser += share
-    parts = list((early or {}).values())
-    if early is not None:
-        learned = {k for part in gather(set(early)) for k in part}
+    if rl.config.stream:                 # groups that a rank has learned early only count in the normaliser
+        learned = {k for part in gather(set(rl.early)) for k in part}
         groups = [g for g in groups if address(g[0]) not in learned]
-    parts.append(backward_share(rl, groups, loss, rl.env.rank, rl.env.world))
-    return merge_stats(gather(merge_stats(parts)))
+    stats = accumulate(rl, groups, loss, rl.env.rank, rl.env.world)
+    return merge_stats(gather(merge_stats([*rl.early.values(), stats])))
 
 
-def backward_share(rl, groups, loss, rank, ranks):
-    """This rank's gradients of its share of the groups, as sums; ranks meet in Optimizer.step.
-    -> stats, as sums"""
+def accumulate(rl, groups, loss, rank, ranks):
+    """Adds to this rank's gradients those of its share of the groups, as sums; ranks meet in
+    Optimizer.step. -> stats, as sums"""
     with rl.clock("pack"):
         micro = micro_batches(rl, groups, rank, ranks)
-        for batch in micro:
-            weights = []
-            for s in batch.samples:
-                weight, _ = aggregated(s, rl.config)
-                weights.append(weight)
-            if weights:
-                batch.weight_N = torch.tensor(weights)[batch.sample_N]
     parts = []
     with rl.clock("train"):
         for batch in micro:
@@ -511,6 +448,26 @@ def backward_share(rl, groups, loss, rank, ranks):
         parts = [{k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in stats.items()}
                  for stats in parts]
     return merge_stats(parts)
+
+
+def micro_batches(rl, groups, rank, ranks):
+    """A rank's packed rows, each a Batch: prompts shared, work balanced over ranks (pack.py). A
+    response whose advantage is zero adds nothing to the gradient: unless another term needs it, it
+    counts in the normaliser and costs no forward."""
+    c = rl.config
+    trained = groups
+    if not c.entropy_coef and not c.kl_coef:
+        trained = [[s for s in g if s.advantage] for g in groups]
+    trained = [g for g in trained if g]
+    if not trained:
+        return []
+    mine = pack.plan(trained, c.row_tokens, rl.model.config, ranks)[rank]
+    micro = [pack.rows(segments) for segments in mine]
+    for batch in micro:
+        weights = [aggregated(s, c)[0] for s in batch.samples]
+        if weights:                      # an idle rank's rows have none
+            batch.weight_N = torch.tensor(weights)[batch.sample_N]
+    return micro
 
 
 @torch.no_grad()
@@ -552,8 +509,8 @@ def step(rl, share=1.0):
 
 
 def learn(rl, groups):
-    """Every update of a rollout: mini-batches by address, the same for any number of ranks, --epochs
-    times. -> stats of them all."""
+    """Every update of a rollout: one, unless --minibatch or --epochs ask for more; mini-batches by
+    address, the same for any number of ranks. -> stats of them all."""
     c = rl.config
     groups = gather_groups(rl, groups)
     size = c.minibatch or max(1, len(groups))
@@ -565,7 +522,7 @@ def learn(rl, groups):
         rl.reference.to(rl.env.device)
     done = []
     for part in parts:
-        stats = backward(rl, part, loss, rl.early if c.stream else None)
+        stats = update(rl, part, loss, gathered=True)
         done.append(stats | step(rl, 1 / len(parts)))
     if rl.reference:
         rl.reference.to("cpu")
@@ -586,9 +543,9 @@ def due(step, every):
 
 
 def test(rl, run, name, title):
-    """-> {NAME/metric: value} of an evaluation: "test" before and after a run, "eval" (the valid
-    split) during it."""
-    problems = rl.test if name == "test" else rl.valid
+    """-> {NAME/metric: value} of an evaluation. name: "test", the test problems, before and after a
+    run; "eval", the validation problems, during it."""
+    problems = rl.test_problems if name == "test" else rl.valid_problems
     c = rl.config
     result = evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, c.eval_k, c.max_new)
     run.log(f"{title}: {words(result)}")
@@ -626,3 +583,8 @@ def close(rl):
     if rl.env.device.type == "cuda":
         torch.cuda.empty_cache()
 
+
+# names that a fork may know from here -> where they are, and under which name
+MOVED = dict(backward="stages:update", backward_share="stages:accumulate", ask_rewards="stages:get_rewards",
+             take_rewards="stages:get_rewards")
+__getattr__ = moved(__name__, MOVED)

@@ -28,7 +28,7 @@ Left out of the usual recipe, and why:
 import math
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch.distributed as dist
@@ -36,9 +36,9 @@ import torch.distributed as dist
 from algos import address, make_loss
 from common.deal import calls
 from common.metrics import varied
-from common.run import all_sum, barrier, gather
-from rollout import Sample, completion, prompt_ids
-from stages import backward_share, collect, elapsed, next_problems, share_visits
+from common.run import all_sum, gather
+from rollout import Sample, prompt_ids
+from stages import accumulate, collect, elapsed, get_rewards, next_problems, share_visits
 
 # -----------------------------------------------------------------------------
 # a round, and what happens to the prompts in it
@@ -125,11 +125,16 @@ class Race:
 
     def claim(self, done, add=None):
         """done: (step, place) of this rank's prompts. -> the groups of those that count. Ranks meet
-        here, unless they share a counter: add."""
+        here, and the earlier decode step wins, then the earlier launch; or they share a counter, and
+        take prompts as they come: add(k) adds to it and says where it is."""
         if add:
-            counted, self.taken = as_they_come(done, self.round.want, add)
+            counted = [x for x in done if add(1) <= self.round.want]
+            self.taken = add(0)
         else:
-            counted, self.taken = in_order(done, self.round.want, self.taken)
+            every = sorted(x for part in gather(done) for x in part)
+            first = set(every[: self.round.want - self.taken])
+            counted = [x for x in done if x in first]
+            self.taken += len(first)
         groups = []
         for _, place in counted:
             prompt = self.racing[self.round.launches[place].id]
@@ -142,19 +147,6 @@ class Race:
         for id, prompt in self.racing.items():
             if not prompt.kept:
                 prompt.cut += self.engine.abort(id)
-
-
-def in_order(done, want, taken):
-    """-> those of this rank's done prompts that count, and how many do on all ranks, where `taken`
-    did before. The earlier decode step wins, then the earlier launch. Every rank calls it."""
-    every = sorted(x for part in gather(done) for x in part)
-    counted = set(every[: want - taken])
-    return [x for x in done if x in counted], taken + len(counted)
-
-
-def as_they_come(done, want, add):
-    """The same without meeting. add(k) adds to a counter that ranks share, and says where it is."""
-    return [x for x in done if add(1) <= want], add(0)
 
 
 # -----------------------------------------------------------------------------
@@ -249,11 +241,7 @@ class Rounds:
 
     def state_dict(self):
         """Plain numbers, strings and lists."""
-        queue = []
-        for launch in self.queue:
-            ended = [dict(vars(s)) for s in launch.ended]
-            unfinished = [dict(vars(s)) for s in launch.unfinished]
-            queue.append(vars(launch) | dict(ended=ended, unfinished=unfinished))
+        queue = [asdict(launch) for launch in self.queue]
         numbers = {name: getattr(self, name) for name in self.NUMBERS}
         return dict(queue=queue, window=list(self.window), **numbers)
 
@@ -319,10 +307,22 @@ TRIES = 4                                # of --dynamic to fill a step
 
 
 def sample_step(rl):
-    """Yields this rank's groups of a step as they are complete, rewards in. --dynamic drops groups
-    whose rewards are all equal, and samples others in their place. Whoever takes a group fills its
-    advantages before asking for the next: --stream learns from it."""
+    """Yields this rank's groups of a step as they are complete, rewards in. Whoever takes a group
+    fills its advantages before asking for the next: --stream learns from it."""
     c = rl.config
+    if c.dynamic or c.stream or rl.rounds:       # flags that are off by default
+        yield from special_step(rl)
+        return
+    yield from collect(rl, next_problems(rl, c.prompts), c.n)
+    with rl.clock("idle"):                       # waits for the slowest rank
+        share_visits(rl)
+
+
+def special_step(rl):
+    """The same by rounds, with --stream, or with --dynamic: groups whose rewards are all equal are
+    dropped, and others sampled in their place."""
+    c = rl.config
+    groups_of = collect_round if rl.rounds else collect_all
     handed = []
     rl.early = {}
     rl.dropped = 0
@@ -332,8 +332,7 @@ def sample_step(rl):
         missing = c.prompts - all_sum(len(handed))
         if missing <= 0:
             break
-        groups = collect_round if rl.rounds else collect_all
-        for group in groups(rl, missing, handed):
+        for group in groups_of(rl, missing, handed):
             if c.dynamic and not varied(group):
                 rl.dropped += 1
                 rl.dropped_tokens += sum(len(s.tokens) for s in group)
@@ -342,56 +341,43 @@ def sample_step(rl):
             yield group
         if rl.rounds and rl.env.master:
             rl.wasted_tokens += rl.rounds.wasted
-        share_visits(rl)                 # another rank may draw one of these problems next
+        with rl.clock("idle"):
+            share_visits(rl)             # another rank may draw one of these problems next
 
 
 def collect_all(rl, count, handed):
-    """The groups of the next `count` problems. It ends when every rank has none left."""
-    problems = next_problems(rl, count)
-    yield from collect(rl, problems, rl.config.n)
-    if not rl.config.stream:
-        with rl.clock("idle"):
-            barrier()
-        return
-    add = shared_counter(rl)
-    add(1)
-    while add(0) < rl.env.world:
-        meanwhile(rl, handed)
+    """The groups of the next `count` problems. With --stream it ends when every rank has none left."""
+    yield from collect(rl, next_problems(rl, count), rl.config.n)
+    if rl.config.stream:
+        add = shared_counter(rl)
+        add(1)
+        while add(0) < rl.env.world:
+            meanwhile(rl, handed)
 
 
 def collect_round(rl, count, handed):
     """The same for a round, which may end before its last prompt."""
     c = rl.config
     world = rl.env.world
-    sampler = rl.sampler
+    room = rl.sampler.slots + c.n
     round = rl.rounds.plan(fresh_problems(rl, rl.rounds.missing(count)), count)
     by_id = {p.id: p for p in rl.problems}
     prompts = {launch.id: prompt_ids(by_id[launch.id], rl.tok) for launch in round.launches}
-    settings = dict(seed=c.seed, temperature=c.temperature, top_p=c.top_p)
-    race = Race(round, sampler, range(rl.env.rank, len(prompts), world), sampler.slots + c.n)
+    race = Race(round, rl.sampler, range(rl.env.rank, len(prompts), world), room)
     add = None if rl.env.deterministic or world == 1 else shared_counter(rl)
-    unscored = {}                        # (problem, index) -> sample
+    unscored = {}                        # what the reward workers have
     try:
         while race.taken < round.want:
             done = []
             for step in range(EVERY if world > 1 else 1):
-                with rl.clock("rollout"):
-                    ended = race.launch(prompts, c.max_new, **settings)
-                    idle = not sampler.live
-                    ended += race.step()
-                    ask(rl, by_id, ended, unscored)
-                ready = ended            # repeatable: a sample is in when it ended
-                if not rl.env.deterministic:         # faster: when its reward is
-                    ready = [s for s in ended if not math.isnan(s.reward)]
-                    ready += scored(rl, unscored, block=idle and not ended and world == 1)
-                done += [(step, place) for place in race.rewarded(ready)]
+                places, idle = race_step(rl, race, prompts, by_id, unscored)
+                done += [(step, place) for place in places]
                 if idle:
                     break
             with rl.clock("idle"):
                 groups = race.claim(done, add)
             for group in groups:
-                while any((s.problem, s.index) in unscored for s in group):
-                    scored(rl, unscored, block=True)
+                await_rewards(rl, group, by_id, unscored)
                 rl.visits[group[0].problem] = group[0].visit + 1
                 yield group
             if idle and race.taken < round.want:
@@ -401,6 +387,26 @@ def collect_round(rl, count, handed):
     with rl.clock("idle"):
         rl.rounds.settle(race, c.max_new)
     rl.workers.forget()                  # the rewards of samples that lost
+
+
+def race_step(rl, race, prompts, by_id, unscored):
+    """A decode step. -> places of the prompts that are done by it, and whether this rank had nothing
+    to sample. To be repeatable, a sample is in when it ended; faster is: when its reward is."""
+    c = rl.config
+    with rl.clock("rollout"):
+        ended = race.launch(prompts, c.max_new, seed=c.seed, temperature=c.temperature, top_p=c.top_p)
+        idle = not rl.sampler.live
+        ended += race.step()
+    with rl.clock("reward"):
+        wait = idle and not ended and rl.env.world == 1 and not rl.env.deterministic
+        scored = get_rewards(rl, by_id, ended, unscored, wait)
+    return race.rewarded(ended if rl.env.deterministic else scored), idle
+
+
+def await_rewards(rl, group, by_id, unscored):
+    with rl.clock("reward"):
+        while any((s.problem, s.index, s.visit) in unscored for s in group):
+            get_rewards(rl, by_id, [], unscored, wait=True)
 
 
 def fresh_problems(rl, count):
@@ -424,25 +430,6 @@ def fresh_problems(rl, count):
     return [(id, rl.visits.get(id, 0)) for id in found]
 
 
-def ask(rl, by_id, samples, unscored):
-    """Sends samples to the reward workers."""
-    for s in samples:
-        if math.isnan(s.reward):
-            unscored[s.problem, s.index] = s
-            rl.workers.put((s.problem, s.index), by_id[s.problem], completion(s, rl.tok))
-
-
-def scored(rl, unscored, block=False):
-    """-> samples whose rewards came."""
-    ready = []
-    with rl.clock("reward"):
-        for key, reward, _ in rl.workers.get(block):
-            sample = unscored.pop(key)
-            sample.reward = reward
-            ready.append(sample)
-    return ready
-
-
 def meanwhile(rl, handed):
     """Nothing is left to sample here, but elsewhere there is. With --stream this rank learns from a
     group that it handed out."""
@@ -459,7 +446,7 @@ def learn_early(rl, group):
     if rl.reference:
         rl.reference.to(rl.env.device)
     loss = make_loss(rl.config, elapsed(rl), reference=rl.reference)
-    rl.early[address(group[0])] = backward_share(rl, [group], loss, 0, 1)
+    rl.early[address(group[0])] = accumulate(rl, [group], loss, 0, 1)
 
 
 def shared_counter(rl):

@@ -112,7 +112,7 @@ def our_side(folder, seed, device, words="", **settings):
     return rl, go
 
 
-def in_order(rl, steps, prompts):
+def problems_of(rl, steps, prompts):
     """The problems of that many steps, as nanorl would take them."""
     return [problem for _ in range(steps) for problem in nanorl.next_problems(rl, prompts)]
 
@@ -236,7 +236,7 @@ def alternating(config, trl, folder, hazard, cap):
                       reward=f"{folder}/score.py:score", algo="dapo", clip_high=0.2,
                       dynamic=False, prompts=config.prompts, n=config.n, max_new=cap,
                       lr=1e-6, slots=config.prompts * config.n, problems=1024, eval_n=1, final_n=1)
-    problems = in_order(rl, config.repeats + 1, config.prompts)
+    problems = problems_of(rl, config.repeats + 1, config.prompts)
     seconds, lengths, stages = {"ours": [], "TRL": []}, {"ours": [], "TRL": []}, dict.fromkeys(CLOCKS, 0.0)
 
     def after(theirs, their_lengths, their_seconds):
@@ -339,7 +339,7 @@ def race(config, trl, side, folder, seed, look, target, start):
                       **settings | dict(task="countdown", eval_n=1, final_n=1))
     if side == "TRL":                          # the problems that ours would see, in the same order
         rl.workers.close()
-        problems = in_order(rl, 1000, config.their_prompts)
+        problems = problems_of(rl, 1000, config.their_prompts)
         their_side(trl, folder, problems, rl.task.reward,
                    lambda model, lengths, seconds: run.add(seconds, model), config.their_prompts,
                    config.their_n, rl.config.max_new, config.their_lr, seed, config.device)

@@ -271,21 +271,16 @@ def ranks(config, rounds=20):
             pair = []
             for rank in range(2):
                 sampler = Sampler(model, stop=(), slots=slots, exact=False)
-                feed = Feed(sampler, dict.fromkeys(range(256), [1]), 1, dict(enumerate(limits)))
-                feed.shared = SharedPrompts(range(256), rank=rank, world=2)
+                feed = Feed(sampler, dict.fromkeys(range(256), [1]), 1, dict(enumerate(limits)), ahead=0)
+                feed.coming = iter(range(rank, 256, 2))
                 if how == "counter":
-                    feed.shared = SharedPrompts(range(256), store, how)
+                    feed.coming = feed.shared = SharedPrompts(range(256), store, how)
                 pair.append(feed)
-            while any(feed.left for feed in pair):
+            while any(feed.samples_left for feed in pair):
                 for feed in pair:
-                    while feed.more and len(feed.sampler.waiting) < slots - len(feed.sampler.running):
-                        feed.admit()
-                    feed.rebalance()
+                    list(feed.complete(feed.step()))
                 live = [feed.sampler.live > 0 for feed in pair]
                 steps, idle = steps + any(live), idle + (any(live) and not all(live))
-                for feed in pair:
-                    for sample in feed.step():
-                        feed.finish(sample.problem)
             found.append(idle / steps)
     result = {how.replace(" ", "_"): statistics.median(found) for how, found in shares.items()}
     print(f"(e) two ranks, {slots} slots each, {rounds} rounds, lengths "

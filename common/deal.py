@@ -18,12 +18,9 @@ The loop of a call, whatever the caller does with the samples:
 
     with Feed(sampler, prompts, n, limits) as feed:
         while feed.busy:
-            while feed.more and ...:                     # room, as the caller sees it
-                feed.admit()
-            feed.rebalance()
-            for sample in feed.step():
-                if feed.complete(sample.problem):
-                    yield feed.finish(sample.problem)
+            ended = feed.step()
+            for group in feed.complete(ended):           # or those of them whose rewards are in
+                yield group
 """
 
 import pickle
@@ -32,21 +29,20 @@ from itertools import count
 
 import torch.distributed as dist
 
-calls = count()          # of share() in this process; ranks make the same, so it names their counters
+calls = count()          # of deal_out() in this process; ranks make the same, so it names their counters
 PIECE = 1 << 22          # bytes: a store breaks the connection over a value of more than 8 MB
 REBALANCE_EVERY = 8      # steps between two looks at the requests of other ranks
 PAUSE = 0.003            # seconds: what was requested takes REBALANCE_EVERY steps to come
 
 
 class SharedPrompts:
-    """An iterator over the prompts that this rank samples. Without a store: every `world`-th, and
-    no group moves."""
+    """An iterator over the prompts that this rank samples: the next one that no rank has taken. And
+    the way of groups to other ranks."""
 
-    def __init__(self, order, store=None, name="", rank=0, world=1):
+    def __init__(self, order, store, name=""):
         self.order = order
         self.store = store
         self.name = name
-        self.turns = iter(order[rank::world])
         self.requested = False           # a request of this rank is open
         self.seen = set()                # numbers of the parcels that were taken, here or elsewhere
 
@@ -58,8 +54,6 @@ class SharedPrompts:
         return self
 
     def __next__(self):
-        if self.store is None:
-            return next(self.turns)
         place = self.count("taken", 1) - 1
         if place >= len(self.order):
             raise StopIteration
@@ -67,15 +61,15 @@ class SharedPrompts:
 
     def done(self, n=1):
         """That many of this rank's groups need nothing more."""
-        if self.store is not None and n:
+        if n:
             self.count("done", n)
 
     def all_done(self):
-        return self.store is None or self.count("done") >= len(self.order)
+        return self.count("done") >= len(self.order)
 
     def wanted(self):
         """Is there a request that no parcel answers yet?"""
-        return self.store is not None and self.count("offers") < self.count("requests")
+        return self.count("offers") < self.count("requests")
 
     def offer(self, groups):
         """Groups for whoever takes them."""
@@ -88,8 +82,7 @@ class SharedPrompts:
 
     def receive(self):
         """-> the groups of a parcel that is still there, or []."""
-        offers = 0 if self.store is None else self.count("offers")
-        for number in range(1, offers + 1):
+        for number in range(1, self.count("offers") + 1):
             key = f"{self.name}/parcel/{number}"
             if number in self.seen or not self.store.check([key]):
                 continue
@@ -107,8 +100,6 @@ class SharedPrompts:
 
     def request(self):
         """This rank has no sequences. -> the groups that came, [] if none has come yet"""
-        if self.store is None:
-            return []
         if not self.requested:
             self.count("requests", 1)
         groups = self.receive()
@@ -116,22 +107,24 @@ class SharedPrompts:
         return groups
 
 
-def share(sampler, limits):
-    """{id: tokens at most} -> the SharedPrompts of these ids. The longest come first, so that no
-    long one runs alone at the end: by their limits, and where a run need not repeat itself by their
-    mean length at the last visit."""
+def deal_out(sampler, limits):
+    """{id: tokens at most} -> an iterator over the ids that this rank samples, and the SharedPrompts
+    behind it, None where ranks take prompts in turn and no group moves. The longest come first, so
+    that no long one runs alone at the end: by their limits, and where a run need not repeat itself
+    by their mean length at the last visit."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     name = f"rollout/{next(calls)}"
     expected = {} if sampler.deterministic else sampler.expected
     order = sorted(limits, key=lambda id: -expected.get(id, limits[id]))
     if sampler.deterministic or (world == 1 and sampler.store is None):
-        return SharedPrompts(order, rank=rank, world=world)
+        return iter(order[rank::world]), None
     store = sampler.store or dist.distributed_c10d._get_default_store()
     # A rank expects what it has sampled itself. But the counter is a place in one order: with an
     # order per rank, prompts would be sampled twice or never.
     if store.add(f"{name}/came", 1) == 1:
         store.set(f"{name}/order", pickle.dumps(order))
-    return SharedPrompts(pickle.loads(store.get(f"{name}/order")), store, name)
+    shared = SharedPrompts(pickle.loads(store.get(f"{name}/order")), store, name)
+    return shared, shared
 
 
 class Feed:
@@ -140,57 +133,85 @@ class Feed:
     waits for it."""
 
     def __init__(self, sampler, prompts, n, limits, *, visits=None, resume=None, wait=True,
-                 **settings):
+                 ahead=None, **settings):
         """prompts {id: tokens}, n samples each; limits {id: tokens of a sample, at most}; visits
         {id: visit}, 0 where it has none. resume {id: what submit() resumes}: the group of id is
-        exactly these. wait: without sequences, wait for some from other ranks. settings: those of
-        submit()."""
+        exactly these. wait: without sequences, wait for some from other ranks. ahead: how many samples
+        may wait for a slot, where another rank may be free sooner; n, unless it is given. settings:
+        those of submit()."""
         self.sampler = sampler
         self.prompts = prompts
         self.limits = limits
         self.visits = visits or {}
         self.resume = resume or {}
         self.wait = wait
+        self.room = sampler.slots + (n if ahead is None else ahead)
         self.settings = settings
         self.size = {id: len(self.resume.get(id, ())) or n for id in prompts}    # of its group
-        self.shared = share(sampler, limits)
+        self.coming, self.shared = deal_out(sampler, limits)
         self.groups = {}                 # id -> its finished samples, of the groups that are here
+        self.ready = {}                  # id -> the indices of those that need nothing more
         self.arrived = []                # finished samples of groups that came from another rank
-        self.more = True                 # there may be prompts that no rank has taken
-        self.left = True                 # samples may still come, from here or from other ranks
+        self.prompts_left = True         # there may be prompts that no rank has taken
+        self.samples_left = True         # samples may still come, from here or from other ranks
 
     @property
     def busy(self):
-        return self.left or bool(self.groups)
+        return self.samples_left or bool(self.groups)
 
-    def admit(self):
-        """The next prompt joins the sampler's queue, if one is left."""
-        id = next(self.shared, None)
-        self.more = id is not None
-        if self.more:
-            self._submit(id, self.size[id], self.resume.get(id, ()))
+    def step(self):
+        """Prompts join the sampler's queue while there is room, then it makes a step. -> the samples
+        that ended, here or before their group came"""
+        while self.prompts_left and self.sampler.live < self.room:
+            id = next(self.coming, None)
+            self.prompts_left = id is not None
+            if self.prompts_left:
+                self._submit(id, self.size[id], self.resume.get(id, ()))
+        if not self.prompts_left:
+            self.samples_left = self.sampler.live > 0
+            if self.shared:
+                self._rebalance()
+        ended = self.arrived + self.sampler.step()
+        self.arrived = []
+        for sample in ended:
+            self.groups[sample.problem].append(sample)
+        return ended
+
+    def complete(self, ready):
+        """These samples need nothing more. -> an iterator over the groups that are complete by that,
+        each in order"""
+        for s in ready:
+            if s.problem in self.groups:             # it may have moved to another rank since
+                self.ready[s.problem].add(s.index)
+        for id in dict.fromkeys(s.problem for s in ready):
+            if id in self.groups and len(self.ready[id]) == self.size[id]:
+                group = sorted(self.groups.pop(id), key=lambda s: s.index)
+                self.sampler.expected[id] = sum(len(s.tokens) for s in group) / len(group)
+                if self.shared:
+                    self.shared.done()
+                yield group
 
     def _submit(self, id, n, resume):
         self.groups[id] = []
+        self.ready[id] = set()
         visit = self.visits.get(id, 0)
         self.sampler.submit(id, self.prompts[id], n, self.limits[id], visit=visit, resume=resume,
                             **self.settings)
 
-    def rebalance(self):
+    # --- between ranks
+
+    def _rebalance(self):
         """Once no prompt is left to take: a rank with sequences looks now and then for a request
         and parts with half of its groups; a rank without sequences makes one."""
-        if self.more:
-            return
-        if self.sampler.live:
-            self.left = True
-            if self.sampler.steps_done % REBALANCE_EVERY == 0 and self.shared.wanted():
-                self._offer_half()
-        else:
-            self.left = self.wait and self._receive()
+        if not self.sampler.live:
+            self.samples_left = self.wait and self._receive()
+        elif self.sampler.steps_done % REBALANCE_EVERY == 0 and self.shared.wanted():
+            self._offer_half()
 
     def _offer_half(self):
-        late = self.sampler.finished()   # the next step() hands them back, so their groups stay
-        unfinished = [id for id in self.groups if not self.complete(id) and id not in late]
+        late = self.sampler.finished()   # this step() hands them back, so their groups stay
+        unfinished = [id for id, group in self.groups.items()
+                      if len(group) < self.size[id] and id not in late]
         parcel = [(id, self.groups[id], self.sampler.abort(id)) for id in unfinished[1::2]]
         if parcel:
             self.shared.offer(parcel)
@@ -210,38 +231,27 @@ class Feed:
             time.sleep(PAUSE)
         return waiting
 
-    def step(self):
-        """One step of the sampler. -> an iterator over the samples that ended, here or before their
-        group came; each is in its group by then"""
-        samples = self.arrived + self.sampler.step()
-        self.arrived = []
-        for sample in samples:
-            self.groups[sample.problem].append(sample)
-            yield sample
-
-    def complete(self, id):
-        return len(self.groups[id]) == self.size[id]
-
-    def finish(self, id):
-        """The group needs nothing more. -> its samples in order"""
-        self.shared.done()
-        return sorted(self.groups.pop(id), key=lambda s: s.index)
+    # --- the end
 
     def interrupt(self):
         """After Ctrl-C. -> {id: its samples so far} of the groups that are here, and of those that
         no rank has: the rest of the prompts, and parcels on the way to a rank that may be leaving
         too. The sampler starts afresh."""
-        for id in self.shared:
+        for id in self.coming:
             self.groups[id] = []
-        while parcel := self.shared.receive():
+        while parcel := self.shared.receive() if self.shared else []:
             for id, finished, unfinished in parcel:
                 self.groups[id] = finished + unfinished
         for sample in self.arrived + self.sampler.salvage():
             self.groups[sample.problem].append(sample)
-        self.shared.done(len(self.groups))
         found = self.groups
-        self.groups = {}
+        self._let_go()
         return found
+
+    def _let_go(self):
+        if self.shared:
+            self.shared.done(len(self.groups))
+        self.groups = {}
 
     def __enter__(self):
         return self
@@ -249,7 +259,6 @@ class Feed:
     def __exit__(self, kind, error, trace):
         if kind is KeyboardInterrupt:
             self.interrupt()
-        self.shared.done(len(self.groups))
         for id in self.groups:
             self.sampler.abort(id)
-        self.groups = {}
+        self._let_go()

@@ -51,6 +51,21 @@ class Clock(dict):
         return times
 
 
+def merge_stats(parts):
+    """Stats of micro-batches, ranks or updates as one: sums, but the largest of *_max and all
+    numbers of *_all."""
+    total = {}
+    for part in parts:
+        for name, value in part.items():
+            if name.endswith("_all"):
+                total[name] = np.append(total.get(name, np.zeros(0, np.float32)), value)
+            elif name.endswith("_max"):
+                total[name] = max(total.get(name, 0.0), float(value))
+            else:
+                total[name] = total.get(name, 0.0) + float(value)
+    return total
+
+
 def varied(group):
     return varies([s.reward for s in group])
 

@@ -51,9 +51,9 @@ class Config(Algo, Common):
     lr: float = 1e-3                     # AdamW
     problems: int = 8192                 # training problems, at most
     eval_every: int = 20                 # steps between evaluations; 0: only before and after
-    eval_n: int = 200                    # problems of one, of the valid split
+    eval_n: int = 200                    # validation problems of one
     eval_k: int = 16                     # samples of each: pass@k is what this is for
-    final_n: int = 1000                  # problems of the evaluation after, of the test split
+    final_n: int = 1000                  # test problems of the evaluation after
 
 
 def configure(argv):
@@ -153,7 +153,7 @@ def main(argv=None):
         if last:
             numbers |= test(rl, run, "test", "after")
         elif due(rl.step, config.eval_every):
-            numbers |= test(rl, run, "eval", "  held out")
+            numbers |= test(rl, run, "eval", "  validation")
         run.metrics(rl.step, **numbers)
         run.samples(sample_rows(rl, groups))
         stopping = run.stopping()

@@ -11,6 +11,7 @@ import algos
 import nanorl
 import pack
 import stages
+from common.metrics import merge_stats
 from common.optim import Optimizer
 from algos import ALGORITHMS, RATIOS, TRUSTS, address, advantage, covariant, make_loss, with_algorithm
 from nanorl import Config
@@ -125,7 +126,7 @@ def test_every_row_is_three_lines_of_numpy(algo, seed):
     rl.config = replace(config, entropy_coef=1e-30)              # every sample scored, whatever its advantage
     old = moved(stages.old_logprobs(rl, groups), seed, 0.2)
     rl.config = config
-    stages.backward(rl, groups, make_loss(config, old=old, reference=other))
+    stages.update(rl, groups, make_loss(config, old=old, reference=other))
     ours = policy.head_weight.grad.numpy() / rl.normaliser
 
     def alone(net, s):
@@ -307,7 +308,7 @@ def test_before_the_first_update_every_ratio_and_trust_region_has_one_gradient()
 def head_gradient(config, groups, **kw):
     policy = model(0)
     rl = fake(config, policy, groups)
-    stages.backward(rl, groups, make_loss(config, **kw))
+    stages.update(rl, groups, make_loss(config, **kw))
     return gradients(policy, rl.normaliser)
 
 
@@ -361,10 +362,10 @@ def test_kl_is_zero_and_pulls_nowhere_at_the_reference():
     config = settled(algo="dr_grpo", kl_coef=0.1)
     policy, groups = model(0), [group([1, 1, 1], [3, 9, 1])]
     rl = fake(config, policy, groups, reference=model(0))
-    stats = stages.backward(rl, groups, make_loss(config, reference=rl.reference))
+    stats = stages.update(rl, groups, make_loss(config, reference=rl.reference))
     assert stats["reference_kl"] == 0 and all((p.grad == 0).all() for p in policy.parameters())
     rl.reference = model(1)
-    stats = stages.backward(rl, groups, make_loss(config, reference=rl.reference))
+    stats = stages.update(rl, groups, make_loss(config, reference=rl.reference))
     assert stats["reference_kl"] > 0.1 and any((p.grad != 0).any() for p in policy.parameters())
 
 
@@ -376,7 +377,7 @@ def test_equal_rewards_still_feel_the_kl():
     for kl in (0.0, 0.1):
         config = settled(algo="dr_grpo", kl_coef=kl)
         rl = fake(config, model(0), groups, reference=model(1))
-        counts[kl] = stages.backward(rl, groups, make_loss(config, reference=rl.reference))["tokens"]
+        counts[kl] = stages.update(rl, groups, make_loss(config, reference=rl.reference))["tokens"]
     assert counts == {0.0: 10, 0.1: 20}
 
 
@@ -480,17 +481,17 @@ def test_two_ranks_equal_one(algo):
     assert set(shares[0]) | set(shares[1]) == set(old) and not set(shares[0]) & set(shares[1])
     assert all(np.allclose(v, old[k], atol=1e-12) for share in shares for k, v in share.items())
     loss = make_loss(config, old=moved(old), marked=covariant(groups, config), reference=other)
-    whole = stages.backward(rl, groups, loss)
+    whole = stages.update(rl, groups, loss)
     one = gradients(policy, rl.normaliser)
     policy.zero_grad()
     parts = []
     for rank in (0, 1):
         rl = fake(config, policy, groups, rank, 2, other)
-        parts.append(stages.backward(rl, groups, loss))
+        parts.append(stages.update(rl, groups, loss))
     assert all(part["tokens"] < whole["tokens"] for part in parts)
     two = gradients(policy, rl.normaliser)
     assert close(two, one, 1e-9)
-    joined = stages.merge_stats(parts)
+    joined = merge_stats(parts)
     assert all(np.isclose(joined[k], whole[k]) for k in whole if not k.endswith("_all"))
     assert np.allclose(np.sort(joined["weight_all"]), np.sort(whole["weight_all"]))
 
@@ -601,6 +602,6 @@ def test_what_does_not_go_together_is_refused_with_the_reason(flags, words, caps
     argv = [w for k, v in {"prompts": 32, **flags}.items() for w in (f"--{k.replace('_', '-')}", str(v))]
     with pytest.raises(SystemExit) as stopped:
         config, _ = nanorl.configure(argv)
-        stages.check_sampling(with_algorithm(config))
+        stages.check_flags(with_algorithm(config))
     error = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(error) == 1 and words in error[0], error

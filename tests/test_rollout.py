@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common import deal
-from common.deal import Feed, SharedPrompts, share
+from common.deal import Feed, SharedPrompts, deal_out
 from common import cpu
 from kernels import linear_logprob, packed_attention, uniform
 from rollout import Pages, Sample, Sampler, completion
@@ -373,12 +373,7 @@ def test_a_feed_of_groups_that_resume(model, kind):
     prompts, groups = {7: PROMPTS[3], 8: PROMPTS[5]}, {}
     with Feed(sampler, prompts, 2, {7: 9, 8: 9}, resume={8: [[1, 2], [1, 2], [3]]}, seed=4) as feed:
         while feed.busy:
-            while feed.more and sampler.live < 4:
-                feed.admit()
-            feed.rebalance()
-            for s in feed.step():
-                if feed.complete(s.problem):
-                    groups[s.problem] = feed.finish(s.problem)
+            groups |= {group[0].problem: group for group in feed.complete(feed.step())}
     assert [s.index for s in groups[7]] == [0, 1]
     assert [s.tokens[:2] for s in groups[8]][:2] == [[1, 2]] * 2 and groups[8][2].tokens[0] == 3
     assert groups[8][0].tokens != groups[8][1].tokens and sampler.live == 0
@@ -407,9 +402,8 @@ def test_a_feed_left_early_gives_back_what_is_in_flight(model):
     sampler = Sampler(model, (), slots=4)
     with pytest.raises(ZeroDivisionError), Feed(sampler, dict(enumerate(PROMPTS)),
                                                 2, dict.fromkeys(range(10), 30)) as feed:
-        while feed.more and sampler.live < 6:
-            feed.admit()
-        list(feed.step())
+        feed.step()
+        assert sampler.live == 6, "4 slots, and the samples of one prompt that wait"
         1 / 0  # noqa: B018
     assert sampler.live == 0 and sampler.free.left == 4
 
@@ -669,21 +663,20 @@ def test_a_row_that_has_ended_when_groups_are_given_away(model):
     a = Sampler(model, (), slots=8, paged=True)
     feed = Feed(a, dict(enumerate(PROMPTS[:4])), 2, dict(enumerate((14, 17, 40, 60))))
     feed.shared = SharedPrompts(range(4), torch.distributed.HashStore(), "x")
-    for _ in range(3):
-        feed.admit()
+    feed.coming = iter(range(3))
     ended = [s for _ in range(4) for s in feed.step()]
-    feed.admit()          # the batch is rebuilt, so its looks and those of rebalance() fall apart
+    feed.coming = iter([3])          # the batch is rebuilt, so its looks and those for requests fall apart
+    feed.prompts_left = True
     while a.steps_done < 16:
         ended += feed.step()
-    feed.admit()
-    assert not ended and a.batch.steps % 8 and not feed.more
+    assert not ended and a.batch.steps % 8 and not feed.prompts_left
     feed.shared.count("requests", 1)
-    feed.rebalance()
-    assert feed.left and set(feed.groups) == {0, 1, 2}
+    ended = feed.step()
+    assert feed.samples_left and set(feed.groups) == {0, 1, 2}
     ((problem, there, unfinished),) = feed.shared.receive()
     assert problem == 3 and there == [] and [len(s.tokens) for s in unfinished] == [13, 13]
     assert sorted((s.problem, s.index, len(s.tokens))
-                  for s in a.step()) == [(0, 0, 14), (0, 1, 14), (1, 0, 17), (1, 1, 17)]
+                  for s in ended) == [(0, 0, 14), (0, 1, 14), (1, 0, 17), (1, 1, 17)]
 
 
 def test_ranks_that_expect_different_lengths_deal_in_one_order(model, monkeypatch):
@@ -693,7 +686,7 @@ def test_ranks_that_expect_different_lengths_deal_in_one_order(model, monkeypatc
     a, b = (Sampler(model, (), slots=4, deterministic=False, store=store) for _ in range(2))
     a.expected, b.expected = {0: 9.0, 1: 2.0, 2: 5.0}, {3: 8.0, 4: 1.0}
     monkeypatch.setattr(deal, "calls", iter([5, 5]))
-    one, two = (share(s, dict.fromkeys(range(6), 7)) for s in (a, b))
+    (one, _), (two, _) = (deal_out(s, dict.fromkeys(range(6), 7)) for s in (a, b))
     taken = [i for pair in zip(one, two) for i in pair]
     assert sorted(taken) == list(range(6)) and taken[0] == 0
 

@@ -26,7 +26,7 @@ from common.metrics import warnings
 from common.reward import Rewards
 from common.run import gather, newest
 from rollout import Sample
-from tail import Rounds, as_they_come, kaplan_meier
+from tail import Rounds, kaplan_meier
 from train_gpt import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -326,9 +326,17 @@ def test_a_shared_counter_lets_in_as_many_as_are_wanted():
     def add(k):
         box[0] += k
         return box[0]
-    assert as_they_come([(1, 0), (1, 1)], 3, add) == ([(1, 0), (1, 1)], 2)
-    assert as_they_come([(1, 2), (1, 3)], 3, add) == ([(1, 2)], 4)
-    assert as_they_come([], 3, add) == ([], 4)
+    rounds, engine = Rounds("prompt", 3, N), Engine(law(0.5, 0.5))
+    race = tail.Race(rounds.plan([(i, 0) for i in range(4)], 3), engine)
+    race.launch({i: [1] for i in range(4)}, CAP)
+    while engine.live:
+        race.rewarded(race.step())
+
+    def claim(*done):
+        return [group[0].problem for group in race.claim(done, add)], race.taken
+    assert claim((1, 0), (1, 1)) == ([0, 1], 2)
+    assert claim((1, 2), (1, 3)) == ([2], 4)
+    assert claim() == ([], 4)
 
 
 # -----------------------------------------------------------------------------
@@ -534,7 +542,7 @@ def test_streaming_is_exact(own):
         rl.early.clear()
         for g in early:
             tail.learn_early(rl, g)
-        stats = stages.backward(rl, groups, make_loss(rl.config, reference=rl.reference), rl.early)
+        stats = stages.update(rl, groups, make_loss(rl.config, reference=rl.reference))
         grads.append([p.grad.clone() for p in rl.model.parameters()])
         totals.append((rl.normaliser, stats["tokens"], round(stats["entropy"], 2)))
         rl.model.zero_grad()
@@ -552,7 +560,7 @@ def test_a_rank_with_nothing_left_streams(own, ranks, more):
             "def late(self):\n    time.sleep(0.01 * int(os.environ.get('RANK', '0')))\n"
             "    return step(self)\nrollout.Sampler.step = late\n"
             "rank, world = int(os.environ.get('RANK', '0')), int(os.environ.get('WORLD_SIZE', '1'))\n"
-            "deal.share = lambda sampler, limits: deal.SharedPrompts(list(limits), rank=rank, world=world)\n"
+            "deal.deal_out = lambda sampler, limits: (iter(list(limits)[rank::world]), None)\n"
             "nanorl.main(sys.argv[1:])")
     own += ["--steps", "1", "--prompts", "6", *more]
     nanorl.main([*own, "--name", "one"])
