@@ -192,7 +192,7 @@ def main(argv=None):
 
     # ---- the loop
     bar = progress(config.steps, "rl", rl.step)
-    while not over(rl):                          # --steps, or --tokens if they are used up first
+    while not over(rl):             # --steps, or --tokens or --minutes if they are used up first
         rl.step += 1
         start = time.perf_counter()
 
@@ -212,6 +212,7 @@ def main(argv=None):
         for warning in warnings(rl.history, config):
             run.log(f"  warning: {warning}")
         memory.compare(rl, run)                                  # on a GPU, once
+        run.pace(rl.step, rl.steps, numbers)                     # on a CPU: how long will it take?
         bar.update()
 
         # evaluate

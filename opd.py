@@ -733,6 +733,7 @@ def main(argv=None):
         numbers = summary(rl, groups, stats, start)
         add_numbers(numbers, stats, config, max_new, rl.model.config.d_model)
         log_step(rl, run, numbers)
+        run.pace(rl.step, rl.steps, numbers)
         bar.update()
 
         # the guard looks at the texts

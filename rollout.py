@@ -28,7 +28,7 @@ from itertools import count, islice
 
 import torch
 
-from common import cpu
+from common import cpu, machine
 from common.deal import Feed
 from common.flags import die, flags, moved, positive, truncation, without_effect
 from common.pages import Pages, PagesView, Pool
@@ -369,6 +369,7 @@ class Sampler:
     def step(self):
         """One token for every running sequence; then waiting ones take the free slots and get their
         first. -> Samples that ended"""
+        machine.follow()                             # fewer threads while other processes are busy
         if self.running:
             if self.batch is None or self.batch.steps >= self.batch.valid_for:
                 self._rebuild_batch()

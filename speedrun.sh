@@ -114,7 +114,7 @@ cpu_stage() {
     case "$1" in
         base)    stage base base train_gpt.py --device cpu ;;
         rl)      stage rl rl nanorl.py --device cpu ;;
-        ttrl)    stage ttrl ttrl_majority ttrl.py --device cpu --budget 120 ;;
+        ttrl)    stage ttrl ttrl_majority ttrl.py --device cpu --minutes 2 ;;
         student) stage student small train_gpt.py --preset small --device cpu ;;
         opd)     stage opd opd opd.py --init runs/small --teacher runs/rl --steps 300 --device cpu ;;
     esac

@@ -41,13 +41,13 @@ import pack
 import train_gpt
 from algos import (Algo, address, advantage, aggregated, covariant, make_loss, predicting,
                    with_algorithm)
-from common import hf, memory, view
+from common import hf, machine, memory, view
 from common.deal import Feed
-from common.flags import check_day, check_name, die, moved, positive, shares, truncation
+from common.flags import check_day, check_minutes, check_name, die, moved, positive, shares, truncation
 from common.metrics import Clock, in_order, merge_stats, recent
 from common.optim import Optimizer
 from common.reward import Rewards, check
-from common.run import Run, dated, gather, newest, start
+from common.run import Run, begun_with, dated, gather, newest, out_of_time, start
 from evaluate import evaluate, words
 from kernels import linear_logprob
 from rollout import Sample, Sampler, completion, prompt_ids
@@ -68,6 +68,7 @@ class Common:
     init: str = "runs/base"              # a Hugging Face folder, or a run; missing bases are trained first
     task: str = "countdown"              # a task of data/; the word after a colon is its variant
     tokens: int = 0          # end after this many sampled tokens, if that comes first; 0: no limit
+    minutes: float | None = None  # end after this many minutes of steps, evaluations apart; none: no limit
     prompts: int = 32                    # prompts per step, over all ranks
     max_new: int = 48  # tokens of a sample, at most; look at `truncated` before anything else
     top_p: float = 1.0                   # 1: off; below it, importance weights correct the truncation
@@ -87,7 +88,7 @@ class Common:
     checkpoint: bool = False             # recompute blocks in the backward: memory for time
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
-    threads: int = 0                     # CPU threads; 0: all cores, shared by the ranks
+    threads: int = 0                     # CPU threads; 0: the cores that are free, shared by the ranks
     deterministic: bool | None = None    # repeatable bit for bit; none: on CPU
     resume: bool = False                 # continue runs/NAME
     wandb: str = ""                      # a wandb project, if curves should go there too
@@ -141,6 +142,7 @@ class RL:
     progress: float = kept(0.0)  # the same in fractions: schedules move within a rollout, too
     cursor: int = kept(0)                # problems taken from the endless list
     spent: int = kept(0)                 # tokens sampled
+    seconds: float = kept(0.0)           # of all steps, evaluations apart: the same on every rank
     visits: dict = kept(factory=dict)    # problem -> times it was completed: part of its noise
     late: list = kept(factory=list)      # problems that were put off: see tail.py
     best: float = kept(-math.inf)        # the highest eval/avg
@@ -172,6 +174,7 @@ def find_base(config, env):
               flush=True)
     begun = Path(config.init, "config.json").exists()
     train_gpt.main(["--preset", preset] + ["--resume"] * begun)
+    machine.use(env.threads)                             # again: the base had Threads of its own
     if env.device.type == "cuda":  # what it held is neither this run's peak nor lost to its pool
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -181,6 +184,7 @@ def check_flags(c):
     """What holds of the flags of every loop. Its own are checked in a script's `configure`."""
     positive(c, "prompts max_new row_tokens save_every workers")
     shares(c, "decay")
+    check_minutes(c.minutes)
     check_name(c.name)
     check_day(c.date)
     truncation(c)
@@ -203,7 +207,7 @@ def setup(config, problems=None, reward=None, longest=0, task=None):
     """-> RL. problems: to train on, instead of the task's. reward: a task or my.py:score, instead
     of config.task's own. longest: tokens of the longest prompt that will come, if above these.
     task: instead of config.task."""
-    env = start(config.device, config.dtype, config.threads, config.deterministic)
+    env = start(config.device, config.dtype, config.threads, config.deterministic, begun_with(config))
     if isinstance(config, Algo):
         config = with_algorithm(config)
     check_flags(config)
@@ -268,7 +272,7 @@ def new_optimizer(model, config):
 
 # flags that may differ on --resume: they change when something is done, or by how many, never the
 # result
-FREE = ("eval_every", "save_every", "threads", "workers", "wandb", "budget", "patience")
+FREE = ("eval_every", "save_every", "threads", "workers", "wandb", "minutes", "patience")
 
 
 def open_run(rl, sources):
@@ -277,6 +281,7 @@ def open_run(rl, sources):
     config = rl.config
     run = Run(f"runs/{config.name}", config, rl.env, resume=config.resume, free=FREE, sources=sources)
     rl.workers.log = run.log
+    run.log_machine()
     count = len(rl.problems)
     if config.prompts > count:
         run.log(f"--prompts {config.prompts} is more than the {count} problems there are: a step holds "
@@ -534,8 +539,8 @@ def learn(rl, groups):
 
 
 def over(rl):
-    """After its steps, or after --tokens sampled ones: metrics.summary counts those."""
-    return rl.step >= rl.steps or 0 < rl.config.tokens <= rl.spent
+    """After its steps, or after --tokens sampled ones or --minutes: metrics.summary counts those."""
+    return rl.step >= rl.steps or 0 < rl.config.tokens <= rl.spent or bool(out_of_time(rl.config, rl.seconds))
 
 
 def due(step, every):
@@ -568,6 +573,9 @@ def reset(rl):
 def finish(rl, run):
     """Pictures, and where the model lies."""
     rl.workers.close()
+    why = out_of_time(rl.config, rl.seconds)
+    if why and rl.step < rl.steps:
+        run.log(f"stopped after step {rl.step} of {rl.steps}: {why}")
     if rl.env.master:
         view.pages(run.folder)
         run.log(f"wrote {run.folder}: curves.png, samples.html, and the model in ckpt/step_{rl.step} "

@@ -36,9 +36,9 @@ from torch.utils.checkpoint import checkpoint
 import data
 import kernels
 from common import cpu, hf, view
-from common.flags import check_day, check_name, die, flags, positive, shares, without_effect
+from common.flags import check_day, check_minutes, check_name, die, flags, positive, shares, without_effect
 from common.optim import Optimizer
-from common.run import Run, all_sum, barrier, dated, progress, start
+from common.run import Run, all_max, all_sum, barrier, begun_with, dated, out_of_time, progress, start
 from data.documents import documents, kind_of
 from kernels import (linear, linear_logprob, packed_attention, qk_norm_rope, rms_norm, rope_tables, swiglu,
                      uniform)
@@ -238,6 +238,7 @@ class Config:
     tokenizer: str = "numbers"           # chars, numbers, bytes, gpt2, a folder; --init has its own
     init: str = ""                       # a Hugging Face folder or a run; it brings its shape
     steps: int = 1060                    # optimizer steps
+    minutes: float | None = None  # end after this many minutes of steps, evaluations apart; none: no limit
     batch: int = 64                      # documents per step, over all ranks
     row_tokens: int = 4096               # tokens of one packed row (a micro-batch)
     seq_len: int = 1024                  # tokens of a document cut from a text or from shards
@@ -268,7 +269,7 @@ class Config:
     compile: bool = False                # torch.compile the blocks
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
-    threads: int = 0                     # CPU threads; 0: all cores, shared by the ranks
+    threads: int = 0                     # CPU threads; 0: the cores that are free, shared by the ranks
     deterministic: bool | None = None    # repeatable bit for bit; none: on CPU
     resume: bool = False                 # continue runs/NAME
     wandb: str = ""                      # a wandb project, if curves should go there too
@@ -288,7 +289,7 @@ PRESETS = {
 
 
 # flags that may differ on --resume
-FREE = ("eval_every", "save_every", "threads", "compile", "wandb")
+FREE = ("minutes", "eval_every", "save_every", "threads", "compile", "wandb")
 
 
 def configure(argv):
@@ -299,6 +300,7 @@ def configure(argv):
     positive(c, "steps batch row_tokens seq_len n_layer n_head n_kv_head head_dim d_model d_ff max_len "
                 "eval_every eval_docs save_every")
     shares(c, "warmup decay")
+    check_minutes(c.minutes)
     check_name(c.name)
     check_day(c.date)
     if c.n_head % c.n_kv_head:
@@ -481,6 +483,9 @@ def setup(config, device, dtype):
     model.checkpoint = c.checkpoint
     if c.compile:
         model.compiled = True
+        # tells the compiler, too
+        torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled(),
+                                           warn_only=device.type == "cuda")
         for block in model.blocks:
             block.compile(dynamic=True)
     return model, document, count
@@ -494,16 +499,19 @@ def scratch(preset, seed=0):
 
 
 def last_checkpoint(run, model, optimizer):
-    """-> the step after which it was written, everything as it was then; 0 if there is none yet."""
+    """-> the step after which it was written, everything as it was then, and the seconds of the steps
+    until there; 0 if there is none yet."""
     found = run.latest()
     begin = 0
+    seconds = 0.0
     if found:
         model.load_hf(found[0])
         states = run.load(found[0])
         optimizer.load_state_dict([state["optimizer"] for state in states])
         begin = states[0]["step"]
+        seconds = states[0]["seconds"]
     run.rewind(begin)
-    return begin
+    return begin, seconds
 
 
 def status(step, config, m):
@@ -529,14 +537,16 @@ def show(run, model, document):
 def main(argv=None):
     # ---- config and init
     config = configure(argv)
-    env = start(config.device, config.dtype, config.threads, config.deterministic)
+    env = start(config.device, config.dtype, config.threads, config.deterministic, begun_with(config))
     model, document, count = setup(config, env.device, env.dtype)
     config = document.config                     # with the date that its chats are told
     run = Run(f"runs/{config.name}", config, env, resume=config.resume, free=FREE,
               sources=[__file__, kernels.__file__])
+    run.log_machine()
     optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr if config.muon else None,
                           weight_decay=config.weight_decay, clip=config.clip)
-    begin = last_checkpoint(run, model, optimizer) if config.resume else 0
+    begin, seconds = last_checkpoint(run, model, optimizer) if config.resume else (0, 0.0)
+    end = begin if out_of_time(config, seconds) else config.steps
     size = sum(p.numel() for p in model.parameters()) / 1e6
     many = f"{count:,}" if count else "endless"
     run.log(f"{size:.2f}M parameters, vocabulary {document.tok.vocab_size}, {config.data}, {many} "
@@ -548,12 +558,14 @@ def main(argv=None):
     numbers = {}
     held_out = None
     try:
-        for step, loss in steps(model, document, optimizer, config.steps, begin, numbers=numbers):
+        for step, loss in steps(model, document, optimizer, end, begin, numbers=numbers):
             bar.set_postfix_str(f"loss {loss:.3f}, {numbers['tokens_per_second']:,.0f} tok/s")
             bar.update()
+            run.pace(step, config.steps, numbers)
 
             # evaluate
-            last = step == config.steps
+            seconds += all_max(numbers["t_pack"] + numbers["t_train"] + numbers["t_opt"])
+            last = step == config.steps or bool(out_of_time(config, seconds))
             if last or step % config.eval_every == 0:
                 held_out = evaluate(model, document, env.rank, env.world)
                 numbers |= {f"eval/{k}": v for k, v in held_out.items()}
@@ -563,10 +575,12 @@ def main(argv=None):
             # save: a signal to any rank ends all of them after this step
             stopping = run.stopping()
             if last or stopping or step % config.save_every == 0:
-                state = dict(optimizer=optimizer.state_dict(), step=step)
+                state = dict(optimizer=optimizer.state_dict(), step=step, seconds=seconds)
                 run.save(step, lambda folder: model.save_hf(folder, document.tok), state)
             if stopping and not last:
                 run.bye(step)
+            if last:
+                break
     except FloatingPointError as e:
         die(f"step {step + 1}: {e}. The last checkpoint holds: "
             f"{run.latest() or 'none was written yet'}")
@@ -576,6 +590,8 @@ def main(argv=None):
     if config.target and not held_out:           # a finished run, resumed: nothing was trained
         held_out = evaluate(model, document, env.rank, env.world)
     barrier()                                    # until the slowest rank has written the checkpoint
+    if step < config.steps:
+        run.log(f"stopped after step {step} of {config.steps}: {out_of_time(config, seconds)}")
     if env.master:
         if config.target:
             reached = "reached" if held_out["loss"] <= config.target else "not reached"

@@ -55,7 +55,7 @@ from algos import Algo, check_updates, with_algorithm
 from common import view
 from common.flags import die, flags, positive, shares, truncation, without_effect
 from common.metrics import sample_rows, summary, warnings
-from common.run import all_max, gather, progress
+from common.run import gather, out_of_time, progress
 from evaluate import evaluate, paired, words
 from rollout import completion
 from stages import (Common, advantage, check_flags, collect, due, learn, next_problems, open_run, over,
@@ -82,7 +82,6 @@ class Config(Algo, Common):
     abstain_entropy: float = 0.8         # or the votes' entropy a higher share of its maximum
     prompts: int = 25                    # questions per step, over all ranks
     passes: int = 18                     # over the questions, at most
-    budget: float = 0.0                  # seconds of training, without evaluation; 0: no limit
     patience: int = 3                    # stop after this many passes without change; 0: never
     settled: float = 0.02                # that is: at most this share of the majorities flipped
     lr: float = 1e-3                     # AdamW
@@ -339,9 +338,10 @@ def idle(whole, lowest, config):
     return whole.get("flips", 1.0) <= config.settled and not gathered
 
 
-def ended(config, own, last_step=0.0):
-    """Why the run is over before its passes are, or nothing. last_step: its seconds; the next one
-    would take as long."""
+def ended(rl):
+    """Why the run is over before its passes are, or nothing."""
+    config = rl.config
+    own = rl.own
     if own.mute:
         clear = " and a clear majority" if config.judge == "abstain" else ""
         return (f"no question had --min-votes {config.min_votes} readable answers{clear}: look at "
@@ -350,9 +350,7 @@ def ended(config, own, last_step=0.0):
     if config.patience and own.still >= config.patience:
         return (f"for --patience {own.still} passes at most {config.settled:.0%} of the majorities "
                 "flipped and the votes gathered no further")
-    if config.budget and own.seconds + last_step > config.budget:
-        return f"--budget {config.budget:g} s: {own.seconds:.1f} are spent, another step would pass it"
-    return ""
+    return out_of_time(config, rl.seconds)
 
 
 class Graders:
@@ -421,7 +419,6 @@ class Own:
     lowest: float = math.inf                         # vote entropy of a pass
     best_step: int = 0                               # whose weights lie in best/
     best_consensus: float = -1.0
-    seconds: float = 0.0                             # of training
     before: dict | None = None                       # the evaluations before
 
 
@@ -526,7 +523,7 @@ def write_result(rl, run, results):
     """result.json, which compare_runs reads; the comparison; pictures."""
     gains = {name: gain(*pair) for name, pair in results.items() if pair[0]}
     own = rl.own
-    found = dict(step=own.best_step, steps=rl.step, seconds=own.seconds, gain=gains, **results)
+    found = dict(step=own.best_step, steps=rl.step, seconds=rl.seconds, gain=gains, **results)
     Path(run.folder, "result.json").write_text(json.dumps(found) + "\n")
     for line in compare_runs(rl.config):
         run.log(line)
@@ -644,7 +641,7 @@ def main(argv=None):
         run.metrics(0, **numbers_of(own.before))
 
     # ---- the loop
-    reason = ended(config, own)
+    reason = ended(rl)
     bar = progress(rl.steps, "ttrl", rl.step)
     while not over(rl) and not reason:
         rl.step += 1
@@ -669,13 +666,12 @@ def main(argv=None):
 
         # log
         records = remember_all(rl, records)
-        last_step = all_max(time.perf_counter() - start)
-        own.seconds += last_step
         numbers = summary(rl, groups, stats, start)
-        numbers |= means(records) | dict(seconds=own.seconds)
+        numbers |= means(records) | dict(seconds=rl.seconds)
         run.log(status(rl.step, rl.steps, config, numbers))
         for warning in warnings(rl.history, config):
             run.log(f"  warning: {warning}")
+        run.pace(rl.step, rl.steps, numbers)
         run.metrics(rl.step, **numbers)
         run.samples(sample_rows(rl, groups))
         bar.update()
@@ -684,7 +680,7 @@ def main(argv=None):
         own.seen += records
         if rl.cursor % len(asked) == 0:
             judge_pass(rl, run)
-        reason = ended(config, own, last_step)
+        reason = ended(rl)
 
         # save: a signal to any rank ends all of them after this step
         stopping = run.stopping()

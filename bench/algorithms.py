@@ -195,7 +195,7 @@ def table(found, config):
 
 
 def picture(found, config, path):
-    figure, axes = view.plt.subplots(1, len(found), figsize=(6 * len(found), 4), squeeze=False)
+    figure, axes = view.pyplot().subplots(1, len(found), figsize=(6 * len(found), 4), squeeze=False)
     for ax, (task, rows) in zip(axes[0], found.items()):
         for i, (row, runs) in enumerate(rows.items()):
             grid, accuracy = mean_curve(runs, config.tokens)
@@ -207,7 +207,7 @@ def picture(found, config, path):
     axes[0][-1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=140)
-    view.plt.close(figure)
+    view.pyplot().close(figure)
 
 
 def main(argv=None):

@@ -379,7 +379,7 @@ def sensitivity(config, cost):
 
 
 def picture(path, clusters, table):
-    figure, axes = view.plt.subplots(1, len(clusters) + bool(table),
+    figure, axes = view.pyplot().subplots(1, len(clusters) + bool(table),
                                      figsize=(4.2 * (len(clusters) + bool(table)), 4),
                                      layout="constrained", squeeze=False)
     end = clusters["off"][1]                  # the first five rounds of each, on the same clock
@@ -404,7 +404,7 @@ def picture(path, clusters, table):
         ax.set(title="rollout time over plain", xlabel="times the prompts, times the samples")
         ax.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
-    view.plt.close(figure)
+    view.pyplot().close(figure)
 
 
 def main(argv=None):

@@ -129,7 +129,7 @@ def picture(rows, config, path):
         keys = [key for key in keys if key in series]
         if keys:
             drawn.append((stage, series, keys, words))
-    figure, axes = view.plt.subplots(1, 1 + len(drawn), figsize=(4 + 3.6 * len(drawn), 3.3),
+    figure, axes = view.pyplot().subplots(1, 1 + len(drawn), figsize=(4 + 3.6 * len(drawn), 3.3),
                                      layout="constrained")
     bars, *others = [axes] if not drawn else list(axes)
     learners = [r for r in rows if r["before"]]
@@ -151,7 +151,7 @@ def picture(rows, config, path):
     for ax in (bars, *others):
         ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
-    view.plt.close(figure)
+    view.pyplot().close(figure)
 
 
 def main(argv=None):

@@ -171,7 +171,7 @@ def predicted(config, costs, lengths, modes, ranks):
 def picture(found, config, path):
     """Idle share of each rank, runs of several ranks."""
     several = sorted({ranks for _, ranks in found if ranks > 1})
-    figure, axes = view.plt.subplots(1, len(several), figsize=(6 * len(several), 3.6),
+    figure, axes = view.pyplot().subplots(1, len(several), figsize=(6 * len(several), 3.6),
                                      squeeze=False, layout="constrained")
     for ax, ranks in zip(axes[0], several):
         modes = [m for m in config.modes.split(",") if (m, ranks) in found]
@@ -183,7 +183,7 @@ def picture(found, config, path):
         ax.set(title="idle share of a rollout", ylim=(0, None))
         ax.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=140)
-    view.plt.close(figure)
+    view.pyplot().close(figure)
 
 
 def main(argv=None):

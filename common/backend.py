@@ -18,13 +18,13 @@ nothing; so no candidate is used before it has proved itself on this machine, fo
 This file imports nothing of ours.
 """
 
+import functools
 import inspect
 import os
 import types
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention import varlen as torch_varlen
 
 try:
     import triton
@@ -115,16 +115,22 @@ def report(kind, names):
 # key heads.
 
 
-GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(torch_varlen.varlen_attn).parameters else {}
-
-
 def flash(q, k, v, cu_q, cu_k, max_q, max_k):
     from flash_attn import flash_attn_varlen_func
     return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
 
 
 def varlen(q, k, v, cu_q, cu_k, max_q, max_k):
-    return torch_varlen.varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), **GQA)
+    call, shared = _varlen_attn()
+    return call(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), **shared)
+
+
+@functools.cache
+def _varlen_attn():
+    """-> torch's function, and what tells it that heads share keys, where it must be told"""
+    from torch.nn.attention.varlen import varlen_attn  # a second of every start, which a CPU can do without
+    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return varlen_attn, {"enable_gqa": True} if told else {}
 
 
 def flash_decode(q, k_new, v_new, k_pages, v_pages, block_table, lengths):

@@ -23,6 +23,7 @@ This file imports nothing of ours: what it needs to know of the model is handed 
 import copy
 import functools
 import os
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from types import SimpleNamespace
 
@@ -196,6 +197,18 @@ def padded(x_TD, positions_T, attend):
         return F.pad(attend(layer, q[:T], k[:T], v[:T]), (0, 0, 0, 0, 0, spare))
 
     return F.pad(x_TD, (0, 0, 0, spare)), F.pad(positions_T, (0, spare)), attend_real
+
+
+@contextmanager
+def one_thread():
+    """Around the sum of a large tensor: several threads would share it out, and round by how many they
+    are. Everything else here gives the same bits with any number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # -----------------------------------------------------------------------------

@@ -55,6 +55,12 @@ def shares(config, names):
             die(f"--{name.replace('_', '-')} is {getattr(config, name)}: it is a share, give 0 to 1")
 
 
+def check_minutes(minutes):
+    """refuses a --minutes that leaves no time for a step; None is no limit"""
+    if minutes is not None and not minutes > 0:
+        die(f"--minutes is {minutes:g}: a run needs more than 0; leave it out for no limit")
+
+
 def truncation(config, prefix=""):
     """refuses a --top-p that is none, and one without effect beside temperature 0, which is greedy"""
     flag = f"--{prefix}top-p".replace("_", "-")

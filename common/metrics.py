@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from common.reward import varies
-from common.run import all_sum, gather
+from common.run import all_max, all_sum, gather
 from rollout import completion
 
 CLOCKS = ("rollout", "reward", "pack", "train", "opt", "idle")
@@ -118,6 +118,7 @@ def summary(rl, groups, stats, start):
         t_step=time.perf_counter() - start,
         **times,
     )
+    rl.seconds += all_max(numbers["t_step"])
     if rl.rounds:
         numbers |= rl.rounds.evidence()
     if rl.config.stream:

@@ -21,7 +21,7 @@ schedulers. The caller passes this step's learning-rate factor.
 import torch
 import torch.distributed as dist
 
-from common.cpu import matmul_t
+from common.cpu import matmul_t, one_thread
 
 # five rounds of the Polar Express (arXiv 2505.16932): the best quintics in turn for singular
 # values in [1e-3, 1]
@@ -37,7 +37,9 @@ def orthogonalize(m):
     x = m.to(torch.bfloat16 if m.is_cuda else torch.float32)
     tall = x.shape[0] > x.shape[1]
     x = x.t() if tall else x
-    x = x / (x.norm() * 1.01 + 1e-7)  # the margin keeps rounding inside the interval of the quintics
+    with one_thread():
+        norm = x.norm()
+    x = x / (norm * 1.01 + 1e-7)  # the margin keeps rounding inside the interval of the quintics
     if x.dtype == torch.float32 and x.shape[1] >= 2 * x.shape[0]:
         return _by_gram(x, tall).to(m.dtype)
     for a, b, c in POLAR:
@@ -235,7 +237,8 @@ class Optimizer:
             # in fp64 on a CPU, where ranks must agree to the bit; a GPU would write the whole
             # gradient out once more, and MPS has no fp64
             grad = s.grad.double() if s.grad.device.type == "cpu" else s.grad
-            squares.append(grad.square().sum())
+            with one_thread():
+                squares.append(grad.square().sum())
         square = torch.stack(squares).sum()
         if self.world > 1:
             dist.all_reduce(square)

@@ -20,6 +20,7 @@ the new one, and a rank that hangs can never drag the others into half a save.
 """
 import atexit
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -40,9 +41,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from common import cpu, machine
 from common.files import (checkpoints, complete, discard, disk_error, jsonable, newest, plain, sync,
                           write_whole)
 from common.flags import die, moved
+from common.machine import Threads
 from common.watch import Watch
 
 MOVED = {"flags": "common.flags", "positive": "common.flags", "GONE": "common.watch",
@@ -56,8 +59,11 @@ __getattr__ = moved(__name__, MOVED)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def start(device="auto", dtype="auto", threads=0, deterministic=None):
-    """-> where this process runs: rank, local_rank, world, master, device, dtype, deterministic"""
+def start(device="auto", dtype="auto", threads=0, deterministic=None, begun=0):
+    """
+    -> where this process runs: rank, local_rank, world, master, device, dtype, deterministic,
+    threads, pace (common/machine.py). begun: the threads of a run that is resumed, see begun_with
+    """
     rank = int(os.environ.get("RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -73,14 +79,11 @@ def start(device="auto", dtype="auto", threads=0, deterministic=None):
     if kind == "cpu":
         # before the first thread: numbers below 1e-38 cost ten times the others
         torch.set_flush_denormal(True)
-    if threads:
-        torch.set_num_threads(threads)
-    elif kind == "cpu" and "RANK" in os.environ:
-        # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle when the ranks are fewer
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+    chosen = machine.use(_threads(threads, begun, kind, not deterministic or same_bits(kind, DTYPES[dtype])))
     # on a GPU a few operations have no deterministic form (cumsum of floats): warn there, do not stop
-    torch.use_deterministic_algorithms(deterministic, warn_only=kind == "cuda")
+    mode = "warn" if kind == "cuda" else "error"
+    # what use_deterministic_algorithms does, without the compiler, whose import takes a second
+    torch.set_deterministic_debug_mode(mode if deterministic else "default")
     # a debugging aid that would fill every torch.empty
     torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -92,7 +95,37 @@ def start(device="auto", dtype="auto", threads=0, deterministic=None):
         if world > 1:
             Watch(rank, world).start()
     return types.SimpleNamespace(rank=rank, local_rank=local_rank, world=world, master=rank == 0,
-                                 device=place, dtype=DTYPES[dtype], deterministic=deterministic)
+                                 device=place, dtype=DTYPES[dtype], deterministic=deterministic,
+                                 threads=chosen, pace=machine.Pace())
+
+
+def same_bits(kind, dtype):
+    """Does every number of threads give the same bits? oneDNN's fp32 products do, and so do our sums"""
+    return kind == "cpu" and dtype == torch.float32 and cpu.ON and cpu.ONEDNN
+
+
+def _threads(asked, begun, kind, follow):
+    """
+    -> Threads. Those asked for; or as many as the run began with; or an even share of the cores for
+    a rank, and for a process by itself the cores that are free
+    """
+    if asked:
+        return Threads(asked, "by --threads", follow=False)
+    if kind != "cpu":
+        return Threads(torch.get_num_threads(), "beside the device", follow=False)
+    if "RANK" in os.environ:
+        # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle when the ranks are fewer
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+        total = len(machine.allowed())
+        return Threads(max(1, total // ranks), f"an even share of {total} cores for each rank", follow=False)
+    if torch.get_num_threads() != machine.CORES:
+        return Threads(torch.get_num_threads(), "as they were when the run was called", follow=False)
+    if machine.CORES == 1:
+        return Threads(1, "one core, or OMP_NUM_THREADS", follow=False)
+    if begun:
+        return Threads(min(begun, machine.CORES), "as the run began", follow)
+    free, why = machine.free_cores()
+    return Threads(free, f"of {machine.CORES} cores: {why}", follow)
 
 
 def _kind(device):
@@ -228,6 +261,9 @@ def _head(env, sources):
     return "\n".join(lines) + "\n"
 
 
+_gflops = functools.cache(machine.gflops)      # once, where many runs share a process
+
+
 def _flag(name):
     return f"--{name.replace('_', '-')}"
 
@@ -253,6 +289,23 @@ def dated(config, tok, chats):
             pass                               # no run, or a damaged one: Run says so
     tok.date = broadcast(day or date.today().isoformat())
     return dataclasses.replace(config, date=tok.date)
+
+
+def begun_with(config):
+    """-> the threads of the run that this one resumes, which its config.json holds; 0: a new run"""
+    try:
+        said = json.loads(Path("runs", config.name, "config.json").read_text()) if config.resume else {}
+    except (OSError, ValueError):
+        return 0                               # no run, or a damaged one: Run says so
+    count = said.get("threads", 0) if isinstance(said, dict) else 0
+    return count if isinstance(count, int) and count > 0 else 0
+
+
+def out_of_time(config, seconds):
+    """-> why a run ends here, if its steps took --minutes so far; else "" """
+    if config.minutes is None or seconds < 60 * config.minutes:
+        return ""
+    return f"--minutes {config.minutes:g} are over; with more of them --resume continues"
 
 
 class Run:
@@ -333,6 +386,8 @@ class Run:
         """makes the folder and its files; returns what is wrong with the disk, or None"""
         folder = self.folder
         fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        if "threads" in fields and self.env.world == 1 and self.env.device.type == "cpu":
+            fields["threads"] = self.env.threads.most            # what a resume begins with
         text = json.dumps(fields, indent=1, default=str) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -494,6 +549,36 @@ class Run:
         if self.signalled and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signalled = True
+
+    def log_machine(self):
+        """on a CPU, once: what the times of this run depend on, and what its bits do not"""
+        env = self.env
+        if not env.master or env.device.type != "cpu":
+            return
+        count = env.threads.most
+        threads = f"{count} thread{'s' * (count > 1)}"
+        bits = "not repeatable"
+        if env.deterministic:
+            bits = f"repeatable bit for bit with {threads}"
+        if env.deterministic and same_bits(env.device.type, env.dtype):
+            bits += ", or any other number"
+        self.log(f"{threads}, {env.threads.why}. {_gflops():.0f} GFLOP/s per thread in fp32; {bits}")
+
+    def pace(self, step, steps, numbers):
+        """
+        Once per step, on every rank: how long it takes here, and whether that has changed. The number
+        of threads follows the cores that other processes leave free. numbers: those of the step
+        """
+        if self.env.device.type != "cpu":
+            return
+        names = dict(rollout="rollout_tok_s", update="train_tok_s", training="tokens_per_second")
+        rates = {stage: numbers[name] for stage, name in names.items() if numbers.get(name)}
+        stages = numbers["t_pack"] + numbers["t_train"] + numbers["t_opt"]
+        seconds = numbers.get("t_step", stages)        # pretraining has no stages but these
+        machine.follow()
+        for line in [self.env.threads.say(), *self.env.pace.step(step, steps, seconds, rates)]:
+            if line:
+                self.log(line)
 
     def stopping(self):
         """once at the end of a step, on every rank: has any of them been told to stop?"""

@@ -9,19 +9,14 @@ compared by laying one over the other. A panel appears when its numbers exist, s
 draws pretraining, RL and distillation. samples.html is one file that loads nothing else: open it,
 mail it, keep it with a paper.
 """
+import functools
 import html
 import json
 import math
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-# the backend must be chosen first: a training node has no screen
-import matplotlib.pyplot as plt  # noqa: E402
-
-from common.flags import die  # noqa: E402
+from common.flags import die
 
 # title, keys, scale; reward first: it is the question, the loss is not
 PANELS = [
@@ -44,6 +39,15 @@ COUNTS = {"n", "k", "length", "truncated", "no_answer"}
 STAGES = ["t_rollout", "t_reward", "t_pack", "t_train", "t_opt", "t_idle"]
 STROKES = ["-", "--", ":", "-."]
 COLORS = ["#2f6db3", "#d9772b", "#3a9660", "#b8405e", "#7a5bb5", "#8a6d3b", "#3aa6b0", "#6b7280"]
+
+
+@functools.cache
+def pyplot():
+    """matplotlib's, imported by whoever draws: most processes never do, and would start later"""
+    import matplotlib
+    matplotlib.use("Agg")                          # a training node has no screen
+    import matplotlib.pyplot
+    return matplotlib.pyplot
 
 
 def read(folder):
@@ -146,7 +150,7 @@ def draw(runs, path, title=""):
     columns = min(3, count)
     lines = -(-count // columns)
     size = (4.8 * columns, 3.1 * lines)
-    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    fig, axes = pyplot().subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     axes = list(axes.flat)
     for ax, panel in zip(axes, todo):
         draw_panel(ax, runs, *panel)
@@ -162,10 +166,11 @@ def draw(runs, path, title=""):
     if len(runs) == 1:
         fig.suptitle(title, fontsize=13)
     else:      # one legend for all panels, which is the title too
-        handles = [plt.Line2D([], [], color=color(i), linewidth=2, label=run) for i, run in enumerate(runs)]
+        handles = [pyplot().Line2D([], [], color=color(i), linewidth=2, label=run)
+                   for i, run in enumerate(runs)]
         fig.legend(handles=handles, loc="outside upper center", ncols=8, frameon=False, fontsize=11)
     fig.savefig(path, dpi=110)
-    plt.close(fig)
+    pyplot().close(fig)
     return path
 
 
@@ -193,7 +198,7 @@ def draw_panel(ax, runs, title, keys, scale):
     if len(keys) > 1 and single:
         ax.legend(frameon=False, fontsize=8)
     elif len(keys) > 1:
-        strokes = [plt.Line2D([], [], color="grey", linestyle=STROKES[j % 4], label=key)
+        strokes = [pyplot().Line2D([], [], color="grey", linestyle=STROKES[j % 4], label=key)
                    for j, key in enumerate(keys)]
         ax.legend(handles=strokes, frameon=False, fontsize=8)
 

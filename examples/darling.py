@@ -148,6 +148,7 @@ def main(argv=None):
                 f"distinct {numbers['distinct']:.2f}")
         for warning in warnings(rl.history, config):
             run.log(f"  warning: {warning}")
+        run.pace(rl.step, rl.steps, numbers)
         bar.update()
         last = over(rl)
         if last:

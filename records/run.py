@@ -28,6 +28,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import verify  # noqa: E402  (both are scripts of this folder; ours come from one floor up)
 
 from common.flags import die, flags  # noqa: E402
+from common.machine import gflops  # noqa: E402
 
 
 @dataclass
@@ -121,7 +122,7 @@ def main(argv=None):
             begin = time.time()
             commands, seconds, accuracy = attempt(config, checkout, seed)
             row = dict(track=config.track, side=side, seed=seed, started=begin,
-                       machine=machine(), commit=git(checkout), commands=commands,
+                       machine=machine(), gflops=round(gflops(), 1), commit=git(checkout), commands=commands,
                        seconds=seconds, accuracy=accuracy, problems=verify.problems_of(config.track),
                        **{key: track[key] for key in ("n", "k", "max_new")})
             with open(out, "a") as f:

@@ -13,6 +13,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+from common import view  # noqa: E402  (found on the path that was set above)
+
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
     os.environ.pop(name, None)
 
@@ -22,17 +24,35 @@ def pytest_runtest_setup(item):
         pytest.skip("no CUDA device")
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing takes four fifths of a tiny run: curves.png is drawn where a test looks at it"""
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(view, "curves", lambda folder: None)
+
+
+# the same for a process that runs one of our scripts
+NO_PICTURES = """
+from common import view
+view.curves = lambda folder: None
+"""
+
+
+def without_pictures(code):
+    return NO_PICTURES + code if ".main(" in code else code
+
+
 @pytest.fixture
 def ranks(tmp_path):
     """ranks(n, code, *args): runs `code` in n processes of one gloo group, as torchrun would; ->
     what each printed"""
-    def go(n, code, *args, timeout=120):
+    def go(n, code, *args, timeout=600):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = str(s.getsockname()[1])
         env = {**os.environ, "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
                "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        started = [subprocess.Popen([sys.executable, "-c", code, *map(str, args)],
+        started = [subprocess.Popen([sys.executable, "-c", without_pictures(code), *map(str, args)],
                                     env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, cwd=tmp_path,
                                     text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                    for r in range(n)]
@@ -50,10 +70,10 @@ def ranks(tmp_path):
 @pytest.fixture
 def one_process(tmp_path):
     """one_process(code, *args): the same code as `ranks` without a group"""
-    def go(code, *args, timeout=120):
+    def go(code, *args, timeout=600):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, cwd=tmp_path,
-                              text=True, capture_output=True, timeout=timeout, check=False)
+        done = subprocess.run([sys.executable, "-c", without_pictures(code), *map(str, args)], env=env,
+                              cwd=tmp_path, text=True, capture_output=True, timeout=timeout, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
     return go

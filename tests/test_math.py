@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import Problem, answers, gsm8k  # noqa: E402
 from data.answers import canon, extract, same  # noqa: E402
+from tests.work import units  # noqa: E402
 
 REAL = os.environ.get("NANORL_DATA")
 real = pytest.mark.skipif(not REAL, reason="NANORL_DATA names no folder")
@@ -169,22 +170,21 @@ def test_numbers_are_rationals_and_hash_as_one():
 def test_hostile_text_costs_milliseconds(text):
     """a model is rewarded for what it writes, so it will write this; every size is bounded before
     anything is computed"""
-    start = time.process_time()
-    hash(canon(text))
-    for other in ("1", "x+1", r"\frac{1}{2}", text + "1"):
-        same(text, other)
-        same(other, text)
-    extract(f"\\boxed{{{text}}} #### {text} the answer is {text}")
-    assert same(text, text)
-    assert time.process_time() - start < 0.25
+    def judge():
+        hash(canon(text))
+        for other in ("1", "x+1", r"\frac{1}{2}", text + "1"):
+            same(text, other)
+            same(other, text)
+        extract(f"\\boxed{{{text}}} #### {text} the answer is {text}")
+        assert same(text, text)
+
+    assert units(judge) < 300
 
 
 def test_long_texts_are_searched_in_linear_time():
     for unit in (r"\boxed{", "answer is ", "#### ", "{", r"\boxed{1} "):
         text = unit * (1_000_000 // len(unit))
-        start = time.process_time()
-        extract(text)
-        assert time.process_time() - start < 2
+        assert units(lambda text=text: extract(text)) < 1000
 
 
 def test_math_verify_is_asked_only_about_what_is_not_understood(monkeypatch):
@@ -380,16 +380,15 @@ def votes(rows, distinct, seed=0, groups=512, n=64):
 
 @real
 def test_votes_of_512_groups_are_counted_in_time():
-    """150 ms on one quiet core; here with room for a busy one. What costs is parsing: once per
-    distinct string"""
+    """150 ms on one quiet core, some 25 units. What costs is parsing: once per distinct string"""
     task, table = data.load("math500"), votes(*real_answers(REAL))
-    best = 9.0
-    for _ in range(3):
+    classes = []
+
+    def count():
         answers.read.cache_clear()
-        start = time.process_time()
-        classes = [data.classes(task, group) for group in table]
-        best = min(best, time.process_time() - start)
-    assert best < 0.4 and sum(len(set(group)) for group in table) / 512 > 5
+        classes[:] = [data.classes(task, group) for group in table]
+
+    assert min(units(count) for _ in range(3)) < 100 and sum(len(set(group)) for group in table) / 512 > 5
     assert all(len(set(c)) <= len(set(group)) for c, group in zip(classes, table))
 
 

@@ -68,6 +68,7 @@ SIZE = (["0", "0.5", "7"], ["-0.1", "nan", "inf"])       # any number from 0
 SHARE = (["0", "0.5", "1"], ["-0.01", "1.01"])           # of a whole
 SIGNED = (["-2", "0", "2"], ["nan"])
 SWITCH = (["on", "off"], [])
+MINUTES = (["0.001", "9", "none"], ["0", "-1", "nan", "inf"])
 SEED = (["0", "1", str(2**62)], ["-1", str(2**62 + 1), "1e30"])
 TOP_P = (["0.001", "1"], ["0", "1.001", "2", "-1"])
 NAME = (["a", "a/b", "-x"], ["", "/a", "a/", "a//b", ".", "..", "a/../b", "../a", "./a", "a/."])
@@ -76,7 +77,7 @@ PLACE = (["auto", "cpu", "cuda", "mps"], ["gpu", "cuda:1", ""])
 DTYPE = (["auto", "fp32", "bf16"], ["fp16", ""])
 
 COMMON = dict(
-    name=NAME, init=ANY, task=ANY, tokens=OFF, prompts=COUNT, max_new=COUNT, top_p=TOP_P,
+    name=NAME, init=ANY, task=ANY, tokens=OFF, minutes=MINUTES, prompts=COUNT, max_new=COUNT, top_p=TOP_P,
     tis=(["0", "1", "2"], ["0.99", "-1", "0 --top-p 0.9"]), lr=SIZE, muon_lr=SIZE, warmup=OFF, decay=SHARE,
     weight_decay=SIZE, clip=SIZE, row_tokens=COUNT, slots=OFF, workers=COUNT, save_every=COUNT, seed=SEED,
     date=DATE, checkpoint=SWITCH, device=PLACE, dtype=DTYPE, threads=OFF, deterministic=SWITCH,
@@ -127,7 +128,7 @@ LIMITS = dict(
         judge=(["soft", "weighted", "abstain", "abstain --reward label"], ["x", "soft --reward label"]),
         abstain_share=(["0 --judge abstain", "1 --judge abstain"], ["1.01 --judge abstain", "0.5"]),
         abstain_entropy=(["0 --judge abstain", "1 --judge abstain"], ["1.01 --judge abstain", "0.5"]),
-        passes=COUNT, budget=SIZE, patience=OFF, settled=(["0", "1"], ["1.01", "0.5 --patience 0"]),
+        passes=COUNT, patience=OFF, settled=(["0", "1"], ["1.01", "0.5 --patience 0"]),
         eval_k=COUNT, eval_temperature=(["0", "1"], ["-1"]),
         eval_top_p=(["0.001", "1"], ["0", "1.001", "0.9 --eval-temperature 0"]),
         # of axes that need a second update
@@ -166,7 +167,8 @@ LIMITS = dict(
     train_gpt=dict(
         name=NAME, preset=(list(train_gpt.PRESETS), ["x"]), data=ANY, tokenizer=(["x"], ["x --init y"]),
         init=ANY,
-        steps=COUNT, batch=COUNT, row_tokens=COUNT, seq_len=(["1 --data x.txt"], ["0 --data x.txt", "1"]),
+        steps=COUNT, minutes=MINUTES,
+        batch=COUNT, row_tokens=COUNT, seq_len=(["1 --data x.txt"], ["0 --data x.txt", "1"]),
         n_layer=(["1"], ["0", "1 --init y"]), n_head=(["2", "4"], ["0", "3", "8 --init y"]),
         n_kv_head=(["1", "4"], ["0", "3", "1 --init y"]), head_dim=(["2"], ["0", "1", "2 --init y"]),
         d_model=(["1"], ["0", "1 --init y"]), d_ff=(["1"], ["0", "1 --init y"]),
@@ -565,7 +567,8 @@ PLACES = dict(
 COMMON_EFFECTS = PLACES | dict(
     name=("files", "--name another"), init=("metrics", "--init other"),
     task=("metrics", "--task arith", "--data= --reward="),
-    tokens=("metrics", "--tokens 1"), prompts=("metrics", "--prompts 2"), max_new=("metrics", "--max-new 5"),
+    tokens=("metrics", "--tokens 1"), minutes=("metrics", "--minutes 1e-9"),
+    prompts=("metrics", "--prompts 2"), max_new=("metrics", "--max-new 5"),
     top_p=("metrics", "--top-p 0.5"),
     tis=("metrics", "--tis 1", "--tail-batching continue --more-prompts 3 --lr 0.1 --steps 4"),
     lr=("metrics", "--lr 1e-3"), muon_lr=("metrics", "--muon-lr 1e-2"), warmup=("metrics", "--warmup 3"),
@@ -623,7 +626,7 @@ EFFECTS = dict(
         abstain_share=("metrics", "--abstain-share 1", "--judge abstain --abstain-entropy 1"),
         abstain_entropy=("metrics", "--abstain-entropy 0", "--judge abstain"),
         prompts=("metrics", "--prompts 2"),
-        passes=("metrics", "--passes 2"), budget=("metrics", "--budget 1e-9"),
+        passes=("metrics", "--passes 2"),
         patience=("metrics", "--patience 1 --settled 1", "--lr 0 --passes 6"),
         settled=("metrics", "--settled 1", "--patience 1 --lr 0 --passes 4"),
         eval_k=("metrics", "--eval-k 3"),
@@ -653,6 +656,7 @@ EFFECTS = dict(
         name=("files", "--name another"), preset=("metrics", "a set of flags: test_our_own_commands_start"),
         data=("metrics", "--data countdown"), tokenizer=("metrics", "--tokenizer numbers"),
         init=("metrics", "--init base", "STANDARD"), steps=("metrics", "--steps 4"),
+        minutes=("metrics", "--minutes 1e-9"),
         batch=("metrics", "--batch 4"),
         row_tokens=("memory", "of one forward and backward"),
         seq_len=("metrics", "--seq-len 9", "--data text.txt"), n_layer=("metrics", "--n-layer 2"),

@@ -554,7 +554,7 @@ def loop(kind, **settings):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env.pop("PYTHONPATH", None)
     command = [sys.executable, str(script), kind, json.dumps(SAME | settings | {"out": out})]
-    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=120)
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), load_file(out)
 

@@ -427,7 +427,7 @@ for step in range(first + 1, 100000):
 """
 
 
-def wait_for(condition, process=None, seconds=30):
+def wait_for(condition, process=None, seconds=300):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "it took too long"
@@ -452,7 +452,7 @@ def test_kill_9_in_mid_save_leaves_a_valid_checkpoint(tmp_path):
         pid = os.fork()      # the imports are paid for once
         if pid == 0:
             body()
-        end = time.time() + 20
+        end = time.time() + 200
         while (R.newest(folder) or (0, 0))[1] <= reached + 2 and time.time() < end:
             time.sleep(0.001)
         time.sleep(0.0017 * kill)
@@ -468,7 +468,7 @@ def test_kill_9_in_mid_save_leaves_a_valid_checkpoint(tmp_path):
     head, loop = LOOP.split("# loop\n")
     code = textwrap.dedent(code).replace("BODY", "    global step\n" + textwrap.indent(loop, "    "))
     p = script(head + "from common import run as R\nreached = 0\n" + code, folder, 0)
-    out, err = p.communicate(timeout=60)
+    out, err = p.communicate(timeout=300)
     assert p.returncode == 0, err
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
     assert len(steps) > 24 and steps == list(range(1, len(steps) + 1)), "no step is missing, none is doubled"
@@ -499,9 +499,9 @@ def test_two_ranks_agree_to_stop(tmp_path):
     ranks = [script(LOOP, tmp_path / "r", 0.05, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2",
                     LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for r in range(2)]
     try:
-        wait_for(lambda: lines(tmp_path / "r/metrics.jsonl") > 2, ranks[0], seconds=60)
+        wait_for(lambda: lines(tmp_path / "r/metrics.jsonl") > 2, ranks[0])
         ranks[1].send_signal(signal.SIGTERM)
-        out = [p.communicate(timeout=60) for p in ranks]
+        out = [p.communicate(timeout=300) for p in ranks]
     finally:
         for p in ranks:
             p.kill()

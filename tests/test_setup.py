@@ -61,7 +61,8 @@ def test_an_old_python_is_said(tmp_path):
 ROWS = [      # the bottom first; a row may name files that are not written yet
     ["common.jail"],
     ["common.sandbox"],
-    ["common.flags", "common.files", "common.watch", "common.cpu", "common.backend", "data"],
+    ["common.flags", "common.files", "common.watch", "common.cpu", "common.machine", "common.backend",
+     "data"],
     ["common.run"],
     ["kernels", "common.optim", "common.hf"],
     ["pack", "common.reward", "common.view", "common.deal"],

@@ -164,16 +164,19 @@ def test_agreement_with_all_votes_rises_when_it_sharpens_and_falls_when_it_drift
 
 
 def test_when_to_stop():
-    config = Config(settled=0.02, patience=2, budget=10.0)
+    config = Config(settled=0.02, patience=2, minutes=1.0)
+
+    def why(own, config=config, seconds=0.0):
+        return ended(SimpleNamespace(config=config, own=own, seconds=seconds))
+
     assert idle(dict(flips=0.01, vote_entropy=0.5), 0.5, config)
     assert not idle(dict(flips=0.01, vote_entropy=0.4), 0.5, config), "it still gathers votes"
     assert not idle(dict(flips=0.1, vote_entropy=0.5), 0.5, config)
     assert not idle(dict(vote_entropy=1.0), math.inf, config)
-    assert "--patience 2" in ended(config, Own(still=2, seconds=1.0), 0.1)
-    assert "--budget 10" in ended(config, Own(seconds=9.5), 0.6)
-    assert (ended(config, Own(still=1, seconds=9.5), 0.4) == ""
-            == ended(Config(patience=0, budget=0.0), Own(still=9, seconds=1e9), 1.0))
-    assert "--max-new 48" in ended(config, Own(mute=True, seconds=1.0), 0.1)
+    assert "--patience 2" in why(Own(still=2))
+    assert "--minutes 1" in why(Own(), seconds=60.0)
+    assert why(Own(still=1), seconds=59.9) == "" == why(Own(still=9), Config(patience=0), seconds=1e9)
+    assert "--max-new 48" in why(Own(mute=True))
 
 
 def test_an_epoch_leaves_no_question_out_and_asks_none_twice_in_a_step():
@@ -405,8 +408,8 @@ def test_the_state_kept_is_the_one_that_agreed_most(own, monkeypatch, capsys):
 
 
 def test_it_stops_itself(own, capsys):
-    ttrl.main([*own, "--passes", "9", "--budget", "0.001", "--name", "short"])
-    assert "stopped after step 1: --budget" in capsys.readouterr().out
+    ttrl.main([*own, "--passes", "9", "--minutes", "1e-5", "--name", "short"])
+    assert "stopped after step 1: --minutes" in capsys.readouterr().out
     assert Path("runs/short/result.json").exists()
     ttrl.main([*own, "--passes", "9", "--patience", "2", "--settled", "1",
                "--lr", "1e-9", "--name", "settled"])

@@ -10,6 +10,8 @@ import pytest
 
 from common import view
 
+pytestmark = pytest.mark.pictures
+
 
 def run(folder, rows):
     folder.mkdir(parents=True)

@@ -1,0 +1,256 @@
+"""
+What is this machine worth to us, now? How fast a core is, which cores are free, whether that changes.
+
+    gflops()          fp32 speed of one core, so that a time means something elsewhere
+    free_cores()      how many cores nobody else keeps busy: a run takes these when it begins
+    Threads           torch's threads follow the free cores while the run lasts
+    Pace              how long the run will take here; a warning when it has become slow
+
+Torch's threads wait for each other by spinning, and a product is only done when its last thread is.
+So beside a busy process two threads on two cores are not half as fast but twenty times slower than
+one: the one whose core was taken holds up the other, which spins. One thread per FREE core is best.
+
+Left out of the usual recipe: threads that sleep while they wait (OMP_WAIT_POLICY, GOMP_SPINCOUNT).
+They must be asked for before torch is imported, and cost a third of the speed where nobody disturbs.
+
+This file imports nothing of ours.
+"""
+
+import math
+import os
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+
+# torch's own choice, before anybody else's: the physical cores that we may use, or OMP_NUM_THREADS
+CORES = torch.get_num_threads()
+STAT = Path("/proc/stat")
+LOOK_EVERY = 2.0          # seconds between two looks at the other processes: a burst is no reason to move
+EARLY = 5                 # steps that say how fast this run is, after a first one that compiles products
+SLOW = 0.5                # of its early speed: below that a run asks its user what happened
+
+# ------------------------------------------------------------------------------
+# how fast is a core?
+
+
+def gflops(seconds=0.2):
+    """
+    fp32 GFLOP/s of one thread: the best of five products of 1,024 x 1,024 matrices, fewer where they
+    take longer than `seconds`. By the thread's own clock: it is the core's speed, not the share of it
+    that others leave.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a = torch.ones(1024, 1024)
+        out = torch.empty_like(a)
+        times = []
+        end = time.perf_counter() + seconds
+        while len(times) < 5 and (not times or time.perf_counter() < end):
+            begin = time.thread_time()
+            torch.mm(a, a, out=out)
+            times.append(time.thread_time() - begin)
+    finally:
+        torch.set_num_threads(threads)
+    return 2 * 1024**3 / min(times) / 1e9
+
+
+# ------------------------------------------------------------------------------
+# which cores are free?
+
+
+def allowed():
+    """the numbers of the cores that this process may run on; those of two threads count twice"""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+class Look:
+    """A moment: what our cores have done since the machine began, and what this process has"""
+
+    def __init__(self):
+        self.when = time.perf_counter()
+        self.own = time.process_time()
+        self.ticks = self._ticks()
+
+    @staticmethod
+    def _ticks():
+        """{core: (busy, all)} in the system's ticks; {} where there is no /proc/stat"""
+        try:
+            lines = STAT.read_text().splitlines()
+        except OSError:
+            return {}
+        ours = allowed()
+        found = {}
+        for line in lines:
+            name, *columns = line.split()
+            if not name.startswith("cpu") or name == "cpu" or int(name[3:]) not in ours:
+                continue
+            # user nice system idle iowait irq softirq steal; what follows is counted in user already
+            ticks = [int(column) for column in columns[:8]]
+            found[name] = sum(ticks) - sum(ticks[3:5]), sum(ticks)
+        return found
+
+    def others(self, before):
+        """-> how many cores other processes kept busy since the look `before`, 0.0 to all of them"""
+        busy = 0.0
+        for name, (worked, total) in self.ticks.items():
+            worked_before, total_before = before.ticks.get(name, (worked, total))
+            busy += (worked - worked_before) / max(1, total - total_before)
+        own = (self.own - before.own) / max(1e-9, self.when - before.when)
+        return max(0.0, busy - own)
+
+
+def left_by(others):
+    """-> cores to take beside work that keeps so many busy; at least one"""
+    return max(1, CORES - math.floor(others + 0.5))
+
+
+def free_cores(seconds=0.2):
+    """-> (how many cores are free, at least one; what says so, in words)"""
+    before = Look()
+    if before.ticks:
+        time.sleep(seconds)
+        others = Look().others(before)
+        by = "/proc/stat"
+    elif hasattr(os, "getloadavg"):
+        others = os.getloadavg()[0]
+        by = "the load of the last minute"
+    else:
+        return CORES, "nothing here says which are busy"
+    free = left_by(others)
+    if free == CORES:
+        return free, f"all are free, says {by}"
+    return free, f"other processes keep {others:.1f} of them busy, says {by}"
+
+
+# ------------------------------------------------------------------------------
+# while the run lasts
+
+
+class Threads:
+    """
+    torch's threads: `most` of them, or fewer while other processes keep cores busy.
+
+    why     in words, for the log
+    follow  False: always `most`, as the user said, or where another number gives other bits
+    """
+
+    def __init__(self, most, why, follow):
+        self.most = most
+        self.why = why
+        self.follow = follow
+        self.note = ""                             # what a log should say once
+        self.told = False
+        self.before = Look()
+
+    def look(self):
+        """as often as one likes; it looks every LOOK_EVERY seconds"""
+        if not self.follow or time.perf_counter() - self.before.when < LOOK_EVERY:
+            return
+        now = Look()
+        others = now.others(self.before)
+        self.before = now
+        count = min(self.most, left_by(others))
+        torch.set_num_threads(count)
+        if count < self.most and not self.told:
+            self.told = True
+            self.note = (f"other processes keep {others:.1f} of {CORES} cores busy: {count} of {self.most} "
+                         "threads until they are done, with the same bits")
+
+    def say(self):
+        """-> the note, once; "" where there is none"""
+        note = self.note
+        self.note = ""
+        return note
+
+
+current = None            # the Threads of this process: torch's number of them is one for all, too
+
+
+def use(threads):
+    """Takes these Threads from here on, and returns them"""
+    global current
+    current = threads
+    torch.set_num_threads(threads.most)
+    return threads
+
+
+def follow():
+    """Called between two decode steps and at the end of a training step, where the number may change"""
+    if current:
+        current.look()
+
+
+class Pace:
+    """The speed of a run's steps, beside that of its first ones."""
+
+    def __init__(self):
+        self.count = 0
+        self.began = 0.0                           # when the first step ended
+        self.seconds = deque(maxlen=EARLY)         # of the last steps
+        self.rates = deque(maxlen=EARLY)           # {stage: tokens per second} of the last steps
+        self.early = {}                            # the first medians of those
+        self.foretold = 0.0                        # seconds per step that the log speaks of
+        self.warned = False
+
+    def step(self, step, steps, seconds, rates):
+        """
+        Once per step, the `step`-th of `steps`, which took so long. rates: {stage: tokens per
+        second}, without the stages that had nothing to do. -> lines for the log
+        """
+        self.count += 1
+        if self.count == 1:
+            self.began = time.perf_counter()
+            return []
+        self.seconds.append(seconds)
+        self.rates.append(rates)
+        return self._how_long(step, steps) + self._slow()
+
+    def _how_long(self, step, steps):
+        """said after the first steps, and corrected once, at a tenth of the run, if it was wrong"""
+        waited = time.perf_counter() - self.began > 60 and not self.foretold
+        at_first = len(self.seconds) == EARLY and not self.foretold
+        tenth = step == steps // 10 and self.foretold
+        if step >= steps or not (waited or at_first or tenth):
+            return []
+        each = statistics.median(self.seconds)
+        if tenth and 0.8 < each / self.foretold < 1.25:
+            return []
+        self.foretold = each
+        return [f"about {words((steps - step) * each)} here for the {steps - step:,} steps that are left, "
+                f"evaluations apart: {each:.2f} s per step"]
+
+    def _slow(self):
+        if len(self.rates) < EARLY:
+            return []
+        now = medians(self.rates)
+        self.early = now | self.early
+        if self.warned or not now or not all(now[stage] < SLOW * self.early[stage] for stage in now):
+            return []
+        self.warned = True
+        rates = ", ".join(f"{stage} {rate:,.0f} tok/s instead of {self.early[stage]:,.0f}"
+                          for stage, rate in now.items())
+        return [f"  warning: less than half as fast as at first: {rates}. Is another process busy (top), is "
+                "the memory full (free -m), the machine hot? Beside other work fewer --threads are faster, "
+                "and --resume may change them"]
+
+
+def medians(rows):
+    """[{stage: number}, ...] -> {stage: the median of the rows that have it}"""
+    stages = dict.fromkeys(stage for row in rows for stage in row)
+    return {stage: statistics.median(row[stage] for row in rows if stage in row) for stage in stages}
+
+
+def words(seconds):
+    """so many seconds, as one says it"""
+    for size, name in ((3600, "hour"), (60, "minute")):
+        if seconds >= 1.5 * size:
+            count = seconds / size
+            return f"{count:.0f} {name}s" if count >= 9.5 else f"{count:.1f} {name}s"
+    count = max(1, round(seconds))
+    return f"{count} second{'s' * (count > 1)}"
