@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # from a fresh clone to models that reason a little, from nothing: set-up, then
-#   base     one mixed base model, pretrained             train_gpt.py   1:30 on two CPU cores
-#   rl       GRPO on Countdown                            nanorl.py      3:10
-#   ttrl     arithmetic questions without their answers   ttrl.py        1:10
-#   student  a smaller model, pretrained                  train_gpt.py   0:40
-#   opd      distilled from the model of rl               opd.py         0:50
+#   base     one mixed base model, pretrained             train_gpt.py
+#   rl       GRPO on Countdown                            nanorl.py
+#   ttrl     arithmetic questions without their answers   ttrl.py
+#   student  a smaller model, pretrained                  train_gpt.py
+#   opd      distilled from the model of rl               opd.py
 #   table    before and after, and a picture              python -m bench speedrun
 #
 #   ./speedrun.sh                       all of it; a second call goes on where the first one stopped
@@ -114,7 +114,7 @@ cpu_stage() {
     case "$1" in
         base)    stage base base train_gpt.py --device cpu ;;
         rl)      stage rl rl nanorl.py --device cpu ;;
-        ttrl)    stage ttrl ttrl_majority ttrl.py --device cpu --minutes 2 ;;
+        ttrl)    stage ttrl ttrl_majority ttrl.py --device cpu --passes 7 ;;
         student) stage student small train_gpt.py --preset small --device cpu ;;
         opd)     stage opd opd opd.py --init runs/small --teacher runs/rl --steps 300 --device cpu ;;
     esac

@@ -11,7 +11,8 @@ It works where a model is right more often than it is wrong in any one way: then
 than a sample, and learning from it moves every sample towards the vote, and the vote with them. It
 cannot teach what the model never says, and past its best it only makes the model sure of itself. So
 it watches the flips of the majority and its agreement with all earlier votes, keeps the best state,
-and stops.
+and stops. And where the first votes are scattered, it does not begin: their majority is often wrong
+in the model's own way, and a model that learns from it grows sure of that (--scattered).
 
 Rules, written down because they decide which answer wins:
 - no answer is no vote: it can never be the label and never agrees with one; a question with fewer
@@ -82,6 +83,7 @@ class Config(Algo, Common):
     abstain_entropy: float = 0.8         # or the votes' entropy a higher share of its maximum
     prompts: int = 25                    # questions per step, over all ranks
     passes: int = 18                     # over the questions, at most
+    scattered: float = 0.4  # learn nothing if the first votes' largest class holds less of them; 0: learn
     patience: int = 3                    # stop after this many passes without change; 0: never
     settled: float = 0.02                # that is: at most this share of the majorities flipped
     lr: float = 1e-3                     # AdamW
@@ -94,7 +96,7 @@ class Config(Algo, Common):
 
 PAPER = ("--votes 64 --samples 32 --min-votes 8 --prompts 8 --algo grpo --aggregate token "
          "--lr 5e-7 --weight-decay 0.01 --decay 0.97 --max-new 3072 --row-tokens 16384 "
-         "--eval-temperature 0.6 --eval-top-p 0.95 --patience 0 --save-every 40")
+         "--eval-temperature 0.6 --eval-top-p 0.95 --scattered 0 --patience 0 --save-every 40")
 PRESETS = {
     "aime": f"{PAPER} --task aime:ttrl --questions 30 --passes 80 --warmup 10 --unseen amc:ttrl",
     "amc": f"{PAPER} --task amc:ttrl --questions 83 --passes 30 --warmup 10 --unseen aime:ttrl",
@@ -122,7 +124,7 @@ def configure(argv):
     ]:
         if wrong:
             die(why)
-    shares(c, "abstain_share abstain_entropy settled")
+    shares(c, "abstain_share abstain_entropy settled scattered")
     truncation(c, "eval_")
     preset = flags(Config, PRESETS.get(c.preset, "").split())
     without_effect(c, [
@@ -347,6 +349,10 @@ def ended(rl):
         return (f"no question had --min-votes {config.min_votes} readable answers{clear}: look at "
                 f"`truncated` and raise --max-new {config.max_new}, or begin with a model that "
                 f"answers in the way --task {config.task} reads")
+    if own.hopeless:
+        return (f"the votes are scattered: the largest class holds {own.hopeless:.0%} of them in the mean, "
+                f"and --scattered {config.scattered:g} wants more, since such a majority is often wrong. "
+                "Train the model further first, or learn from labels")
     if config.patience and own.still >= config.patience:
         return (f"for --patience {own.still} passes at most {config.settled:.0%} of the majorities "
                 "flipped and the votes gathered no further")
@@ -416,6 +422,7 @@ class Own:
     seen: list = field(default_factory=list)         # the records of this pass
     still: int = 0                                   # passes in a row that changed nothing
     mute: bool = False                               # a whole pass of questions was skipped
+    hopeless: float = 0.0                            # the largest class's share, where that ends the run
     lowest: float = math.inf                         # vote entropy of a pass
     best_step: int = 0                               # whose weights lie in best/
     best_consensus: float = -1.0
@@ -588,10 +595,21 @@ def remember_all(rl, records):
     return [remember(rl.task, rl.own.memory, entry) for entry in found]
 
 
+def scattered(rl):
+    """In the first pass: how small a share of the votes the largest class of a question has, in the
+    mean, if that is too small to learn from; else 0."""
+    config = rl.config
+    if config.reward != "majority" or rl.cursor > len(rl.problems):
+        return 0.0
+    share = float(np.mean([entry["majority_ratio"] for entry in rl.own.seen]))
+    return share if share < config.scattered else 0.0
+
+
 def judge_pass(rl, run):
     """Keeps the best state so far, and counts the passes that changed nothing."""
     own = rl.own
     whole = means(own.seen)
+    own.hopeless = scattered(rl)
     own.seen = []
     if whole["consensus"] > own.best_consensus:
         own.best_step = rl.step
@@ -660,12 +678,16 @@ def main(argv=None):
             groups.append(group)
             records.append(found)
 
+        records = remember_all(rl, records)
+        own.seen += records
+        if scattered(rl):
+            trained = []
+
         # update: back-propagate sums; one division, clip, step
         stats = learn(rl, trained)
         share_visits(rl)
 
         # log
-        records = remember_all(rl, records)
         numbers = summary(rl, groups, stats, start)
         numbers |= means(records) | dict(seconds=rl.seconds)
         run.log(status(rl.step, rl.steps, config, numbers))
@@ -677,7 +699,6 @@ def main(argv=None):
         bar.update()
 
         # at the end of a pass: did it change anything? By votes alone
-        own.seen += records
         if rl.cursor % len(asked) == 0:
             judge_pass(rl, run)
         reason = ended(rl)

@@ -261,7 +261,7 @@ def letters_only(patch):
 
 ARGV = ("--init base --task letters --device cpu --threads 1 --questions 10 "
         "--unseen-n 6 --prompts 4 --votes 8 --samples 4 --min-votes 2 --max-new 4 --passes 2 "
-        "--eval-k 4 --row-tokens 128 --save-every 2 --lr 1e-2 --warmup 1 --patience 0").split()
+        "--eval-k 4 --row-tokens 128 --save-every 2 --lr 1e-2 --warmup 1 --patience 0 --scattered 0").split()
 
 
 @pytest.fixture
@@ -495,3 +495,19 @@ def test_bad_input_is_one_line(own, capsys, monkeypatch, argv, words):
     error = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(error) == 1 and words in error[0], error
     assert not Path("runs").exists(), "nothing half-written"
+
+
+def test_scattered_votes_teach_nothing(own, capsys):
+    """A base that had not learned to add was asked to learn from its own votes: 59% of its majorities
+    were wrong, and after test-time RL 98% of the votes agreed, most of them wrongly."""
+    ttrl.main([*own, "--passes", "5", "--scattered", "0.99"])
+    out = capsys.readouterr().out
+    assert "the votes are scattered" in out and "--scattered 0.99 wants more" in out
+    assert metrics()[-1]["step"] == 3, "one pass of ten questions, four per step"
+    assert equal("runs/ttrl_majority/ckpt/step_3", "base")
+
+
+def test_true_labels_learn_from_scattered_votes(own, capsys):
+    ttrl.main([*own, "--passes", "2", "--scattered", "0.99", "--reward", "label"])
+    assert "scattered" not in capsys.readouterr().out
+    assert not equal("runs/ttrl_label/ckpt/step_6", "base")
