@@ -168,15 +168,13 @@ class GPT(nn.Module):
         return cpu.lone_row(self, keys, values, Block, packed_attention, (globals(), vars(kernels)))
 
     @torch.no_grad()
-    def init_weights(self, seed):
-        """Normal with 1/sqrt(fan in); what writes into the residual stream starts at zero, so each
-        block starts as the identity. An embedding starts large, and learns the slower for it, unless
-        it is the head as well."""
-        embedding_std = 0.02 if self.config.tie_embeddings else 0.7
+    def init_weights(self, seed, embedding=0.02):
+        """Normal with 1/sqrt(fan in), and the embedding as it is told; what writes into the residual
+        stream starts at zero, so each block starts as the identity."""
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                std = embedding_std if "embed" in name else p.shape[1] ** -0.5
+                std = embedding if "embed" in name else p.shape[1] ** -0.5
                 if name.endswith(("out.weight", "down.weight")):
                     std = 0.0
                 p.copy_(torch.randn(p.shape, generator=g) * std)
@@ -476,7 +474,8 @@ def setup(config, device, dtype):
         else:
             names = {f.name for f in fields(GPTConfig)}
             shape = GPTConfig(tok.vocab_size, **{k: v for k, v in vars(c).items() if k in names})
-            model = GPT(shape).init_weights(c.seed).to(device, dtype)
+            embedding = 0.02 if c.tie_embeddings else 0.7        # a large one moves little, step by step
+            model = GPT(shape).init_weights(c.seed, embedding).to(device, dtype)
         kernels.backend(device)
         document, count = documents(c, tok)
         document("train", 0)

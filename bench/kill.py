@@ -84,7 +84,8 @@ KINDS = {
     "tail": (nanorl, f"{RL} --algo gspo --tail-batching continue --max-new 40"),
     "ttrl": (ttrl, f"--init {{home}}/base {SMALL} --task arith --questions 6 --unseen-n 4 --prompts 3 "
              "--passes 3 --votes 8 "
-                   "--samples 4 --min-votes 1 --max-new 32 --eval-k 2 --patience 0 --save-every 1"),
+                   "--samples 4 --min-votes 1 --max-new 32 --eval-k 2 --patience 0 --scattered 0 "
+                   "--save-every 1"),
     "opd": (opd, f"--init {{home}}/student --teacher {{home}}/base {OWN} {LOOP} --n 2 "
             "--max-new 16 --gold task "
                  "--kl-coef 0.1"),

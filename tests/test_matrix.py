@@ -29,7 +29,7 @@ import train_gpt
 import ttrl
 from bench import kill
 from bench import opd as bench_opd
-from common import hf, run
+from common import flags, hf, run
 from data import Problem
 from examples import darling
 from test_ttrl import Letters
@@ -129,6 +129,7 @@ LIMITS = dict(
         abstain_share=(["0 --judge abstain", "1 --judge abstain"], ["1.01 --judge abstain", "0.5"]),
         abstain_entropy=(["0 --judge abstain", "1 --judge abstain"], ["1.01 --judge abstain", "0.5"]),
         passes=COUNT, patience=OFF, settled=(["0", "1"], ["1.01", "0.5 --patience 0"]),
+        scattered=(["0", "1"], ["1.01"]),
         eval_k=COUNT, eval_temperature=(["0", "1"], ["-1"]),
         eval_top_p=(["0.001", "1"], ["0", "1.001", "0.9 --eval-temperature 0"]),
         # of axes that need a second update
@@ -170,7 +171,7 @@ LIMITS = dict(
         steps=COUNT, minutes=MINUTES,
         batch=COUNT, row_tokens=COUNT, seq_len=(["1 --data x.txt"], ["0 --data x.txt", "1"]),
         n_layer=(["1"], ["0", "1 --init y"]), n_head=(["2", "4"], ["0", "3", "8 --init y"]),
-        n_kv_head=(["1", "4"], ["0", "3", "1 --init y"]), head_dim=(["2"], ["0", "1", "2 --init y"]),
+        n_kv_head=(["1", "3"], ["0", "4", "1 --init y"]), head_dim=(["2"], ["0", "1", "2 --init y"]),
         d_model=(["1"], ["0", "1 --init y"]), d_ff=(["1"], ["0", "1 --init y"]),
         max_len=(["1"], ["0", "1 --init y"]), rope_theta=(["0.1"], ["0", "-1", "1 --init y"]),
         tie_embeddings=(["on"], ["on --init y"]),
@@ -281,10 +282,10 @@ def test_a_name_stays_in_runs(tmp_path, monkeypatch, capsys):
     for name, words in [("afile/../../x", ". or .."), ("afile/x", "runs/afile is a file"),
                         ("afile", "runs/afile is a file"), ("a\nb", "no name of a run")]:
         with pytest.raises(SystemExit) as stopped:
-            run.check_name(name)
+            flags.check_name(name)
         error = capsys.readouterr().err.strip()
         assert stopped.value.code == 2 and words in error and "\n" not in error
-    run.check_name("new/one")
+    flags.check_name("new/one")
     assert [p.name for p in Path("runs").iterdir()] == ["afile"]
 
 
@@ -519,7 +520,7 @@ TINY = dict(
     darling="--init base --task countdown " + shlex.join(RL[6:]),
     ttrl="--init base --task letters --device cpu --threads 1 --questions 4 --unseen-n 2 --prompts 4 "
          "--votes 6 --samples 4 --min-votes 2 --max-new 4 --passes 3 --eval-k 2 --row-tokens 128 "
-         "--save-every 9 --lr 1e-2 --warmup 1 --patience 0",
+         "--save-every 9 --lr 1e-2 --warmup 1 --patience 0 --scattered 0",
     opd="--init base --teacher other --data my.jsonl --reward my.py:score --device cpu --threads 1 "
         "--prompts 3 --n 2 --max-new 6 --steps 2 --row-tokens 128 --eval-n 2 --eval-k 2 --final-n 2 "
         "--eval-every 1 --save-every 9 --lr 1e-2 --warmup 1 --workers 1 --slots 4",
@@ -629,6 +630,7 @@ EFFECTS = dict(
         passes=("metrics", "--passes 2"),
         patience=("metrics", "--patience 1 --settled 1", "--lr 0 --passes 6"),
         settled=("metrics", "--settled 1", "--patience 1 --lr 0 --passes 4"),
+        scattered=("metrics", "--scattered 1"),
         eval_k=("metrics", "--eval-k 3"),
         eval_temperature=("metrics", "--eval-temperature 0"), eval_top_p=("metrics", "--eval-top-p 0.1"),
         ratio=REFUSED, trust=REFUSED, clip_low=REFUSED, clip_high=REFUSED, power=REFUSED, power_end=REFUSED,
@@ -697,7 +699,7 @@ EFFECTS = dict(
         tokens=("metrics", "a line about the cost"),
         seed=("metrics", "--seed 1", "--task arith"), row_tokens=("memory", "of one forward")),
 )
-STANDARD = "--tokenizer numbers --n-layer 5 --n-head 4 --n-kv-head 2 --head-dim 32 --d-model 128 --d-ff 384"
+STANDARD = "--tokenizer numbers --n-layer 3 --n-head 6 --n-kv-head 2 --head-dim 16 --d-model 96 --d-ff 256"
 # a loop is run for the fields of its own; those that all loops share are seen in nanorl.py
 SHARED = {"darling": COMMON_EFFECTS | ALGO_EFFECTS | EVAL_EFFECTS | LOOP_EFFECTS,
           "ttrl": COMMON_EFFECTS | ALGO_EFFECTS,

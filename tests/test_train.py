@@ -105,7 +105,8 @@ def test_steps_is_the_loop_that_the_script_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train_gpt.main("--preset small --steps 2 --device cpu --eval-docs 8".split())
     model, document = train_gpt.scratch("small")
-    optimizer = Optimizer(model, lr=document.config.lr, muon_lr=document.config.muon_lr)
+    optimizer = Optimizer(model, lr=document.config.lr, muon_lr=document.config.muon_lr,
+                          weight_decay=document.config.weight_decay)
     found = list(train_gpt.steps(model, document, optimizer, 2))
     ours, theirs = model.state_dict(), weights(tmp_path / "runs/small/ckpt/step_2")
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
