@@ -178,6 +178,7 @@ class Algo:
     power: float | None = None  # the p of --ratio power at the start of the run; may be negative
     power_end: float | None = None       # and at its end; may be negative
     kl_coef: float | None = None         # KL (k3) to a reference, at first the model of --init
+    reference_at: Literal["device", "host", "sharded"] = "device"  # where its blocks are between uses
     cov: Literal["", "clip", "kl"] = ""  # cut, or tie to the old policy, what lowers the entropy most
     cov_share: float = 2e-3              # the share of the tokens of a rollout that are marked so
     cov_coef: float = 1.0                # the coefficient of --cov kl

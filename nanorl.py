@@ -71,6 +71,8 @@ class Config(Algo, Common):
     eval_k: int = 4                      # samples of each
     final_n: int = 1000          # test problems of the evaluations before and after
     dry_run: bool = False                # print what the run needs in memory, and stop
+    card: float = 0.0                    # GB of the GPU that --dry-run is for; 0: the one that is here
+    host: float = 0.0                    # GB of its host's memory; 0: this one's, or not asked
 
 
 # what runs unless --init, --task or --data says otherwise, by what is found. Flags win over it
@@ -135,6 +137,7 @@ def configure(argv):
             die(why)
     without_effect(c, [
         ("task", not c.data, "--data brings the problems, and --reward the reward"),
+        ("card host", c.dry_run, "it is for --dry-run"),
         ("more_prompts more_samples", c.tail_batching != "off", "it is for --tail-batching"),
         ("more_samples", c.tail_batching == "race", f"--tail-batching {c.tail_batching} launches no more "
          "samples than --n; race does"),
@@ -174,7 +177,8 @@ def main(argv=None):
         rl.rounds = Rounds(config.tail_batching, config.prompts, config.n, config.more_prompts,
                            config.more_samples)
     if config.dry_run:
-        print(memory.table(rl))
+        if rl.env.master:
+            print(memory.table(rl))
         return
     run = open_run(rl, sources=[__file__, algos.__file__, stages.__file__, tail.__file__])
     size = sum(p.numel() for p in rl.model.parameters()) / 1e6

@@ -52,9 +52,9 @@ from common.flags import die, flags, positive, shares, without_effect
 from common.metrics import sample_rows, summary, warnings
 from common.overlap import (by_sample, diagnosis, disagreement, guard, log_softmax, measure,
                             pulls_of)
+from common.offload import lodge
 from common.run import gather, progress
-from common.teacher import (audit, load_teacher, park, privileged, read_gold, sides, stop_class,
-                            unpark)
+from common.teacher import audit, load_teacher, privileged, read_gold, sides, stop_class
 from kernels import linear_logprob, linear_logprob_at, linear_topk
 from rollout import Sample, Sampler, prompt_ids
 from stages import (RL, Common, check_flags, collect, due, finish, new_optimizer, next_problems,
@@ -229,13 +229,14 @@ class Config(Common):
     context_text: str = "{context}\n{prompt}"  # and how
     reward_coef: float = 0.0             # adds this times (reward - mean of the group)
     kl_coef: float = 0.0                 # KL (k3) to the student as it starts
+    reference_at: Literal["device", "host", "sharded"] = "device"  # where its blocks are between uses
     gold: str = ""                       # texts: a .jsonl of {prompt, response}, or task, teacher
     gold_share: float = 0.25             # of those, for every rollout
     mask_special: bool = False           # no signal at special tokens that are no stop ids
     eos_class: bool = True               # all stop ids of both tokenizers are one action, for both
     horizon: int = 0                     # rollouts end after this many tokens; 0: after --max-new
     horizon_steps: int = 0               # and it grows to --max-new in this many steps; 0: it stays
-    teacher_at: Literal["device", "sharded", "host"] = "device"  # where it is between two updates
+    teacher_at: Literal["device", "sharded", "host"] = "device"  # where its blocks are between uses
     look_k: int = 16                     # the k of the diagnostics
     repeat_n: int = 4                    # a token repeats if it ends an n-gram seen before
     guard: int = 12                      # stop when texts get worse for this many steps; 0: never
@@ -337,6 +338,7 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
     def loss(batch, hidden_ND, head_VD):
         device = hidden_ND.device
         if len(batch.targets_N) == 0:                    # a rank out of work
+            meet(teacher, reference, batch)
             return linear_logprob(hidden_ND, head_VD, batch.targets_N)[0].sum(), {}
         p = SimpleNamespace(hidden_ND=hidden_ND, head_VD=head_VD)
         if taught:
@@ -405,6 +407,14 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
         return total, stats
 
     return loss
+
+
+def meet(teacher, reference, batch):
+    """A rank without work takes part where blocks are gathered from all ranks."""
+    for model in (teacher, reference):
+        if model is not None:
+            with torch.no_grad():
+                predicting(model, batch)
 
 
 def k3_to(reference, batch, s):
@@ -540,7 +550,7 @@ def add_teacher(rl):
         rl.tok.stop = set(stop_class(rl.tok, its_tok))   # saved with the student
         rl.sampler.stop = set(rl.tok.stop)
         rl.sampler.reset()
-    return teacher
+    return lodge(teacher, config.teacher_at, rl.env)
 
 
 def add_texts(rl, teacher):
@@ -586,17 +596,6 @@ def sample_groups(rl, lessons, max_new):
     if config.gold:
         return groups, groups + gold_groups(rl, problems, lessons.texts, lessons.writer, max_new)
     return groups, groups
-
-
-def score_and_update(rl, lessons, groups, loss):
-    """The reference visits the device, and the teacher leaves it. -> stats"""
-    if rl.reference:
-        rl.reference.to(rl.env.device)
-    stats = update(rl, groups, loss)
-    if rl.reference:
-        rl.reference.to("cpu")
-    park(lessons.teacher, rl.config, rl.env)
-    return stats
 
 
 def unscored(stats):
@@ -673,7 +672,9 @@ def go_back(rl, run, reason):
                 "--eval-every 0 says of no state that it is better")
         return
     rl.model.load_hf(Path(run.folder, "best", f"step_{rl.own.best_step}"))
-    rl.optimizer = new_optimizer(rl.model, rl.config)
+    grads = rl.optimizer.grads
+    rl.optimizer = None                  # its memory first
+    rl.optimizer = new_optimizer(rl.model, rl.config, grads)
     rl.history.clear()
     run.log(f"stopped after step {rl.step}: {reason}. Back to the best state, of step "
             f"{rl.own.best_step}")
@@ -685,14 +686,15 @@ def go_back(rl, run, reason):
 def main(argv=None):
     # ---- config and init: the student and its stages; what it learns from
     config = configure(argv)
-    rl = setup(config, reward=config.reward, task=config.data)
+    second = config.control != "fixed_negative" and config.teacher != "self"
+    rl = setup(config, reward=config.reward, task=config.data, teacher_at=config.teacher_at,
+               teacher=(config.teacher or config.init) if second else "")
     rl.own = Own()
     lessons = prepare(rl)
     teacher, writer = lessons.teacher, lessons.writer
     log_ratios = {}
     loss = make_loss(config, rl.model, teacher, lessons.stop, lessons.special, lessons.contexts,
                      rl.reference, log_ratios)
-    park(teacher, config, rl.env)
     files = [__file__, common.teacher.__file__, common.overlap.__file__, stages.__file__]
     run = open_run(rl, sources=files)
     if writer:
@@ -718,11 +720,10 @@ def main(argv=None):
 
         # rollout: the student samples, or for --control sft the teacher; gold comes on top
         max_new = horizon(config, rl.step)
-        unpark(teacher, config, rl.env)
         groups, learned = sample_groups(rl, lessons, max_new)
 
         # update: the teacher scores the rows that are learned from
-        stats = score_and_update(rl, lessons, learned, loss)
+        stats = update(rl, learned, loss)
         if unscored(stats):
             bar.close()
             give_up(rl, run, untouched)

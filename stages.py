@@ -43,8 +43,10 @@ from algos import (Algo, address, advantage, aggregated, covariant, make_loss, p
                    with_algorithm)
 from common import hf, machine, memory, view
 from common.deal import Feed
-from common.flags import check_day, check_minutes, check_name, die, moved, positive, shares, truncation
+from common.flags import (check_day, check_minutes, check_name, die, moved, positive, shares, truncation,
+                          without_effect)
 from common.metrics import Clock, in_order, merge_stats, recent
+from common.offload import load_state, lodge, state_of
 from common.optim import Optimizer
 from common.reward import Rewards, check
 from common.run import Run, begun_with, dated, gather, newest, out_of_time, start
@@ -86,6 +88,8 @@ class Common:
     seed: int = 0                        # problems and samples
     date: str = ""  # what a chat template that asks for today gets, 2026-01-31; "": the run's first day
     checkpoint: bool = False             # recompute blocks in the backward: memory for time
+    offload: bool = False  # optimizer and sums of gradients on the host: 16 bytes per parameter there
+    grads: Literal["auto", "whole", "sharded"] = "auto"  # on each rank; auto: whole where they fit
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
     threads: int = 0                     # CPU threads; 0: the cores that are free, shared by the ranks
@@ -96,6 +100,7 @@ class Common:
     # what holds in a loop without these flags: class attributes, no fields
     aggregate = "token"
     kl_coef = 0.0
+    reference_at = "device"
     entropy_coef = 0.0
     cov = ""
     epochs = 1
@@ -133,10 +138,11 @@ class RL:
     valid_problems: list = field(default_factory=list)       # validation, during the run: eval/*
     test_problems: list = field(default_factory=list)        # before and after it: test/*
     optimizer: Optimizer | None = None
-    reference: GPT | None = None         # for --kl-coef: on the host between updates
+    reference: GPT | None = None         # for --kl-coef: see --reference-at
     rounds: object = None                # tail.Rounds, for --tail-batching
     own: object = None                   # what a script adds: a dataclass, kept whole
     steps: int = 0                       # rollouts of the whole run
+    longest: int = 0                     # tokens of the longest prompt, and --max-new
 
     step: int = kept(0)                  # rollouts that were learned from
     progress: float = kept(0.0)  # the same in fractions: schedules move within a rollout, too
@@ -187,6 +193,7 @@ def check_flags(c):
     check_minutes(c.minutes)
     check_name(c.name)
     check_day(c.date)
+    check_memory(c)
     truncation(c)
     for wrong, why in [
         (not c.temperature,
@@ -203,10 +210,19 @@ def check_flags(c):
             die(why)
 
 
-def setup(config, problems=None, reward=None, longest=0, task=None):
+def check_memory(c):
+    """A rank that learns alone has nobody to meet in the middle of a backward."""
+    without_effect(c, [("reference_at", c.kl_coef, "there is no reference: give --kl-coef")])
+    for flag, value in (("--grads", c.grads), ("--reference-at", c.reference_at)):
+        if c.stream and value == "sharded":
+            die(f"--stream with {flag} sharded: a rank that learns before the others are done has nobody to "
+                "reduce with; leave one of the two out")
+
+
+def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", teacher_at="device"):
     """-> RL. problems: to train on, instead of the task's. reward: a task or my.py:score, instead
     of config.task's own. longest: tokens of the longest prompt that will come, if above these.
-    task: instead of config.task."""
+    task: instead of config.task. teacher: a model that the caller loads later, and needs room for."""
     env = start(config.device, config.dtype, config.threads, config.deterministic, begun_with(config))
     if isinstance(config, Algo):
         config = with_algorithm(config)
@@ -223,8 +239,8 @@ def setup(config, problems=None, reward=None, longest=0, task=None):
     try:
         folder = hf.find(config.init)
         tok = data.tokenizer(folder)
-        # a dry run takes nothing of the GPU
-        place = torch.device("cpu") if config.dry_run else env.device
+        # a dry run takes the shape alone
+        place = torch.device("meta") if config.dry_run else env.device
         model = GPT.from_hf(folder, dtype=env.dtype, device=place)
         model.checkpoint = config.checkpoint
         if problems is None:
@@ -243,36 +259,40 @@ def setup(config, problems=None, reward=None, longest=0, task=None):
             raise ValueError(f"a prompt and --max-new {config.max_new} take {need} tokens, the model serves "
                              f"{model.config.max_len}")
 
+        if config.dry_run:
+            return RL(config, env, model, tok, task, None, None, problems, longest=need)
         reference = None
         if config.kl_coef:
             reference = GPT.from_hf(folder, dtype=env.dtype).requires_grad_(False)
-        optimizer = new_optimizer(model, config)
-        if place.type == "cuda":
-            memory.trial_update(model, optimizer, reference, config, need)
+            lodge(reference, config.reference_at, env)
+        room = memory.hold(teacher, teacher_at, env, model.head_weight.element_size())
+        optimizer = memory.claim(new_optimizer, model, reference, config, need, env)
         sampler = Sampler(model, tok.stop, tok, slots=config.slots or None, max_len=need,
                           deterministic=env.deterministic)
+        del room
         if sampler.paged and sampler.storage.most < need:
             raise ValueError(f"what an update leaves of the GPU holds {sampler.storage.most} tokens of keys "
                              f"and values, one sample may take {need}: lower --row-tokens, or give "
-                             "--checkpoint")
+                             "--checkpoint or --offload")
     except (ValueError, FileNotFoundError) as e:
         die(e)
     except torch.cuda.OutOfMemoryError:
         die(f"an update of --row-tokens {config.row_tokens} does not fit on the GPU: lower it, or give "
-            "--checkpoint (--dry-run lists what a run needs)")
+            "--checkpoint or --offload (--dry-run lists what a run needs)")
     workers = Rewards(reward, workers=config.workers)
     return RL(config, env, model, tok, task, sampler, workers, problems, valid, final, optimizer, reference,
-              steps=getattr(config, "steps", 0))
+              steps=getattr(config, "steps", 0), longest=need)
 
 
-def new_optimizer(model, config):
+def new_optimizer(model, config, grads):
     return Optimizer(model, lr=config.lr, muon_lr=config.muon_lr or None, weight_decay=config.weight_decay,
-                     clip=config.clip)
+                     clip=config.clip, grads=grads, offload=config.offload)
 
 
-# flags that may differ on --resume: they change when something is done, or by how many, never the
-# result
-FREE = ("eval_every", "save_every", "threads", "workers", "wandb", "minutes", "patience")
+# flags that may differ on --resume: they change when something is done, where, or by how many, and
+# the result by rounding at most
+FREE = ("eval_every", "save_every", "threads", "workers", "wandb", "minutes", "patience", "offload",
+        "grads", "checkpoint", "reference_at", "teacher_at")
 
 
 def open_run(rl, sources):
@@ -297,9 +317,10 @@ def open_run(rl, sources):
         rl.optimizer.load_state_dict([state["optimizer"] for state in states])
         for name, value in states[0]["kept"].items():
             setattr(rl, name, value)
-        for part in ("reference", "rounds"):
-            if getattr(rl, part):
-                getattr(rl, part).load_state_dict(states[0][part])
+        if rl.reference:
+            load_state(rl.reference, states[0]["reference"], rl.env)
+        if rl.rounds:
+            rl.rounds.load_state_dict(states[0]["rounds"])
         if rl.own:
             rl.own = replace(rl.own, **states[0]["own"])
     return run
@@ -311,8 +332,9 @@ def save(rl, run, history=50):
     state = {f.name: getattr(rl, f.name) for f in fields(rl) if f.metadata.get("kept")}
     state["history"] = recent(rl.history, history)
     parts = dict(optimizer=rl.optimizer.state_dict(), kept=state)
+    reference = state_of(rl.reference, rl.env) if rl.reference else None
     if rl.env.master:
-        parts["reference"] = rl.reference.state_dict() if rl.reference else None
+        parts["reference"] = reference
         parts["rounds"] = rl.rounds.state_dict() if rl.rounds else None
         parts["own"] = dict(vars(rl.own)) if rl.own else {}
     run.save(rl.step, lambda folder: rl.model.save_hf(folder, rl.tok), parts)
@@ -448,6 +470,8 @@ def accumulate(rl, groups, loss, rank, ranks):
             batch = batch.to(rl.env.device)
             value, stats = loss(batch, predicting(rl.model, batch), rl.model.head_weight)
             value.backward()
+            if rl.optimizer:                     # without one the gradients are the caller's
+                rl.optimizer.finish_micro_batch()
             parts.append(stats)
         # copied only now, when all rows are launched: a copy waits for the GPU
         parts = [{k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in stats.items()}
@@ -523,14 +547,10 @@ def learn(rl, groups):
     old = old_logprobs(rl, groups) if len(parts) > 1 else None
     marked = covariant(groups, c) if c.cov else None
     loss = make_loss(c, elapsed(rl), old, marked, rl.reference)
-    if rl.reference:
-        rl.reference.to(rl.env.device)
     done = []
     for part in parts:
         stats = update(rl, part, loss, gathered=True)
         done.append(stats | step(rl, 1 / len(parts)))
-    if rl.reference:
-        rl.reference.to("cpu")
     return merge_stats(done) | {"grad_norm": sum(s["grad_norm"] for s in done) / len(done)}
 
 
@@ -566,7 +586,7 @@ def stop_here(rl, run):
 def reset(rl):
     """ProRL: the policy becomes its own reference, so the KL is 0 again, and the optimizer
     forgets its moments."""
-    rl.reference.load_state_dict(rl.model.state_dict())
+    load_state(rl.reference, rl.model.state_dict(), rl.env)
     rl.optimizer.reset()
 
 

@@ -443,8 +443,6 @@ def meanwhile(rl, handed):
 def learn_early(rl, group):
     """The gradient of one complete group, before the others are sampled: sums are divided at the
     step, so when does not matter."""
-    if rl.reference:
-        rl.reference.to(rl.env.device)
     loss = make_loss(rl.config, elapsed(rl), reference=rl.reference)
     rl.early[address(group[0])] = accumulate(rl, [group], loss, 0, 1)
 

@@ -188,7 +188,8 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(GPTConfig(**c))
         model = model.to(dtype or torch.float32).to_empty(device=device)
-        hf.load(folder, c, dict(model.named_parameters()))
+        if torch.device(device).type != "meta":
+            hf.load(folder, c, dict(model.named_parameters()))
         return model
 
     def load_hf(self, folder):
@@ -266,6 +267,8 @@ class Config:
     seed: int = 0                        # weights and data
     date: str = ""  # what a chat template that asks for today gets, 2026-01-31; "": the run's first day
     checkpoint: bool = False             # recompute blocks in the backward: memory for time
+    offload: bool = False  # optimizer and sums of gradients on the host: 16 bytes per parameter there
+    grads: Literal["whole", "sharded"] = "whole"  # on each rank: whole, or reduced during the backward
     compile: bool = False                # torch.compile the blocks
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
@@ -289,7 +292,8 @@ PRESETS = {
 
 
 # flags that may differ on --resume
-FREE = ("minutes", "eval_every", "save_every", "threads", "compile", "wandb")
+FREE = ("minutes", "eval_every", "save_every", "threads", "compile", "wandb", "offload", "grads",
+        "checkpoint")
 
 
 def configure(argv):
@@ -343,6 +347,13 @@ def packed_rows(docs, budget, device):
         # one copy to the device, and nothing waits for it
         flat = kernels.to_device(tokens + positions + at + targets, torch.int64, device)
         yield *flat.split([len(tokens), len(tokens), len(at), len(at)]), cu
+
+
+def as_many(rows, device):
+    """-> the rows, as many on every rank: an empty one predicts nothing and takes part in reductions."""
+    rows = list(rows)
+    token = torch.zeros(1, dtype=torch.int64, device=device)
+    return rows + [(token, token, token[:0], token[:0], [0, 1])] * (all_max(len(rows)) - len(rows))
 
 
 # -----------------------------------------------------------------------------
@@ -423,9 +434,13 @@ def steps(model, document, optimizer, total, begin=0, loss=forward, schedule=Non
         count = all_sum(targets_of(docs))        # the one normaliser, over ranks and rows
         packed = time.perf_counter()
         loss_sum = torch.zeros((), device=device)
-        for row in packed_rows(docs, config.row_tokens, device):
+        rows = packed_rows(docs, config.row_tokens, device)
+        if optimizer.sharded:
+            rows = as_many(rows, device)
+        for row in rows:
             row_loss = loss(model, row)
             row_loss.backward()
+            optimizer.finish_micro_batch()
             loss_sum += row_loss.detach()
         trained = time.perf_counter()
         factor = schedule(step) if schedule else trapezoid(step, total, config)
@@ -492,6 +507,15 @@ def setup(config, device, dtype):
     return model, document, count
 
 
+def new_optimizer(model, config):
+    try:
+        return Optimizer(model, lr=config.lr, muon_lr=config.muon_lr if config.muon else None,
+                         weight_decay=config.weight_decay, clip=config.clip, grads=config.grads,
+                         offload=config.offload)
+    except ValueError as e:
+        die(e)
+
+
 def scratch(preset, seed=0):
     """-> (model, document) of a preset, new, on a CPU: where an idea about pretraining begins."""
     config = configure(["--preset", preset, "--seed", str(seed)])
@@ -541,11 +565,10 @@ def main(argv=None):
     env = start(config.device, config.dtype, config.threads, config.deterministic, begun_with(config))
     model, document, count = setup(config, env.device, env.dtype)
     config = document.config                     # with the date that its chats are told
+    optimizer = new_optimizer(model, config)
     run = Run(f"runs/{config.name}", config, env, resume=config.resume, free=FREE,
               sources=[__file__, kernels.__file__])
     run.log_machine()
-    optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr if config.muon else None,
-                          weight_decay=config.weight_decay, clip=config.clip)
     begin, seconds = last_checkpoint(run, model, optimizer) if config.resume else (0, 0.0)
     end = begin if out_of_time(config, seconds) else config.steps
     size = sum(p.numel() for p in model.parameters()) / 1e6

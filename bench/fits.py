@@ -1,60 +1,94 @@
 """
-python -m bench fits: which model trains on which GPU. Arithmetic of common/memory.py (what
---dry-run prints), not a measurement.
+python -m bench fits: which model trains on which card, and by which flags. Arithmetic of common/memory.py
+(what --dry-run prints), not a measurement.
 
-Full fine-tuning in bf16 with fp32 masters and moments, blocks recomputed, rows of 8,192 tokens,
-64 sequences of 2,048 in the cache at least (the sampler takes what is left), half of each its
-prompt. 10% of the card is kept for the allocator.
+Full fine-tuning in bf16 with fp32 masters and moments. A cell is the cheapest way that fits, and how many
+samples of --length tokens its cache holds, 16 at least; 90% of a card is used.
+
+    rows N      --row-tokens N        smaller packed rows             a little speed
+    sharded     --grads sharded       ZeRO-2, several GPUs            a few percent of an update
+    recompute   --checkpoint          of blocks in the backward       a third of an update
+    offload     --offload             optimizer and sums on the host  the way there and back
 """
+import re
 from dataclasses import dataclass
 
 from bench import finish
 from common.flags import flags
-from common.memory import budget
+from common.memory import GB, count_of, fitting, on_host
 from nanorl import Config as RL
 from train_gpt import GPTConfig
 
 
 @dataclass
 class Config:
-    row_tokens: int = 8192               # tokens of a packed row
-    sequences: int = 64                  # in the KV cache
-    length: int = 2048                   # tokens of one, prompt and response
+    row_tokens: int = 8192               # tokens of a packed row, at first
+    length: int = 1024                   # tokens of a sample, its prompt included
+    reference: bool = False              # with a reference model (--kl-coef), its blocks on the host
 
 
-CARDS = (8, 16, 24, 80, 141)             # GB
+CARDS = {"8": (8, 1), "12": (12, 1), "24": (24, 1), "80": (80, 1), "8 x 80": (80, 8)}    # GB, ranks
 MODELS = {                               # vocabulary, layers, heads, kv heads, head dim, width, ff, tied
     "Qwen2.5-0.5B": (151936, 24, 14, 2, 64, 896, 4864, True),
     "Qwen3-0.6B": (151936, 28, 16, 8, 128, 1024, 3072, True),
     "Llama-3.2-1B": (128256, 16, 32, 8, 64, 2048, 8192, True),
     "Qwen2.5-1.5B": (151936, 28, 12, 2, 128, 1536, 8960, True),
     "Qwen3-1.7B": (151936, 28, 16, 8, 128, 2048, 6144, True),
+    "Qwen2.5-3B": (151936, 36, 16, 2, 128, 2048, 11008, True),
     "Llama-3.2-3B": (128256, 28, 24, 8, 128, 3072, 8192, True),
     "Qwen3-4B": (151936, 36, 32, 8, 128, 2560, 9728, True),
     "Qwen2.5-7B": (152064, 28, 28, 4, 128, 3584, 18944, False),
     "Qwen3-8B": (151936, 36, 32, 8, 128, 4096, 12288, False),
+    "Qwen2.5-14B": (152064, 48, 40, 8, 128, 5120, 13824, False),
+    "Qwen3-14B": (151936, 40, 40, 8, 128, 5120, 17408, False),
 }
+WORDS = {"--grads sharded": "sharded", "--checkpoint": "recompute", "--offload": "offload"}
+
+
+def shape_of(name):
+    V, layers, heads, kv, hd, width, ff, tied = MODELS[name]
+    return GPTConfig(V, layers, heads, kv, hd, width, ff, 32768, 1e6, tie_embeddings=tied,
+                     qk_norm=name.startswith("Qwen3"), qkv_bias=name.startswith("Qwen2"))
+
+
+def cell(words, samples):
+    """"--row-tokens 2048 --checkpoint", 300 -> "rows 2048, recompute: 300"."""
+    rows = re.search(r"--row-tokens (\d+)", words)
+    said = [f"rows {rows[1]}"] if rows else []
+    said += [short for flag, short in WORDS.items() if flag in words]
+    return f"{', '.join(said) or 'as it is'}: {samples:,}"
 
 
 def table(config):
-    """-> the lines of a table, and {model: GiB}."""
-    rl, numbers = RL(row_tokens=config.row_tokens, checkpoint=True, max_new=config.length // 2), {}
-    lines = ["| model | 1 GPU | with a reference | 8 GPUs | with a reference "
-             "| smallest card: 1 GPU, +ref; 8 GPUs, +ref |", "|---|---|---|---|---|---|"]
-    for name, (V, layers, heads, kv, hd, width, ff, tied) in MODELS.items():
-        shape = GPTConfig(V, layers, heads, kv, hd, width, ff, 32768, 1e6, tie_embeddings=tied)
-        need = [sum(budget(shape, rl, 2, world, config.sequences, config.length, reference).values())
-                for world in (1, 8) for reference in (False, True)]
-        fits = [next((str(c) for c in CARDS if n <= 0.9 * c * 1e9), "-") for n in need]
-        numbers[name] = [round(n / 2**30, 1) for n in need]
-        lines.append(f"| {name} | " + " | ".join(f"{n:.1f}" for n in numbers[name])
-                     + f" | {', '.join(fits[:2])}; {', '.join(fits[2:])} |")
-    return lines, numbers
+    """-> the lines of a table, and {what: {model: ...}}."""
+    rl = RL(row_tokens=config.row_tokens, max_new=config.length // 2, kl_coef=float(config.reference),
+            reference_at="host")
+    lines = ["| model | parameters | " + " | ".join(f"{card} GB" for card in CARDS) + " | host, --offload |",
+             "|---" * (len(CARDS) + 3) + "|"]
+    samples = {}
+    flags_of = {}
+    host = {}
+    for name in MODELS:
+        shape = shape_of(name)
+        cells = []
+        samples[name] = {}
+        flags_of[name] = {}
+        for card, (size, world) in CARDS.items():
+            found = next(fitting(shape, rl, 2, world, size * GB, None, config.length), None)
+            cells.append(cell(*found) if found else "-")
+            samples[name][card] = found[1] if found else 0
+            flags_of[name][card] = found[0] if found else "-"
+        host[name] = round(on_host(shape, RL(offload=True), 1) / GB, 1)
+        params, _, _ = count_of(shape)
+        lines.append(f"| {name} | {params / 1e9:.2f}B | {' | '.join(cells)} | {host[name]:.0f} GB |")
+    return lines, dict(samples=samples, flags=flags_of, host=host)
 
 
 def main(argv=None):
-    lines, numbers = table(flags(Config, argv, __doc__))
-    print("GiB of one GPU, and the smallest card of 8, 16, 24, 80, 141 GB that holds it", *lines, sep="\n")
+    config = flags(Config, argv, __doc__)
+    lines, numbers = table(config)
+    print(f"the cheapest way that fits, and samples of {config.length:,} tokens in its cache:")
+    print("\n".join(lines))
     return finish("fits", **numbers)
 
 

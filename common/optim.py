@@ -1,5 +1,5 @@
 """
-AdamW and Muon, sharded over ranks (ZeRO-1).
+AdamW and Muon, sharded over ranks (ZeRO-1 and ZeRO-2), their state on the device or on the host.
 
 Every rank holds the whole model in its working precision; the fp32 masters and moments are sharded.
 A step is
@@ -13,15 +13,25 @@ so that a weight's address never changes, and sampler and trainer keep reading t
            first, each to the rank that has least
     AdamW  the rest (embeddings, head, norms, biases; or everything), each cut flat into `world` equal slices
 
-One process runs the same lines; its collectives are no-ops. If the weights are fp32, the master IS
-the weight, no copy. Left out of the usual recipe: parameter groups, closures, foreach paths,
-schedulers. The caller passes this step's learning-rate factor.
+    grads="whole"     each rank sums its own gradients; ranks meet once, at the step
+    grads="sharded"   they meet after every micro-batch, bucket by bucket while the backward runs, so
+                      that no rank ever holds a whole fp32 gradient
+    offload           sums, masters and moments live on the host (common/offload.py)
+
+The result is the same to rounding. One process runs the same lines; its collectives are no-ops. If the
+weights are fp32 and stay, the master IS the weight, no copy. Left out of the usual recipe: parameter
+groups, closures, foreach paths, schedulers. The caller passes this step's learning-rate factor.
 """
+
+import functools
+import weakref
 
 import torch
 import torch.distributed as dist
 
 from common.cpu import matmul_t, one_thread
+from common.offload import Host
+from common.sharded import BUCKET, Sharded, pieces
 
 # five rounds of the Polar Express (arXiv 2505.16932): the best quintics in turn for singular
 # values in [1e-3, 1]
@@ -83,14 +93,34 @@ class Shard:
             cuts = [min(size, r * -(-size // world)) for r in range(world + 1)]
             self.ranges = list(zip(cuts, cuts[1:]))
         self.start, self.end = self.ranges[rank]
-        mine = param.data.view(-1)[self.start:self.end]
-        self.master = mine if param.dtype == torch.float32 else mine.float()
+        self.size = self.end - self.start
+        self.total = None   # --offload: on the host, the sum of this rank's own whole gradients
+        self.summed = False                        # is anything in it?
+        self.grad = None    # fp32, of this slice, summed over ranks and micro-batches
+
+    @property
+    def mine(self):
+        return self.param.data.view(-1)[self.start:self.end]
+
+    def stay(self):
+        """Master and moments beside the weight."""
+        self.master = self.mine if self.param.dtype == torch.float32 else self.mine.float()
         self.m = torch.zeros_like(self.master)
         self.v = None if self.muon else torch.zeros_like(self.master)
-        self.grad = None  # fp32, of this slice, summed over ranks and micro-batches
+
+    def move(self, room):
+        """Master and moments on the host. room: a list of what is left there, from the front."""
+        self.master = carve(room, self.size).copy_(self.mine)
+        self.m = carve(room, self.size)
+        self.v = None if self.muon else carve(room, self.size)
 
 
-BUCKET = 1 << 24  # numbers that travel in one collective: 64 MB of fp32
+def carve(room, size):
+    part, room[0] = room[0][:size], room[0][size:]
+    return part
+
+
+PART = 1 << 24    # numbers that are updated at a time
 
 
 def buckets(shards, world):
@@ -119,12 +149,9 @@ def buckets(shards, world):
 
 class Optimizer:
     def __init__(self, model, lr=1e-3, muon_lr=None, betas=(0.9, 0.95), momentum=0.95, weight_decay=0.0,
-                 eps=1e-8, clip=1.0, reduce="step"):
-        """
-        muon_lr None: AdamW for everything. reduce="micro" sums over ranks after every micro-batch
-        (reduce_grads), which needs no full fp32 gradient, and an equal number of micro-batches on all
-        ranks.
-        """
+                 eps=1e-8, clip=1.0, grads="whole", offload=False):
+        """muon_lr None: AdamW for everything. grads, offload: see above; with grads="sharded" every rank
+        calls finish_micro_batch() after each backward, equally often."""
         self.lr = lr
         self.muon_lr = muon_lr
         self.betas = betas
@@ -132,21 +159,66 @@ class Optimizer:
         self.weight_decay = weight_decay
         self.eps = eps
         self.clip = clip
-        self.reduce = reduce
+        self.grads = grads
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.steps = 0
         self.skipped = 0                           # steps with a gradient that was not finite
         self.bad_in_a_row = 0
         named = list(model.named_parameters())
+        self.device = named[0][1].device
         owner = self._owners(named) if muon_lr is not None else {}
         self.shards = [Shard(name, p, owner.get(name), self.rank, self.world) for name, p in named]
         self.buckets = buckets(self.shards, self.world)
-        if reduce == "step":  # half-precision gradients are summed in fp32 as they appear
-            for _, p in named:
-                if p.dtype != torch.float32:
-                    p.grad32 = None
-                    p.register_post_accumulate_grad_hook(_fold)
+        self.host = Host(self.device) if offload else None
+        self.sharded = None
+        if grads == "sharded" and self.world == 1:
+            raise ValueError("--grads sharded has no effect in one process, which has nobody to share with: "
+                             "leave it out, or take --offload")
+        if grads == "sharded":
+            self.sharded = Sharded(self.shards, self.rank, self.world, self.device, self.host)
+        if self.host:
+            self._move()
+        else:
+            for s in self.shards:
+                s.stay()
+        for s in self.shards:
+            self._take_over(s)
+
+    @torch.no_grad()
+    def _move(self):
+        """Masters, moments and sums to the host."""
+        ours = self.sharded.buckets if self.sharded else self.shards
+        if self.sharded:
+            ours = [bucket for bucket in ours if self.sharded.mine(bucket)]
+            numbers = sum(bucket.numbers for bucket in ours)
+        else:
+            numbers = sum(s.param.numel() for s in ours)
+        numbers += sum(s.size * (2 if s.muon else 3) for s in self.shards)
+        room = [self.host.room(numbers)]
+        for s in self.shards:
+            s.move(room)
+        for part in ours:
+            if self.sharded:
+                part.sums = carve(room, part.numbers)
+            else:
+                part.total = carve(room, part.param.numel())
+
+    def _take_over(self, s):
+        """What becomes of a gradient when it is complete. A model's gradients have one taker: the
+        optimizer that was made last."""
+        if getattr(s.param, "taker", None):
+            s.param.taker.remove()
+            s.param.taker = None
+        if self.sharded or self.host:
+            # a strong reference would tie model and optimizer together in a cycle
+            take = functools.partial(_arrived, weakref.ref(self), self.shards.index(s))
+        elif s.param.dtype != torch.float32:       # summed in fp32 as they appear
+            s.param.grad32 = None
+            take = _fold
+        else:
+            return
+        s.param.taker = s.param.register_post_accumulate_grad_hook(take)
 
     def _owners(self, named):
         """{matrix of a block: the rank that owns it}: the largest first, each to the rank that has
@@ -163,12 +235,37 @@ class Optimizer:
     # gradients
 
     @torch.no_grad()
+    def finish_micro_batch(self):
+        """After each backward; with grads="sharded" ranks meet here."""
+        if self.sharded:
+            self.sharded.flush()
+
+    @torch.no_grad()
     def reduce_grads(self):
         """Sums the accumulated gradients over ranks into each owner's slice and clears them."""
+        if self.sharded:
+            self.sharded.finish()
+            return
+        if self.host:
+            self.host.settle()
         for bucket in self.buckets:
-            fulls = [_take_gradient(s.param) for s in bucket]
+            fulls = [self._take_gradient(s) for s in bucket]
             for s, mine in zip(bucket, self._scatter(bucket, fulls)):
-                s.grad = mine if s.grad is None else s.grad.add_(mine)
+                s.grad = mine.cpu() if self.host else mine
+
+    def _take_gradient(self, s):
+        """-> the flat fp32 gradient of this rank's micro-batches, which is then forgotten."""
+        if self.host:
+            full = s.total if s.summed else s.total.zero_()
+            s.summed = False
+            return full if self.world == 1 else full.to(self.device)
+        full = getattr(s.param, "grad32", None)
+        if full is None:
+            full = s.param.grad
+        if full is None:
+            full = torch.zeros_like(s.param, dtype=torch.float32)
+        _forget_gradient(s.param)
+        return full.float().view(-1)
 
     def _scatter(self, bucket, fulls):
         """
@@ -185,11 +282,16 @@ class Optimizer:
             sent[r, :len(row)] = row
         got = torch.empty_like(sent[0])
         dist.reduce_scatter_tensor(got, sent.view(-1))
-        return got[:len(rows[self.rank])].split([s.end - s.start for s in bucket])
+        return got[:len(rows[self.rank])].split([s.size for s in bucket])
 
     def zero_grad(self):
+        if self.sharded:
+            self.sharded.forget()
+        if self.host:
+            self.host.settle()
         for s in self.shards:
             s.grad = None
+            s.summed = False
             _forget_gradient(s.param)
 
     # -------------------------------------------------------------------------
@@ -223,9 +325,10 @@ class Optimizer:
         clip = min(1.0, self.clip / norm) if self.clip else 1.0
         scale = 1 / divide * clip
         for s in self.shards:
-            if s.end > s.start:
+            if s.size:
                 update = self._muon if s.muon else self._adamw
-                update(s, s.grad * scale, factor)
+                update(s, scale, factor)
+                self._write(s)
             s.grad = None
         self._gather()
         return dict(grad_norm=norm, skipped=False)
@@ -234,43 +337,58 @@ class Optimizer:
         """of the whole gradient, over all ranks; the one host sync of a step"""
         squares = []
         for s in self.shards:
-            # in fp64 on a CPU, where ranks must agree to the bit; a GPU would write the whole
-            # gradient out once more, and MPS has no fp64
-            grad = s.grad.double() if s.grad.device.type == "cpu" else s.grad
-            with one_thread():
-                squares.append(grad.square().sum())
+            grad = s.param.new_zeros(0, dtype=torch.float32) if s.grad is None else s.grad
+            for _, part in pieces(grad, BUCKET):
+                # in fp64 on a CPU, where ranks must agree to the bit; a GPU would write the whole
+                # gradient out once more, and MPS has no fp64
+                part = part.double() if part.device.type == "cpu" else part
+                with one_thread():
+                    squares.append(part.square().sum())
         square = torch.stack(squares).sum()
         if self.world > 1:
+            square = square.to(self.device)
             dist.all_reduce(square)
         return float(square.sqrt())
 
-    def _adamw(self, s, grad, factor):
+    def _adamw(self, s, scale, factor):
         b1, b2 = self.betas
         lr = self.lr * factor
-        s.m.lerp_(grad, 1 - b1)
-        s.v.lerp_(grad.square(), 1 - b2)
-        if self.weight_decay and s.param.ndim == 2:
-            s.master.mul_(1 - lr * self.weight_decay)
-        root = (s.v / (1 - b2**self.steps)).sqrt_().add_(self.eps)
-        s.master.addcdiv_(s.m, root, value=-lr / (1 - b1**self.steps))
+        # in parts, or the largest tensor would be there three times more
+        parts = [x.split(PART) for x in (s.master, s.m, s.v, s.grad)]
+        for master, m, v, grad in zip(*parts):
+            grad = grad * scale
+            m.lerp_(grad, 1 - b1)
+            v.lerp_(grad.square(), 1 - b2)
+            if self.weight_decay and s.param.ndim == 2:
+                master.mul_(1 - lr * self.weight_decay)
+            root = (v / (1 - b2**self.steps)).sqrt_().add_(self.eps)
+            master.addcdiv_(m, root, value=-lr / (1 - b1**self.steps))
 
-    def _muon(self, s, grad, factor):
+    def _muon(self, s, scale, factor):
         lr = self.muon_lr * factor
+        grad = s.grad * scale
         s.m.lerp_(grad, 1 - self.momentum)
-        update = orthogonalize(grad.lerp(s.m, self.momentum).view(s.param.shape)).reshape(-1)
+        update = grad.lerp(s.m, self.momentum).view(s.param.shape)
+        # on the card, one matrix at a time, also where its state lives on the host
+        update = orthogonalize(update.to(self.device)).to(update.device).reshape(-1)
         if self.weight_decay:
             s.master.mul_(1 - lr * self.weight_decay)
         # 0.2 sqrt(max(rows, columns)): the update has the size of AdamW's (arXiv 2502.16982)
         s.master.add_(update, alpha=-lr * 0.2 * max(s.param.shape) ** 0.5)
 
+    def _write(self, s):
+        """The master, rounded, into the weight."""
+        if self.host:
+            self.host.bring(s.mine, s.master)
+        elif s.param.dtype != torch.float32:
+            s.mine.copy_(s.master)
+
     def _gather(self):
         """Every rank gets everyone's updated slices, written into the weights in place."""
-        for bucket in self.buckets:
-            for s in bucket:
-                if s.end > s.start and s.param.dtype != torch.float32:
-                    s.param.data.view(-1)[s.start:s.end] = s.master.to(s.param.dtype)
-            if self.world > 1:
-                self._exchange(bucket)
+        if self.host:
+            self.host.settle()
+        for bucket in self.buckets if self.world > 1 else ():
+            self._exchange(bucket)
 
     def _exchange(self, bucket):
         flats = [s.param.data.view(-1) for s in bucket]
@@ -288,7 +406,7 @@ class Optimizer:
 
     def state_dict(self):
         pieces = {s.name: dict(start=s.start, end=s.end, master=s.master.clone(), m=s.m, v=s.v)
-                  for s in self.shards if s.end > s.start}
+                  for s in self.shards if s.size}
         return dict(steps=self.steps, skipped=self.skipped, bad_in_a_row=self.bad_in_a_row, pieces=pieces)
 
     @torch.no_grad()
@@ -300,9 +418,11 @@ class Optimizer:
         for s in self.shards:
             pieces = [state["pieces"][s.name] for state in states if s.name in state["pieces"]]
             covered = sum(_load_piece(s, piece) for piece in pieces)
-            if covered != s.end - s.start:
+            if covered != s.size:
                 raise ValueError(f"the checkpoint's optimizer state covers {covered} of "
-                                 f"{s.end - s.start} numbers of {s.name}")
+                                 f"{s.size} numbers of {s.name}")
+        for s in self.shards:
+            self._write(s)
         self._gather()
 
     def reset(self):
@@ -331,17 +451,6 @@ def _load_piece(s, piece):
     return end - start
 
 
-def _take_gradient(param):
-    """-> the flat fp32 gradient of this rank's micro-batches, which is then forgotten."""
-    full = getattr(param, "grad32", None)
-    if full is None:
-        full = param.grad
-    if full is None:
-        full = torch.zeros_like(param, dtype=torch.float32)
-    _forget_gradient(param)
-    return full.float().view(-1)
-
-
 def _forget_gradient(param):
     param.grad = None
     if hasattr(param, "grad32"):
@@ -354,4 +463,18 @@ def _fold(param):
         param.grad32 = param.grad.float()
     else:
         param.grad32.add_(param.grad)
+    param.grad = None
+
+
+def _arrived(optimizer, index, param):
+    """A gradient is complete: to its bucket, or to the host, while the backward goes on."""
+    optimizer = optimizer()
+    if optimizer is None:
+        return
+    s = optimizer.shards[index]
+    if optimizer.sharded:
+        optimizer.sharded.arrive(s.name)
+        return
+    optimizer.host.add(s.total, param.grad.reshape(-1), first=not s.summed)
+    s.summed = True
     param.grad = None

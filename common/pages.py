@@ -51,6 +51,7 @@ class Pages:
 class Pool:
     # steps between two looks at what has ended: a look makes the GPU wait. The overrun is cut off
     check_every = 8
+    share = 0.8              # of what an update left of the GPU; the rest is room for prefill
 
     def __init__(self, c, dtype, device, slots, max_len, pages=None, page=None):
         if page is None:                 # flash-attn reads no others
@@ -76,11 +77,11 @@ class Pool:
         self.clear()
 
     def _pages_that_fit(self, dtype):
-        """What an update left of the GPU, less some room for prefill."""
+        """What an update left of the GPU, less some."""
         c = self.c
         page_bytes = 2 * c.n_layer * self.page * c.n_kv_head * c.head_dim * dtype.itemsize
         free = torch.cuda.mem_get_info(self.device)[0]
-        pages = int(0.8 * free) // page_bytes
+        pages = int(self.share * free) // page_bytes
         if pages < 5:
             raise ValueError(f"the GPU has {free / 2**30:.2f} GiB left: no room for keys and values. Take a "
                              "smaller model")

@@ -5,7 +5,6 @@ The teacher of a distillation: a second model, next to the one that learns.
     load_teacher    its weights, frozen
     texts           the gold of a file, and prompts that only the teacher sees
     sides           student and teacher at the same predictions of the same packed row
-    park, unpark    where it waits between two updates: on the device, on the host, or in shards
 
 opd.py learns from it, opd_check.py asks beforehand whether that will work; neither has a server.
 """
@@ -16,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 
 import data
 import pack
@@ -190,35 +188,3 @@ def sides(model, teacher, batch, hidden_ND, head_VD, contexts=None):
     p = SimpleNamespace(hidden_ND=hidden_ND, head_VD=head_VD[:width])
     q = SimpleNamespace(hidden_ND=taught_ND, head_VD=taught.head_weight[:width].detach())
     return p, q, bad_N
-
-
-# -----------------------------------------------------------------------------
-# where it waits
-
-
-def park(teacher, config, env):
-    """After an update: stay, go to the host, or keep only this rank's part of every tensor."""
-    if teacher is None or config.teacher_at == "device":
-        return
-    if config.teacher_at == "host":
-        teacher.to("cpu")
-        return
-    for p in teacher.parameters():
-        p.whole = p.shape
-        flat = F.pad(p.data.flatten(), (0, -p.numel() % env.world))
-        p.data = flat.view(env.world, -1)[env.rank].clone()
-
-
-def unpark(teacher, config, env):
-    """Before an update: whole and on the device again."""
-    if teacher is None or config.teacher_at == "device":
-        return
-    if config.teacher_at == "host":
-        teacher.to(env.device)
-        return
-    for p in teacher.parameters():
-        parts = [p.data]
-        if env.world > 1:
-            parts = [torch.empty_like(p.data) for _ in range(env.world)]
-            torch.distributed.all_gather(parts, p.data)
-        p.data = torch.cat(parts)[:p.whole.numel()].view(p.whole)

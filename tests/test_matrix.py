@@ -80,8 +80,8 @@ COMMON = dict(
     name=NAME, init=ANY, task=ANY, tokens=OFF, minutes=MINUTES, prompts=COUNT, max_new=COUNT, top_p=TOP_P,
     tis=(["0", "1", "2"], ["0.99", "-1", "0 --top-p 0.9"]), lr=SIZE, muon_lr=SIZE, warmup=OFF, decay=SHARE,
     weight_decay=SIZE, clip=SIZE, row_tokens=COUNT, slots=OFF, workers=COUNT, save_every=COUNT, seed=SEED,
-    date=DATE, checkpoint=SWITCH, device=PLACE, dtype=DTYPE, threads=OFF, deterministic=SWITCH,
-    resume=SWITCH, wandb=ANY)
+    date=DATE, checkpoint=SWITCH, offload=SWITCH, grads=(["auto", "whole", "sharded"], ["zero", ""]),
+    device=PLACE, dtype=DTYPE, threads=OFF, deterministic=SWITCH, resume=SWITCH, wandb=ANY)
 ALGO = dict(
     algo=(["grpo", "dr_grpo"], ["gpro", ""]), baseline=(["loo", ""], ["none"]),
     ratio=(["sequence --minibatch 1", "token"], ["sequence", "all"]),
@@ -94,6 +94,7 @@ ALGO = dict(
     length_power=(["0 --aggregate length", "1 --aggregate length"], ["1", "-1 --aggregate length"]),
     power=(["-1 --ratio power --minibatch 1", "0 --ratio power --minibatch 1"], ["1", "x"]),
     power_end=(["-1 --ratio power --minibatch 1"], ["1"]), kl_coef=SIZE,
+    reference_at=(["host --kl-coef 1", "sharded --kl-coef 1", "device"], ["host", "gpu"]),
     cov=(["clip", "kl --minibatch 1", ""], ["kl", "cut"]),
     cov_share=(["0.001 --cov clip", "0.999 --cov clip"], ["0 --cov clip", "1 --cov clip", "2", "0.5"]),
     cov_coef=(["2 --cov kl --minibatch 1", "0 --cov kl --minibatch 1"], ["2", "2 --cov clip", "-1"]),
@@ -112,7 +113,9 @@ LIMITS = dict(
         more_prompts=(["1 --tail-batching race"], ["0.99 --tail-batching race", "2"]),
         more_samples=(["1 --tail-batching race"],
                       ["0.99 --tail-batching race", "2", "2 --tail-batching prompt"]),
-        stream=(["on", "off"], ["on --minibatch 1", "on --epochs 2", "on --cov clip"]), dry_run=SWITCH),
+        stream=(["on", "off"], ["on --minibatch 1", "on --epochs 2", "on --cov clip", "on --grads sharded",
+                                 "on --kl-coef 1 --reference-at sharded"]),
+        dry_run=SWITCH, card=(["0", "24 --dry-run"], ["24", "-1"]), host=(["0", "64 --dry-run"], ["64"])),
     darling=COMMON | ALGO | EVALS | dict(
         same=(["classes", "ngrams"], ["x"]),
         ngram=(["1 --same ngrams"], ["0 --same ngrams", "3"]), minibatch=(["0", "32"], ["33"]), steps=COUNT,
@@ -153,6 +156,7 @@ LIMITS = dict(
         context=(["gold", "hint", "gold --teacher="], ["x"]),
         context_text=(["'{context}{prompt}' --context gold"], ["x --context gold", "'{context}{prompt}'"]),
         reward_coef=(["0", "1"], ["-1", "1 --n 1"]), kl_coef=(["0", "1"], ["-1", "1 --control sft"]),
+        reference_at=(["host --kl-coef 1", "sharded --kl-coef 1"], ["host", "x"]),
         gold=(["task", "teacher", "x.jsonl"], ["teacher --teacher self --context gold"]),
         gold_share=(["0.01 --gold task", "4 --gold task"], ["0 --gold task", "4.01 --gold task", "1"]),
         mask_special=(["on"], ["on --control sft"]),
@@ -179,7 +183,7 @@ LIMITS = dict(
         weight_decay=SIZE, clip=SIZE, warmup=SHARE, decay=SHARE, prompts=(["on"], ["on --data x.jsonl"]),
         eval_every=COUNT, eval_docs=COUNT, save_every=COUNT, target=SIZE, seed=SEED,
         date=(["2026-01-31 --data x.jsonl"], ["2026-01-31", "x --data x.jsonl"]),
-        checkpoint=SWITCH, compile=SWITCH,
+        checkpoint=SWITCH, offload=SWITCH, grads=(["whole", "sharded"], ["auto", ""]), compile=SWITCH,
         device=PLACE, dtype=DTYPE, threads=OFF, deterministic=SWITCH, resume=SWITCH, wandb=ANY),
     evaluate=dict(
         model=ANY, task=ANY, reward=ANY, split=(["train"], ["x"]), n=COUNT, k=COUNT, max_new=COUNT,
@@ -579,6 +583,8 @@ COMMON_EFFECTS = PLACES | dict(
     save_every=("files", "--save-every 1"), seed=("metrics", "--seed 1"),
     date=("metrics", "of chats with a template that asks: test_the_date_of_a_chat..."),
     checkpoint=("memory", "activations are computed again in the backward"),
+    offload=("memory", "of the device: it is the host's"),
+    grads=("memory", "of gradients, with several ranks"),
     deterministic=("time", "of a GPU, where repeatable sums are slower"),
     resume=("files", "continues those that are there: test_..resumed_equals_never_stopped"))
 SECOND = "--epochs 3 --lr 1e-2 --decay 0 --max-new 12"             # ratios leave 1
@@ -590,7 +596,7 @@ ALGO_EFFECTS = dict(
     length_power=("metrics", "--length-power 0", "--aggregate length"),
     power=("metrics", "--power 5", f"--ratio power {SECOND} --power-end 1"),
     power_end=("metrics", "--power-end 5", f"--ratio power {SECOND} --steps 3"),
-    kl_coef=("metrics", "--kl-coef 1"),
+    kl_coef=("metrics", "--kl-coef 1"), reference_at=("memory", "of the reference between two uses"),
     cov=("metrics", "--cov clip"), cov_share=("metrics", "--cov-share 0.9", "--cov clip"),
     cov_coef=("metrics", "--cov-coef 9", f"--cov kl --cov-share 0.5 {SECOND}"),
     entropy_coef=("metrics", "--entropy-coef 1"), overlong=("metrics", "--overlong 3"),
@@ -611,7 +617,9 @@ EFFECTS = dict(
         tail_batching=("metrics", "--tail-batching prompt"),
         more_prompts=("metrics", "--more-prompts 3", "--tail-batching prompt"),
         more_samples=("metrics", "--more-samples 3", "--tail-batching race"),
-        stream=("metrics", "--stream", "--no-deterministic"), dry_run=("files", "--dry-run")),
+        stream=("metrics", "--stream", "--no-deterministic"), dry_run=("files", "--dry-run"),
+        card=("files", "of --dry-run, which writes none"),
+        host=("files", "of --dry-run, which writes none")),
     darling=COMMON_EFFECTS | ALGO_EFFECTS | EVAL_EFFECTS | LOOP_EFFECTS | dict(
         same=("metrics", "--same ngrams --ngram 1", "--max-new 16"),
         ngram=("metrics", "--ngram 1", "--same ngrams --max-new 16"),
@@ -644,6 +652,7 @@ EFFECTS = dict(
         control=("metrics", "--control sft"), context=("metrics", "--context gold", "--data golds.jsonl"),
         context_text=("metrics", "--context-text '{prompt}{context}'", "--context gold --data golds.jsonl"),
         reward_coef=("metrics", "--reward-coef 9"), kl_coef=("metrics", "--kl-coef 9"),
+        reference_at=("memory", "of the reference between two uses"),
         gold=("metrics", "--gold task", "--data golds.jsonl"),
         gold_share=("metrics", "--gold-share 2", "--gold task --data golds.jsonl"),
         mask_special=("metrics", "--mask-special", "--max-new 20"),
@@ -673,6 +682,8 @@ EFFECTS = dict(
         save_every=("files", "--save-every 1"), target=("files", "a line of log.txt at the end"),
         seed=("metrics", "--seed 1"), date=("metrics", "of chats: test_the_date_of_a_chat..."),
         checkpoint=("memory", "activations are computed again in the backward"),
+        offload=("memory", "of the device: it is the host's"),
+        grads=("memory", "of gradients, with several ranks"),
         compile=("time", "torch.compile the blocks"), deterministic=("time", "of a GPU"),
         resume=("files", "continues those that are there: test_resumed_equals_never_stopped_bit_for_bit")),
     evaluate=PLACES | dict(

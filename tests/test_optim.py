@@ -76,12 +76,11 @@ def test_muon_moves_a_matrix_by_its_orthogonal_gradient(shape):
 def test_micro_batches_sum_to_the_whole_batch():
     """the division happens once, at the step: three micro-batches or one, the same weights"""
     a, b = net(), net()
-    one, three = Optimizer(a, muon_lr=1e-2), Optimizer(b, muon_lr=1e-2, reduce="micro")
+    one, three = Optimizer(a, muon_lr=1e-2), Optimizer(b, muon_lr=1e-2)
     for _ in range(3):
         xs = [torch.randint(0, 11, (n,)) for n in (2, 5, 3)]
         a(torch.cat(xs)).backward()
         (sum(b(x) for x in xs[1:]) - 2 * (b.norm * torch.arange(7.0)).square().sum()).backward()
-        three.reduce_grads()
         b(xs[0]).backward()
         one.step(divide=10)
         three.step(divide=10)
@@ -151,28 +150,34 @@ from common.optim import Optimizer
 from common.run import start
 env = start("cpu", threads=1)
 model = net()
-optimizer = Optimizer(model, lr=1e-2, muon_lr=1e-2, weight_decay=0.1, clip=0.7, reduce=sys.argv[3])
+if sys.argv[4] == "bf16":
+    model = model.bfloat16()
+optimizer = Optimizer(model, lr=1e-2, muon_lr=1e-2, weight_decay=0.1, clip=0.7,
+                      grads=sys.argv[3].split("-")[0], offload="offload" in sys.argv[3])
 g = torch.Generator().manual_seed(1)
 for step in range(4):
     for micro in range(2):
-        xs = torch.randint(0, 11, (7,), generator=g).split([3, 4])
-        loss = model(xs[env.rank]) if env.world == 2 else sum(model(x) for x in xs)
-        loss.backward()
-        if sys.argv[3] == "micro":
-            optimizer.reduce_grads()
+        xs = torch.randint(0, 11, (8,), generator=g).split([2, 3, 1, 2])
+        mine = xs[env.rank * 4 // env.world : (env.rank + 1) * 4 // env.world]
+        sum(model(x) for x in mine).backward()
+        optimizer.finish_micro_batch()
     optimizer.step(divide=14)
 torch.save(dict(model=model.state_dict(), state=optimizer.state_dict()),
-           f"{sys.argv[1]}/{env.world}_{env.rank}.pt")
+           f"{sys.argv[1]}/{sys.argv[3]}_{env.world}_{env.rank}.pt")
 """
 
 
-@pytest.mark.parametrize("reduce", ["step", "micro"])
-def test_two_ranks_equal_one(tmp_path, ranks, one_process, reduce):
+WAYS = ["whole", "sharded", "whole-offload", "sharded-offload"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_equal_one(tmp_path, ranks, one_process, way):
     """rung 9, and the state of two ranks taken up by one (and by three) without loss"""
     here = __file__.rsplit("/", 1)[0]
-    ranks(2, TWO, tmp_path, here, reduce)
-    one_process(TWO, tmp_path, here, reduce)
-    one, a, b = (torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in ("1_0", "2_0", "2_1"))
+    ranks(2, TWO, tmp_path, here, way, "fp32")
+    one_process(TWO, tmp_path, here, "whole", "fp32")
+    one, a, b = (torch.load(tmp_path / f"{n}.pt", weights_only=False)
+                 for n in ("whole_1_0", f"{way}_2_0", f"{way}_2_1"))
     for name, p in one["model"].items():
         assert torch.allclose(p, a["model"][name], atol=2e-6), name
         assert torch.equal(a["model"][name], b["model"][name]), name

@@ -62,6 +62,7 @@ ROWS = [      # the bottom first; a row may name files that are not written yet
     ["common.jail"],
     ["common.sandbox"],
     ["common.flags", "common.files", "common.watch", "common.cpu", "common.machine", "common.backend",
+     "common.offload", "common.sharded",
      "data"],
     ["common.run"],
     ["kernels", "common.optim", "common.hf"],
