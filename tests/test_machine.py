@@ -73,7 +73,7 @@ def test_a_system_without_proc_stat_is_asked_otherwise(fake, monkeypatch):
 
 
 def test_threads_go_down_beside_a_busy_process_and_come_back(fake):
-    """beside a process that starts later, threads that wait by spinning made a step twenty times slower"""
+    """beside a process that starts later, threads that wait by spinning made steps of 9 seconds"""
     threads = machine.use(Threads(3, "the test", follow=True))
 
     def after(busy, seconds=machine.LOOK_EVERY):
