@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import kernels
-from common.flags import die, without_effect
+from common.flags import as_flag, die, without_effect
 from common.reward import varies
 from kernels import linear_logprob, packed_attention
 
@@ -199,7 +199,7 @@ def with_algorithm(config):
     known = asdict(config)
     strange = [name for name in row if name not in known]
     if strange:
-        die(f"--algo {config.algo} needs --{strange[0].replace('_', '-')}, which has no place in this "
+        die(f"--algo {config.algo} needs {as_flag(strange[0])}, which has no place in this "
             "script: take another row, and what else you want of this one by the flags of its axes")
     given = {name: value for name, value in known.items() if value not in ("", None)}
     defaults = {name: value for name, value in DEFAULTS.items() if name in known}
@@ -214,7 +214,7 @@ def with_algorithm(config):
         ("length_power", "aggregate", c.aggregate == "length"),
     ]:
         if not used and name in given:
-            die(f"--{name.replace('_', '-')} says nothing here: --{axis} is {getattr(c, axis)}")
+            die(f"{as_flag(name)} says nothing here: --{axis} is {getattr(c, axis)}")
         if not used:
             setattr(c, name, None)
     without_effect(c, [
@@ -246,7 +246,7 @@ def check_updates(c):
         value = getattr(c, name)
         first = row.get("power") if name == "power_end" else None
         if not several and value is not None and value != row.get(name, first):
-            die(f"--{name.replace('_', '-')} {value} has no effect with one update per rollout, where every "
+            die(f"{as_flag(name)} {value} has no effect with one update per rollout, where every "
                 "ratio is 1: it needs more (nanorl.py: --minibatch below --prompts, or --epochs 2)")
 
 
@@ -306,6 +306,15 @@ def predicting(model, batch):
     return model(batch.tokens_T, batch.positions_T, attend)[batch.at_N]
 
 
+def k3_to(reference, batch, logp_N, temperature):
+    """KL (k3) to a reference, of each prediction."""
+    with torch.no_grad():
+        theirs_ND = predicting(reference, batch)
+        reference_N, _ = linear_logprob(theirs_ND, reference.head_weight, batch.targets_N, temperature)
+    x_N = reference_N - logp_N
+    return x_N.expm1() - x_N
+
+
 def make_loss(config, done=0.0, old=None, marked=None, reference=None):
     """-> loss(batch, hidden_ND, head_VD) -> (sum to be minimised, stats as sums). done: the share
     of the run that is over. old: log-probs before the first of several updates; marked: from
@@ -339,11 +348,7 @@ def make_loss(config, done=0.0, old=None, marked=None, reference=None):
 
         k3_N = torch.zeros_like(logp_N)
         if c.kl_coef:
-            with torch.no_grad():
-                theirs_ND = predicting(reference, batch)
-                reference_N, _ = linear_logprob(
-                    theirs_ND, reference.head_weight, batch.targets_N, c.temperature)
-            k3_N = (reference_N - logp_N).expm1() - (reference_N - logp_N)
+            k3_N = k3_to(reference, batch, logp_N, c.temperature)
         regularised_N = objective_N + c.entropy_coef * entropy_N - c.kl_coef * k3_N
         total = -(batch.weight_N * regularised_N).sum()
 

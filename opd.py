@@ -47,7 +47,7 @@ import common.overlap
 import common.teacher
 import kernels
 import stages
-from algos import BASELINES, predicting
+from algos import BASELINES, k3_to, predicting
 from common.flags import die, flags, positive, shares, without_effect
 from common.metrics import sample_rows, summary, warnings
 from common.overlap import (by_sample, diagnosis, disagreement, guard, log_softmax, measure,
@@ -378,7 +378,7 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
         value_N = torch.where(gold_N, -s.logp_N, value_N - s.trust_N * batch.advantage_N * s.logp_N)
         k3_N = torch.zeros_like(value_N)
         if c.kl_coef:
-            k3_N = torch.where(gold_N, 0.0, k3_to(reference, batch, s))
+            k3_N = torch.where(gold_N, 0.0, k3_to(reference, batch, s.logp_N, c.temperature))
         total = (batch.weight_N * (value_N + c.kl_coef * k3_N)).sum()
 
         with torch.no_grad():
@@ -415,14 +415,6 @@ def meet(teacher, reference, batch):
         if model is not None:
             with torch.no_grad():
                 predicting(model, batch)
-
-
-def k3_to(reference, batch, s):
-    with torch.no_grad():
-        other_ND = predicting(reference, batch)
-        other_N, _ = linear_logprob(other_ND, reference.head_weight, batch.targets_N, s.temperature)
-    x_N = other_N - s.logp_N
-    return x_N.expm1() - x_N
 
 
 # -----------------------------------------------------------------------------

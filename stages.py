@@ -490,8 +490,7 @@ def micro_batches(rl, groups, rank, ranks):
     trained = [g for g in trained if g]
     if not trained:
         return []
-    mine = pack.plan(trained, c.row_tokens, rl.model.config, ranks)[rank]
-    micro = [pack.rows(segments) for segments in mine]
+    micro = pack.batches(trained, c.row_tokens, rl.model.config, rank, ranks)
     for batch in micro:
         weights = [aggregated(s, c)[0] for s in batch.samples]
         if weights:                      # an idle rank's rows have none

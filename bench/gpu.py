@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 
 from bench import ROOT, finish
+from common.files import write_whole
 from common.flags import flags
 
 PARTS = {                                # seconds at most; the command, and the tiny one
@@ -58,10 +59,6 @@ class Config:
 # the parts that are no benchmark of their own
 
 
-def words_of(text):
-    return " ".join(text.split()).split()
-
-
 def folder_of(tiny):
     """A random model of the 0.6B shape with a small tokenizer, made once."""
     import data
@@ -81,9 +78,9 @@ def step(config, words=""):
     name = "offload" if words else "step"
     size = "--prompts 2 --n 2 --max-new 8 --row-tokens 256" if config.tiny else (
         "--prompts 32 --n 16 --max-new 512 --row-tokens 16384")
-    nanorl.main(words_of(f"""--init {folder_of(config.tiny)} --task countdown {size} {words} --steps 3
-                         --eval-every 0 --eval-n 1 --eval-k 2 --final-n 1 --workers 2 --name {name}
-                         --lr 1e-6 --entropy-coef 1e-4"""))
+    nanorl.main(f"""--init {folder_of(config.tiny)} --task countdown {size} {words} --steps 3
+                    --eval-every 0 --eval-n 1 --eval-k 2 --final-n 1 --workers 2 --name {name}
+                    --lr 1e-6 --entropy-coef 1e-4""".split())
     rows = [json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().splitlines()]
     log = Path("runs", name, "log.txt").read_text()
     memory = re.search(r"memory: ([\d.]+) GB at the peak, ([\d.]+) by --dry-run", log)
@@ -145,7 +142,7 @@ def speedrun(config):
     size = "--preset mixed100m --steps 10"
     if config.tiny:
         size = "--preset small --steps 2 --batch 4 --eval-docs 4"
-    train_gpt.main(words_of(f"{size} --name hundred --eval-every 1000 --save-every 1000"))
+    train_gpt.main(f"{size} --name hundred --eval-every 1000 --save-every 1000".split())
     lines = Path("runs/hundred/metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
     return {k: last[k] for k in ("tokens_per_second", "mfu", "t_train", "t_opt", "loss") if k in last}
@@ -177,11 +174,10 @@ def run(name, command, limit, out):
         try:
             code = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)       # with what it started
             code = f"stopped after {limit:.0f} s"
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)   # with what it started
     text = (out / f"{name}.log").read_text().strip() or "nothing was printed"
     last = text.splitlines()[-1]
     found = dict(ok=code == 0, seconds=round(time.monotonic() - start, 1), ended=code, said=last[-300:])
@@ -224,9 +220,8 @@ def main(argv=None):
             continue
         chosen = tiny_command if config.tiny else command
         results[name] = run(name, chosen, min(limit, left), out)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(results, indent=1))
-        os.replace(aside, path)
+        text = json.dumps(results, indent=1)
+        write_whole(path, lambda f, text=text: f.write(text.encode()))
         (out / "gpu.md").write_text(page(results, device))
         print(f"{name}: {results[name]['ended']} after {results[name]['seconds']} s", flush=True)
     print(f"wrote {path} and gpu.md")

@@ -52,7 +52,7 @@ from algos import address, predicting
 from bench import ROOT, alternate, finish, peer, ratio, show
 from bench.algorithms import curve, metrics, run_all
 from common import hf
-from common.flags import die, flags, positive
+from common.flags import as_flag, die, flags, positive
 from common.reward import Rewards
 from common.run import newest
 from evaluate import SEED, evaluate, prompt_ids
@@ -468,7 +468,7 @@ def main(argv=None):
             try:
                 hf.find(getattr(config, flag))
             except FileNotFoundError as e:
-                die(f"--{flag.replace('_', '-')}: {e}")
+                die(f"{as_flag(flag)}: {e}")
     Path("runs", config.name).mkdir(parents=True, exist_ok=True)
     cache, begin = Path("runs", config.name, "accuracies.json"), time.monotonic()
     found = models(config, parts)

@@ -41,18 +41,23 @@ def die(message):
     raise SystemExit(2)
 
 
+def as_flag(name):
+    """a field as a user types it: --batch-size"""
+    return f"--{name.replace('_', '-')}"
+
+
 def positive(config, names):
     """refuses the first of these flags that is below 1"""
     for name in names.split():
         if getattr(config, name) < 1:
-            die(f"--{name.replace('_', '-')} is {getattr(config, name)}: give at least 1")
+            die(f"{as_flag(name)} is {getattr(config, name)}: give at least 1")
 
 
 def shares(config, names):
     """refuses the first of these flags that is no share of a whole, 0 to 1"""
     for name in names.split():
         if not 0 <= getattr(config, name) <= 1:
-            die(f"--{name.replace('_', '-')} is {getattr(config, name)}: it is a share, give 0 to 1")
+            die(f"{as_flag(name)} is {getattr(config, name)}: it is a share, give 0 to 1")
 
 
 def check_minutes(minutes):
@@ -63,7 +68,7 @@ def check_minutes(minutes):
 
 def truncation(config, prefix=""):
     """refuses a --top-p that is none, and one without effect beside temperature 0, which is greedy"""
-    flag = f"--{prefix}top-p".replace("_", "-")
+    flag = as_flag(f"{prefix}top_p")
     top_p = getattr(config, f"{prefix}top_p")
     if not 0 < top_p <= 1:
         die(f"{flag} {top_p}: more than 0, at most 1 (1 is off)")
@@ -105,10 +110,9 @@ def without_effect(config, rows, base=None):
             value = getattr(config, name)
             if acts or value == getattr(base or type(config), name):
                 continue
-            flag = name.replace("_", "-")
-            said = f"--{flag} {value}"
+            said = f"{as_flag(name)} {value}"
             if isinstance(value, bool):
-                said = f"--{flag}" if value else f"--no-{flag}"
+                said = as_flag(name if value else f"no_{name}")
             die(f"{said} has no effect: {why}")
 
 

@@ -8,8 +8,8 @@ for good: the cache is what is left, never a constant.
 """
 
 import functools
+import itertools
 import math
-import os
 from dataclasses import replace
 
 import torch
@@ -23,7 +23,7 @@ from common.flags import die
 from common.offload import BUFFER, BUFFERS, GB, host_free
 from common.pages import PAGE, Pool
 from common.run import all_sum
-from common.sharded import BUCKET
+from common.sharded import BUCKET, local_ranks
 from kernels import linear_logprob
 from train_gpt import GPT, GPTConfig
 
@@ -112,14 +112,13 @@ def gradients(shape, config, width, world):
     arriving = largest * width if width < 4 or config.offload else 0
     if sharded(config, world):             # three buckets on their way, each also in fp32
         arriving = largest * width + 3 * min(BUCKET, params) * (width + 4)
-        return arriving + (0 if config.offload else params * 4 // local_ranks(world))
+        return arriving + (0 if config.offload else params * 4 // ranks_beside(world))
     return arriving if config.offload else arriving + params * 4
 
 
-def local_ranks(world):
-    """The ranks of a machine share out its sums of gradients."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", min(world, 8)))
-    return world if world % local or local == 1 else local
+def ranks_beside(world):
+    """The ranks that share out the sums of gradients of a machine, also of one that is not here."""
+    return local_ranks(world, unsaid=min(world, 8))
 
 
 def on_host(shape, config, world, width=2):
@@ -129,7 +128,7 @@ def on_host(shape, config, world, width=2):
     if config.kl_coef and config.reference_at == "host":
         taken += blocks * width
     if config.offload:
-        sums = params * 4 // (local_ranks(world) if sharded(config, world) else 1)
+        sums = params * 4 // (ranks_beside(world) if sharded(config, world) else 1)
         taken += sums + params * 12 // world + BUFFERS * BUFFER
     return taken
 
@@ -191,23 +190,30 @@ def ways(config, world, longest):
     rows = [config.row_tokens]
     while rows[-1] // 2 >= max(longest, min(2048, config.row_tokens)):
         rows.append(rows[-1] // 2)
-    for offload in (False, True):
-        for checkpoint in (False, True):
-            for grads in ("auto", "sharded") if world > 1 and not config.stream else ("auto",):
-                if offload < config.offload or checkpoint < config.checkpoint:
-                    continue
-                if config.grads == "sharded" and grads == "auto" and world > 1:
-                    continue
-                for row_tokens in rows:
-                    words = []
-                    if row_tokens < config.row_tokens:
-                        words.append(f"--row-tokens {row_tokens}")
-                    if grads == "sharded" and config.grads != grads and not offload:
-                        words.append("--grads sharded")
-                    words += ["--checkpoint"] * (checkpoint and not config.checkpoint)
-                    words += ["--offload"] * (offload and not config.offload)
-                    yield " ".join(words), replace(config, row_tokens=row_tokens, grads=grads,
-                                                   checkpoint=checkpoint, offload=offload)
+    several = world > 1 and not config.stream
+    kinds = ("auto", "sharded") if several else ("auto",)
+    for offload, checkpoint, grads in itertools.product((False, True), (False, True), kinds):
+        if offload < config.offload or checkpoint < config.checkpoint:
+            continue
+        if config.grads == "sharded" and grads == "auto" and world > 1:
+            continue
+        for row_tokens in rows:
+            way = replace(config, row_tokens=row_tokens, grads=grads, checkpoint=checkpoint, offload=offload)
+            yield changes(config, way), way
+
+
+def changes(config, way):
+    """-> the flags that make this way of a config, in words."""
+    words = []
+    if way.row_tokens < config.row_tokens:
+        words.append(f"--row-tokens {way.row_tokens}")
+    if way.grads == "sharded" and config.grads != way.grads and not way.offload:
+        words.append("--grads sharded")
+    if way.checkpoint and not config.checkpoint:
+        words.append("--checkpoint")
+    if way.offload and not config.offload:
+        words.append("--offload")
+    return " ".join(words)
 
 
 def fitting(shape, config, width, world, card, host, longest):
@@ -222,7 +228,7 @@ def fitting(shape, config, width, world, card, host, longest):
 def held(shape, config, width, world, host, longest):
     """Yields (words, parts) of the ways that fit the host."""
     for words, way in ways(config, world, longest):
-        taken = on_host(shape, way, world, width) * local_ranks(world)
+        taken = on_host(shape, way, world, width) * ranks_beside(world)
         if host is None or taken <= host:
             yield words, fixed(shape, way, width, world, longest)
 
@@ -241,13 +247,13 @@ def table(rl):
     c = rl.config
     shape = rl.model.config
     world = rl.env.world
-    card, host = machine(rl)
+    card, host = card_and_host(rl)
     half = c.dtype == "bf16" or c.dtype == "auto" and (card or rl.env.dtype == torch.bfloat16)
     width = 2 if half else 4
     parts = fixed(shape, c, width, world, rl.longest)
     slots = c.slots or rollout.SLOTS
     wanted = slots * rl.longest * token_bytes(shape, width)
-    taken = on_host(shape, c, world, width) * local_ranks(world)
+    taken = on_host(shape, c, world, width) * ranks_beside(world)
 
     lines = [f"one rank of {world}, {'bf16' if half else 'fp32'}, rows of {c.row_tokens:,} tokens, samples "
              f"of up to {rl.longest:,} with their prompts; GB:"]
@@ -263,7 +269,7 @@ def table(rl):
     return "\n".join(lines)
 
 
-def machine(rl):
+def card_and_host(rl):
     """-> bytes of the card and of the host that a dry run is for; 0: no card, None: any host."""
     c = rl.config
     if c.host:
@@ -291,7 +297,7 @@ def verdict(shape, c, width, world, card, host, longest):
     found = list(fitting(shape, c, width, world, card, host, longest))
     if found and not found[0][0]:
         return [*lines, "it fits"]
-    taken = on_host(shape, c, world, width) * local_ranks(world)
+    taken = on_host(shape, c, world, width) * ranks_beside(world)
     if host is not None and taken > host:
         return [*lines, f"it does not fit: the host has {host / GB:.3g} GB, and {taken / GB:.1f} are needed; "
                 "--offload is what takes them"]

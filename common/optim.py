@@ -336,13 +336,13 @@ class Optimizer:
     def _norm(self):
         """of the whole gradient, over all ranks; the one host sync of a step"""
         squares = []
-        for s in self.shards:
-            grad = s.param.new_zeros(0, dtype=torch.float32) if s.grad is None else s.grad
-            for _, part in pieces(grad, BUCKET):
-                # in fp64 on a CPU, where ranks must agree to the bit; a GPU would write the whole
-                # gradient out once more, and MPS has no fp64
-                part = part.double() if part.device.type == "cpu" else part
-                with one_thread():
+        with one_thread():
+            for s in self.shards:
+                grad = s.param.new_zeros(0, dtype=torch.float32) if s.grad is None else s.grad
+                for _, part in pieces(grad, BUCKET):
+                    # in fp64 on a CPU, where ranks must agree to the bit; a GPU would write the whole
+                    # gradient out once more, and MPS has no fp64
+                    part = part.double() if part.device.type == "cpu" else part
                     squares.append(part.square().sum())
         square = torch.stack(squares).sum()
         if self.world > 1:

@@ -44,7 +44,7 @@ from tqdm import tqdm
 from common import cpu, machine
 from common.files import (checkpoints, complete, discard, disk_error, jsonable, newest, plain, sync,
                           write_whole)
-from common.flags import die, moved
+from common.flags import as_flag, die, moved
 from common.machine import Threads
 from common.watch import Watch
 
@@ -264,12 +264,20 @@ def _head(env, sources):
 _gflops = functools.cache(machine.gflops)      # once, where many runs share a process
 
 
-def _flag(name):
-    return f"--{name.replace('_', '-')}"
-
-
 # ------------------------------------------------------------------------------
 # a run: its folder, its files, its checkpoints, its end
+
+def resumed(config):
+    """-> what config.json says of the run that this one resumes; {} for a new one, and where there is
+    no run or a damaged one, which Run says"""
+    if not config.resume:
+        return {}
+    try:
+        said = json.loads(Path("runs", config.name, "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
 
 def dated(config, tok, chats):
     """
@@ -281,23 +289,14 @@ def dated(config, tok, chats):
             why = "its chat template asks for no date" if chats else "there are no chats"
             die(f"--date {config.date} has no effect: {why}")
         return config
-    day = config.date
-    if config.resume and not day:
-        try:
-            day = json.loads(Path("runs", config.name, "config.json").read_text()).get("date", "")
-        except (OSError, ValueError, AttributeError):
-            pass                               # no run, or a damaged one: Run says so
+    day = config.date or resumed(config).get("date", "")
     tok.date = broadcast(day or date.today().isoformat())
     return dataclasses.replace(config, date=tok.date)
 
 
 def begun_with(config):
     """-> the threads of the run that this one resumes, which its config.json holds; 0: a new run"""
-    try:
-        said = json.loads(Path("runs", config.name, "config.json").read_text()) if config.resume else {}
-    except (OSError, ValueError):
-        return 0                               # no run, or a damaged one: Run says so
-    count = said.get("threads", 0) if isinstance(said, dict) else 0
+    count = resumed(config).get("threads", 0)
     return count if isinstance(count, int) and count > 0 else 0
 
 
@@ -366,7 +365,7 @@ class Run:
             old = None
         if not isinstance(old, dict):
             return f"{path} is damaged: start again under another --name"
-        unknown = [_flag(name) for name in old if name not in fields]
+        unknown = [as_flag(name) for name in old if name not in fields]
         if unknown:
             return (f"--resume: {self.folder} was made by another version of this script, "
                     f"with {', '.join(unknown)}, which this one does not know. "
@@ -376,7 +375,7 @@ class Run:
             was = old.get(name, default)       # a field younger than the run counts as its default
             new = getattr(config, name)
             if name not in free and json.dumps(was, default=str) != json.dumps(new, default=str):
-                changed.append(f"{_flag(name)} was {was}, is {new}")
+                changed.append(f"{as_flag(name)} was {was}, is {new}")
         if changed:
             return (f"--resume: {self.folder} was made with another config: {'; '.join(changed)}. "
                     "Give the old values, or another --name")

@@ -26,13 +26,20 @@ import torch.nn.functional as F
 BUCKET = 1 << 24  # numbers that travel in one collective: 64 MB of fp32
 
 
+def local_ranks(world, unsaid=None):
+    """The ranks of a machine, as torchrun says it, or `unsaid` where nobody does, or all. A machine for
+    each rank, or machines of unequal size, count as one."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", unsaid or world))
+    return world if world % local or local == 1 else local
+
+
 @functools.cache
 def machines(rank, world):
     """-> (machines, ranks of each, group of this machine, group of the ranks that have this one's place
-    on every machine). torchrun says how many ranks a machine has. Nobody else keeps the groups: one
-    that lives longer than the process group hangs the interpreter at its end."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if world % local or local in (1, world):
+    on every machine). Nobody else keeps the groups: one that lives longer than the process group hangs
+    the interpreter at its end."""
+    local = local_ranks(world)
+    if local == world:
         return 1, world, None, None
     count = world // local
     atexit.register(machines.cache_clear)

@@ -121,7 +121,6 @@ class SlabView:
         return o_NGd.view(self.rows, self.n_head, self.head_dim)
 
 
-
 class SlabsView:
     """All slabs in the steps of a batch, and the rows that fill it up to its size."""
 

@@ -85,13 +85,11 @@ def tiny_base(tmp_path, monkeypatch):
     reward that has variance (digits)"""
     def make(prompts=0):
         import data
+        from tests.models import nudged
         from train_gpt import GPT, GPTConfig
         tok = data.tokenizer("chars")
-        g = torch.Generator().manual_seed(0)
-        model = GPT(GPTConfig(tok.vocab_size, 2, 2, 1, 16, 32, 48, 256, 10000.0)).init_weights(0)
-        for p in model.parameters():
-            if p.ndim == 2:
-                p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
+        shape = GPTConfig(tok.vocab_size, 2, 2, 1, 16, 32, 48, 256, 10000.0)
+        model = nudged(GPT(shape).init_weights(0), 0, 0.05, matrices_only=True)
         model.save_hf(tmp_path / "base", tok)
         if prompts:
             rows = [json.dumps(dict(prompt=f"question {i}:")) + "\n" for i in range(prompts)]

@@ -16,17 +16,14 @@ from common.optim import Optimizer
 from algos import ALGORITHMS, RATIOS, TRUSTS, address, advantage, covariant, make_loss, with_algorithm
 from nanorl import Config
 from rollout import Sample
+from tests.models import nudged
 from train_gpt import GPT, GPTConfig
 
 SHAPE = GPTConfig(9, 1, 2, 1, 8, 16, 24, 64, 10000.0)
 
 
 def model(seed, dtype=torch.float64):
-    made = GPT(SHAPE).init_weights(seed).to(dtype)
-    g = torch.Generator().manual_seed(seed)
-    for p in made.parameters():
-        p.data.add_(torch.randn(p.shape, generator=g) * 0.3)
-    return made
+    return nudged(GPT(SHAPE).init_weights(seed).to(dtype), seed, 0.3)
 
 
 def group(rewards, lengths, seed=0, problem=0):

@@ -20,6 +20,7 @@ from common import backend, memory, pages
 from common.optim import Optimizer
 from common.pages import Pool
 from rollout import Sample, Sampler
+from tests.models import random_matrices
 from train_gpt import GPT, GPTConfig
 
 SHAPE = dict(vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, head_dim=16,
@@ -28,12 +29,7 @@ PROMPTS, STOP = [[(7 * i + j * j) % 61 for j in range(1 + 9 * i % 41)] for i in 
 
 
 def tiny(seed=0, **kw):
-    model, g = GPT(GPTConfig(**SHAPE | kw)), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 2:
-                p.copy_(torch.randn(p.shape, generator=g) * p.shape[1] ** -0.5 * 1.5)
-    return model
+    return random_matrices(GPT(GPTConfig(**SHAPE | kw)), seed)
 
 
 # -----------------------------------------------------------------------------

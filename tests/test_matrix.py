@@ -427,7 +427,6 @@ def test_the_date_of_a_chat_is_the_day_on_which_the_run_began(tmp_path, monkeypa
     Path("chat.jsonl").write_text("".join(json.dumps(dict(messages=chat)) + "\n" for chat in chats))
     argv = ("--init base --data chat.jsonl --steps 2 --batch 2 --eval-docs 2 --device cpu "
             "--name tuned").split()
-    monkeypatch.setattr(train_gpt.view, "curves", quiet)
     train_gpt.main(argv)
     assert json.loads(Path("runs/tuned/config.json").read_text())["date"] == "2026-01-31"
     assert "31 Jan 2026" in Path("runs/tuned/log.txt").read_text()
@@ -499,7 +498,6 @@ def tiny(tiny_base, monkeypatch):
         monkeypatch.setattr(module, "Rewards", Here)
     monkeypatch.setattr(stages, "check", quiet)
     monkeypatch.setattr(stages.view, "pages", quiet)
-    monkeypatch.setattr(train_gpt.view, "curves", quiet)
     monkeypatch.setattr(train_gpt, "show", quiet)
     monkeypatch.setattr(run, "_git", quiet)
     monkeypatch.setattr("os.fsync", quiet)

@@ -57,6 +57,7 @@ from common import optim
 from evaluate import pass_at
 from algos import AGGREGATES, advantage, make_loss, with_algorithm
 from rollout import Sample
+from tests.models import nudged
 from train_gpt import GPT, GPTConfig
 
 VOCABULARY, WIDTH, MAX_NEW, N = 23, 6, 9, 4
@@ -589,10 +590,8 @@ def test_a_run_of_nanorl_is_a_loop_on_transformers(base, record_property):
 def test_a_run_of_opd_is_a_loop_on_transformers(base, record_property):
     """Reverse KL over the whole vocabulary to a teacher of another shape."""
     tok = data.tokenizer("chars")
-    teacher = GPT(GPTConfig(tok.vocab_size, 1, 2, 2, 16, 48, 64, 256, 10000.0)).init_weights(7)
-    g = torch.Generator().manual_seed(8)
-    for p in teacher.parameters():
-        p.data.add_(torch.randn(p.shape, generator=g) * 0.1)
+    shape = GPTConfig(tok.vocab_size, 1, 2, 2, 16, 48, 64, 256, 10000.0)
+    teacher = nudged(GPT(shape).init_weights(7), 8, 0.1)
     teacher.save_hf("teacher", tok)
     opd.main([*FLAGS, *"--n 3 --teacher teacher --loss full --lr 5e-4 --clip 1.0".split()])
     samples, steps = lines("runs/opd/samples.jsonl"), lines("runs/opd/metrics.jsonl")[1:]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import pack
 from kernels import linear_logprob, packed_attention
+from tests.models import nudged
 from train_gpt import GPT, GPTConfig
 
 SHAPE = GPTConfig(vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, head_dim=8,
@@ -55,11 +56,8 @@ def conversation(rng):
 
 
 def model(dtype=torch.float64, seed=0):
-    net = GPT(SHAPE).init_weights(seed)
-    g = torch.Generator().manual_seed(seed)
-    for p in net.parameters():                  # no zero matrices: every path must carry a gradient
-        p.data += 0.05 * torch.randn(p.shape, generator=g)
-    return net.to(dtype)
+    # no zero matrices: every path must carry a gradient
+    return nudged(GPT(SHAPE).init_weights(seed), seed, 0.05).to(dtype)
 
 
 def gradients(net, losses):

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import data
 from common.flags import flags
+from tests.models import nudged
 from train_gpt import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -278,16 +278,12 @@ def test_the_fork_is_the_one_that_is_shown():
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     tok = data.tokenizer("numbers")
-    model = GPT(GPTConfig(tok.vocab_size, 1, 1, 1, 8, 16, 24, 512, 10000.0)).init_weights(0)
-    g = torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
+    shape = GPTConfig(tok.vocab_size, 1, 1, 1, 8, 16, 24, 512, 10000.0)
+    model = nudged(GPT(shape).init_weights(0), 0, 0.05)
     model.save_hf(tmp_path / "base", tok)
     (tmp_path / "digits.py").write_text("def score(problem, text):\n"
                                         "    return sum(c in '0123456789' for c in text) / 8\n")
     monkeypatch.chdir(tmp_path)
-    from common import view
-    monkeypatch.setattr(view, "curves", lambda folder: None)     # a picture takes longer than the run
     return tmp_path
 
 

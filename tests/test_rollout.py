@@ -15,6 +15,7 @@ from common.deal import Feed, SharedPrompts, deal_out
 from common import cpu
 from kernels import linear_logprob, packed_attention, uniform
 from rollout import Pages, Sample, Sampler, completion
+from tests.models import random_matrices
 from train_gpt import GPT, GPTConfig, sample
 
 V, STOP = 61, 5
@@ -26,12 +27,7 @@ def tiny(seed=0, **kw):
     shape = dict(vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, head_dim=16,
                  d_model=64, d_ff=96, max_len=400, rope_theta=1e4) | kw
     torch.manual_seed(seed)                                      # biases are torch's own
-    model, g = GPT(GPTConfig(**shape)), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 2:
-                p.copy_(torch.randn(p.shape, generator=g) * p.shape[1] ** -0.5 * 1.5)
-    return model
+    return random_matrices(GPT(GPTConfig(**shape)), seed)
 
 
 @pytest.fixture(scope="module")

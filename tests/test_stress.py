@@ -11,6 +11,7 @@ import torch
 
 from kernels import packed_attention, truncated, uniform
 from rollout import Sample, Sampler
+from tests.models import random_matrices
 from train_gpt import GPT, GPTConfig
 
 V, STOP, SEED = 40, 3, 5
@@ -19,13 +20,7 @@ SLOTS, PAGES = 6, 9          # page 0 is padding's: 8 pages of 32 tokens for six
 
 
 def small():
-    model = GPT(GPTConfig(V, 1, 2, 1, 8, 16, 16, 200, 1e4)).init_weights(0)
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 2:
-                p.copy_(torch.randn(p.shape, generator=g) * p.shape[1] ** -0.5 * 1.5)
-    return model
+    return random_matrices(GPT(GPTConfig(V, 1, 2, 1, 8, 16, 16, 200, 1e4)))
 
 
 @dataclass

@@ -208,9 +208,6 @@ def test_a_question_without_a_label_asks_no_grader():
 # so it is graded in this process
 
 
-curves = ttrl.view.curves
-
-
 class Letters:
     """the answer is which third of the alphabet the first character is in, where it is printable"""
     name, mute = "letters", False
@@ -256,7 +253,6 @@ def letters_only(patch):
     patch(data, "load", lambda name: Letters() if name == "letters" else load(name))
     patch(stages, "check", lambda spec: None)
     patch(stages, "Rewards", Here)
-    patch(ttrl.view, "curves", lambda folder: None)              # a picture takes longer than the run
 
 
 ARGV = ("--init base --task letters --device cpu --threads 1 --questions 10 "
@@ -284,8 +280,8 @@ def equal(a, b):
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_votes_gather_and_everything_is_said(own, capsys, monkeypatch):
-    monkeypatch.setattr(ttrl.view, "curves", curves)
+@pytest.mark.pictures
+def test_votes_gather_and_everything_is_said(own, capsys):
     ttrl.main([*own, "--passes", "12", "--save-every", "50"])
     m = metrics()
     steps = [row for row in m if "majority_ratio" in row]

@@ -20,6 +20,7 @@ from common.metrics import recent
 from data.documents import Documents
 from common.optim import POLAR, Optimizer, orthogonalize
 from rollout import Sample
+from tests.models import nudged
 from train_gpt import GPT, GPTConfig
 
 OWN = ("--data my.jsonl --reward my.py:score --device cpu --threads 1 "
@@ -37,11 +38,8 @@ def timeless(row):
 
 def model_in(folder, seed):
     tok = data.tokenizer("chars")
-    g = torch.Generator().manual_seed(seed)
-    model = GPT(GPTConfig(tok.vocab_size, 2, 2, 1, 16, 32, 48, 256, 10000.0)).init_weights(0)
-    for p in model.parameters():
-        if p.ndim == 2:
-            p.data.add_(torch.randn(p.shape, generator=g) * 0.3)
+    shape = GPTConfig(tok.vocab_size, 2, 2, 1, 16, 32, 48, 256, 10000.0)
+    model = nudged(GPT(shape).init_weights(0), seed, 0.3, matrices_only=True)
     model.save_hf(folder, tok)
 
 
