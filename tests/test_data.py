@@ -2,6 +2,7 @@
 that hostile text cannot fool or stall."""
 import itertools
 import json
+import re
 from dataclasses import asdict
 from fractions import Fraction
 from types import SimpleNamespace
@@ -207,6 +208,18 @@ def test_a_number_given_twice_may_be_used_twice_and_no_more():
     assert task.reward(twice, "5+5=10,10*2=20") == 1.0
     assert task.reward(twice, "5*2=10,10+10=20") == 0.0
     assert task.reward(twice, "2*5=10,5*2=10,10+10=20") == 0.0
+
+
+def test_documents_say_a_sum_in_one_order_only():
+    """With 12+3 and 3+12 in the text a base learned to add late, or with one seed in five not within
+    its steps: sums of three numbers came out right in 29% of the samples, where other seeds had
+    48%, and RL ended at 55% instead of 69%. The checker takes both orders, as ever."""
+    task = data.load("countdown:search")
+    for i in range(200):
+        text = task.document("train", 0, i)[1]
+        for a, b in re.findall(r"([0-9]+)[-+*/]([0-9]+)=", text):
+            assert int(a) >= int(b), text
+    assert data.load("countdown").reward(PROBLEM, "3*12=36,7+36=43") == 1.0
 
 
 def value(node):
