@@ -2,9 +2,9 @@
 Arithmetic with a scratchpad: work out an expression in integers, one step at a time, and end
 with the answer.
 
-    A(2+3)*4-8=   2+3=5,5*4=20,20-8=12#12
+    A(2+3)*4-8=   3+2=5,5*4=20,20-8=12#12
 
-One right answer per question, so that votes make sense. The documents SLIP: now and then a step's
+In a sum or product the larger number comes first, so that half as many of them have to be learned. One right answer per question, so that votes make sense. The documents SLIP: now and then a step's
 result is any number, and the work continues from there. A model that learns from them slips as
 often, each time somewhere else. So one sample in two is wrong while the majority is right: the
 gap that a majority vote, test-time training and a reward can all close. (Hard sums, and slips to
@@ -124,6 +124,8 @@ def work(order, rand):
         result = calculate(a, x, b)
         if rand() < SLIP:
             result = 1 + int(rand() * MAX_VALUE)
+        if x in "+*":
+            a, b = max(a, b), min(a, b)
         steps.append(f"{a}{x}{b}={result}")
         stack.append(result)
     return f"{','.join(steps)}#{stack[0]}"
