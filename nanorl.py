@@ -78,8 +78,8 @@ class Config(Algo, Common):
 # what runs unless --init, --task or --data says otherwise, by what is found. Flags win over it
 RECIPES = {
     "cpu": dict(
-        flags="--prompts 64 --n 4 --slots 256 --steps 720 --eval-every 120",
-        about="two CPU cores: the base, then 720 steps, a few minutes together; held-out accuracy from 30 to "
+        flags="--prompts 64 --n 4 --slots 256 --steps 540 --eval-every 90",
+        about="two CPU cores: the base, then 540 steps, a few minutes together; held-out accuracy from 30 to "
               "36% to 55 to 69%, by the seed",
     ),
     "cuda": dict(

@@ -114,9 +114,9 @@ cpu_stage() {
     case "$1" in
         base)    stage base base train_gpt.py --device cpu ;;
         rl)      stage rl rl nanorl.py --device cpu ;;
-        ttrl)    stage ttrl ttrl_majority ttrl.py --device cpu --passes 7 ;;
+        ttrl)    stage ttrl ttrl_majority ttrl.py --device cpu --passes 6 ;;
         student) stage student small train_gpt.py --preset small --device cpu ;;
-        opd)     stage opd opd opd.py --init runs/small --teacher runs/rl --loss full --steps 300 --device cpu ;;
+        opd)     stage opd opd opd.py --init runs/small --teacher runs/rl --loss full --steps 200 --device cpu ;;
     esac
 }
 

@@ -238,7 +238,7 @@ class Config:
     data: str = "mixed"                  # a task, a text file, chats (.jsonl), or .bin shards
     tokenizer: str = "numbers"           # chars, numbers, bytes, gpt2, a folder; --init has its own
     init: str = ""                       # a Hugging Face folder or a run; it brings its shape
-    steps: int = 1500                    # optimizer steps
+    steps: int = 1200                    # optimizer steps
     minutes: float | None = None  # end after this many minutes of steps, evaluations apart; none: no limit
     batch: int = 64                      # documents per step, over all ranks
     row_tokens: int = 4096               # tokens of one packed row (a micro-batch)
@@ -280,7 +280,7 @@ class Config:
 
 PRESETS = {
     "base": "",
-    "small": "--name small --steps 1000 --d-model 64 --n-head 4 --d-ff 192",
+    "small": "--name small --steps 800 --d-model 64 --n-head 4 --d-ff 192",
     "mixed100m": "--name mixed100m --data mixed:4 --n-layer 12 --n-head 12 --n-kv-head 4 "
                  "--head-dim 64 --d-model 768 --d-ff 2048 --steps 4000 --batch 2048 --row-tokens "
                  "32768 --lr 2e-3 --muon-lr 1e-2 --weight-decay 0.1",

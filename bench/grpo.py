@@ -310,22 +310,28 @@ def examiner(config, folder):
 
 
 class Race:
-    """Seconds, looks, and when the target was reached: between the last look below it and the
-    first at or above it, on a line."""
+    """Seconds, looks, and when the target was reached: when the mean of two looks in a row was at or
+    above it, since one look is +-2 points. Means stand at the middle of their two looks, and between
+    two means the accuracy is a line."""
 
     def __init__(self, config, look, target, start):
         self.config, self.look, self.target = config, look, target
-        self.seconds, self.steps, self.curve, self.reached = 0.0, 0, [(0.0, start)], None
+        self.seconds, self.steps, self.reached = 0.0, 0, None
+        self.curve = [(0.0, start)]
+        self.means = [(0.0, start)]
 
     def add(self, seconds, model):
         """After a step. -> continue?"""
-        self.seconds, self.steps = self.seconds + seconds, self.steps + 1
+        self.seconds += seconds
+        self.steps += 1
         over = self.seconds > 60 * self.config.minutes
         if over or self.seconds >= self.curve[-1][0] + self.config.every:
-            t, a = self.curve[-1]
             self.curve.append((self.seconds, self.look(model)))
-            if self.curve[-1][1] >= self.target:
-                self.reached = t + (self.seconds - t) * (self.target - a) / (self.curve[-1][1] - a)
+            (t0, a0), (t1, a1) = self.curve[-2:]
+            self.means.append(((t0 + t1) / 2, (a0 + a1) / 2))
+            (t0, a0), (t1, a1) = self.means[-2:]
+            if a1 >= self.target:
+                self.reached = t0 + (t1 - t0) * (self.target - a0) / (a1 - a0) if a1 > a0 else t1
         return not over and self.reached is None
 
 
