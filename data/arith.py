@@ -4,7 +4,9 @@ with the answer.
 
     A(2+3)*4-8=   3+2=5,5*4=20,20-8=12#12
 
-In a sum or product the larger number comes first, so that half as many of them have to be learned. One right answer per question, so that votes make sense. The documents SLIP: now and then a step's
+In a sum or product the larger number comes first, so that half as many have to be learned.
+
+One right answer per question, so that votes make sense. The documents SLIP: now and then a step's
 result is any number, and the work continues from there. A model that learns from them slips as
 often, each time somewhere else. So one sample in two is wrong while the majority is right: the
 gap that a majority vote, test-time training and a reward can all close. (Hard sums, and slips to
