@@ -273,15 +273,14 @@ def test_a_decode_step_waits_for_nothing():
     sampler = Sampler(model, (), slots=12)
     for i in range(12):
         sampler.submit(i, [1 + i, 2, 3], 1, 100, top_p=0.9 if i % 2 else 1.0)
-    while len(sampler.rows) < 12 or sampler.batch is None:
+    while len(sampler.running) < 12 or sampler.batch is None:
         sampler.step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.inference_mode():
             for _ in range(3):
-                sampler._advance(sampler.batch)
-                sampler._eager(sampler.batch)
+                sampler._next_token(sampler.batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
