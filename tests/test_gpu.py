@@ -162,7 +162,7 @@ def test_packed_attention(name, cu, parent, H, KV, hd):
     if name == "flash":
         pytest.importorskip("flash_attn")
     longest = max(b - a for a, b in zip(cu, cu[1:]))
-    ours = kernels._packed(name, cu, longest, parent)
+    ours = backend.in_one_call(kernels.RUNS["train"][name], cu, kernels.ancestry(cu, parent))
     twin = kernels.packed_attention_torch(cu, longest, parent)
     inputs = [rand(cu[-1], H, hd), rand(cu[-1], KV, hd, seed=1), rand(cu[-1], KV, hd, seed=2)]
     compare(lambda q, k, v: (ours(0, q, k, v),), lambda q, k, v: (twin(0, q, k, v),), inputs, HALF)
