@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common.backend import to_device
+import kernels
 from common.flags import as_flag, die, without_effect
 from common.reward import varies
 from kernels import linear_logprob, packed_attention
@@ -274,7 +274,7 @@ def by_address(known, batch):
     predictions of a batch."""
     parts = [known[address(s)] for s in batch.samples]
     flat = np.concatenate([np.zeros(0, np.float32), *parts])
-    return to_device(flat, torch.float32, batch.targets_N.device)
+    return kernels.to_device(flat, torch.float32, batch.targets_N.device)
 
 
 def covariant(groups, config):

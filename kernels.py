@@ -37,6 +37,7 @@ from common import cpu
 from common.backend import (PROBED_ROW, PROBES, candidates, choose, chosen, expect, expect_dense,
                             expect_heads, expect_ids, flash, flash_decode, in_one_call, jit, longest,
                             packages_take, report, tl, triton, varlen)
+from common.backend import to_device as to_device  # callers know it from here
 
 
 def fused(x):

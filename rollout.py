@@ -2,11 +2,14 @@
 rollout.py: the sampler. A KV cache, continuous batching, the log-prob of every token kept; it reads
 the trainer's own weights.
 
-Most of the time of RL is spent here. A step appends one token to every running sequence; finished
-sequences leave at once, waiting ones enter. The model sees one flat row of tokens, as always: only
-`attend` knows that there is a cache.
+Most of the time of RL is spent here. The model sees one flat row of tokens, as always: only `attend`
+knows that there is a cache. The way of a sample:
 
-    submit -> waiting -> prefill (a prompt once, for all its samples) -> running -> step, step -> Sample
+    submit      a Sequence waits for each sample
+    step        _next_token        of all that run: the model's forward, the draw, written down
+                _collect_finished  those that ended leave, as Samples
+                _admit             those that wait enter: prefill, a prompt once for all its samples;
+                                   a slot; the first token
 
 Left out of the usual recipe, and why:
 - no second engine and no weight sync: the tensors read here are the ones the optimizer writes;
@@ -145,7 +148,6 @@ SLOTS = 256              # sequences at a time; on a CPU, 1M parameters: twice a
 
 FAR = 1 << 40            # the end of padding, which has none
 AHEAD = 8                # on a CPU uniform numbers are made for that many steps at once
-M32 = 0xFFFFFFFF
 
 
 class Columns:
@@ -371,8 +373,7 @@ class Sampler:
 
     @torch.inference_mode()
     def step(self):
-        """One token for every running sequence; then waiting ones take the free slots and get their
-        first. -> Samples that ended"""
+        """A token for every running sequence, then waiting ones enter. -> Samples that ended"""
         machine.follow()                             # fewer threads while other processes are busy
         if self.running:
             if self.batch is None or self.batch.steps >= self.batch.valid_for:
@@ -518,7 +519,7 @@ class Sampler:
         """Those of sequences that enter; and the tokens they have, where a stop string may begin."""
         slots = torch.tensor([s.slot for s in entering], device=self.device)
         words = [(s.group.seed, s.group.visit, s.group.problem, s.index) for s in entering]
-        words = torch.tensor([[word & M32 for word in four] for four in words])
+        words = torch.tensor([[word & 0xFFFFFFFF for word in four] for four in words])
         numbers = []
         for s, noise in zip(entering, address(*words.t()).tolist()):
             g = s.group
@@ -530,10 +531,9 @@ class Sampler:
                 token=0, alive=1, end=g.max_new, address=noise,
                 top_k=g.top_k, top_p=g.top_p, temperature=g.temperature,
             ))
-        ints = [[of[name] for of in numbers] for name in Columns.INTS]
-        reals = [[of[name] for of in numbers] for name in Columns.REALS]
-        self.by_slot.ints[:, slots] = torch.tensor(ints, device=self.device)
-        self.by_slot.reals[:, slots] = torch.tensor(reals, device=self.device)
+        for names, table in (Columns.INTS, self.by_slot.ints), (Columns.REALS, self.by_slot.reals):
+            values = [[of[name] for of in numbers] for name in names]
+            table[:, slots] = torch.tensor(values, device=self.device)
 
     def _next_pieces(self):
         """-> (prefix, begin, end): what is computed in this step for those that enter next."""

@@ -36,7 +36,6 @@ from torch.utils.checkpoint import checkpoint
 import data
 import kernels
 from common import cpu, hf, view
-from common.backend import to_device
 from common.flags import check_day, check_minutes, check_name, die, flags, positive, shares, without_effect
 from common.optim import Optimizer
 from common.run import Run, all_max, all_sum, barrier, begun_with, dated, out_of_time, progress, start
@@ -346,7 +345,7 @@ def packed_rows(docs, budget, device):
             positions += range(len(ids))
             cu.append(cu[-1] + len(ids))
         # one copy to the device, and nothing waits for it
-        flat = to_device(tokens + positions + at + targets, torch.int64, device)
+        flat = kernels.to_device(tokens + positions + at + targets, torch.int64, device)
         yield *flat.split([len(tokens), len(tokens), len(at), len(at)]), cu
 
 
