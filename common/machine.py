@@ -3,6 +3,7 @@ What is this machine worth to us, now? How fast a core is, which cores are free,
 
     gflops()          fp32 speed of one core, so that a time means something elsewhere
     free_cores()      how many cores nobody else keeps busy: a run takes these when it begins
+    threads_for()     how many threads a run gets
     Threads           torch's threads follow the free cores while the run lasts
     Pace              how long the run will take here; a warning when it has become slow
 
@@ -18,6 +19,7 @@ takes 0.40 to 0.50 s.
 This file imports nothing of ours.
 """
 
+import functools
 import math
 import os
 import statistics
@@ -131,7 +133,7 @@ def free_cores(seconds=0.2):
 
 
 # ------------------------------------------------------------------------------
-# while the run lasts
+# how many threads?
 
 
 class Threads:
@@ -186,6 +188,63 @@ def follow():
     """Called between two decode steps and at the end of a training step, where the number may change"""
     if current:
         current.look()
+
+
+def threads_for(asked, begun, kind, follow):
+    """
+    -> Threads. Those asked for; or as many as the run began with; or an even share of the cores for
+    a rank, and for a process by itself the cores that are free. kind: of the device
+    """
+    if asked:
+        return Threads(asked, "by --threads", follow=False)
+    if kind != "cpu":
+        return Threads(torch.get_num_threads(), "beside the device", follow=False)
+    if "RANK" in os.environ:
+        # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle when the ranks are fewer
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+        total = len(allowed())
+        return Threads(max(1, total // ranks), f"an even share of {total} cores for each rank", follow=False)
+    if torch.get_num_threads() != CORES:
+        return Threads(torch.get_num_threads(), "as they were when the run was called", follow=False)
+    if CORES == 1:
+        return Threads(1, "one core, or OMP_NUM_THREADS", follow=False)
+    if begun:
+        return Threads(min(begun, CORES), "as the run began", follow)
+    free, why = free_cores()
+    return Threads(free, f"of {CORES} cores: {why}", follow)
+
+
+# ------------------------------------------------------------------------------
+# what a log says of it
+
+_gflops = functools.cache(gflops)              # once, where many runs share a process
+
+
+def introduced(env, any_number):
+    """
+    -> what the times of this run depend on, and what its bits do not. env: of run.start();
+    any_number: would other numbers of threads give the same bits?
+    """
+    count = env.threads.most
+    threads = f"{count} thread{'s' * (count > 1)}"
+    bits = "not repeatable"
+    if env.deterministic:
+        bits = f"repeatable bit for bit with {threads}{', or any other number' * any_number}"
+    return f"{threads}, {env.threads.why}. {_gflops():.0f} GFLOP/s per thread in fp32; {bits}"
+
+
+def after_step(env, step, steps, numbers):
+    """
+    The number of threads follows the free cores. -> lines for the log, where there is something to say
+    of them or of the pace. numbers: those of the step, as metrics.jsonl has them
+    """
+    follow()
+    names = dict(rollout="rollout_tok_s", update="train_tok_s", training="tokens_per_second")
+    rates = {stage: numbers[name] for stage, name in names.items() if numbers.get(name)}
+    stages = numbers["t_pack"] + numbers["t_train"] + numbers["t_opt"]
+    seconds = numbers.get("t_step", stages)        # pretraining has no stages but these
+    note = env.threads.say()
+    return [note] * bool(note) + env.pace.step(step, steps, seconds, rates)
 
 
 class Pace:

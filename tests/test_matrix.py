@@ -29,7 +29,7 @@ import train_gpt
 import ttrl
 from bench import kill
 from bench import opd as bench_opd
-from common import flags, hf, run
+from common import files, flags, hf, run
 from data import Problem
 from examples import darling
 from test_ttrl import Letters
@@ -386,11 +386,11 @@ def test_a_folder_of_pickled_weights_is_refused(tmp_path, capsys, monkeypatch):
 
 def test_a_state_is_plain():
     state = {"a": np.float64(0.5), "b": [np.arange(3), (np.bool_(True), None)], 3: {"c": torch.ones(2)}}
-    plain = run.plain(state)
+    plain = files.plain(state)
     assert plain["a"] == 0.5 and type(plain["a"]) is float
     assert plain["b"] == [[0, 1, 2], (True, None)] and plain[3]["c"] is state[3]["c"]
     with pytest.raises(TypeError, match=r"state\.x\[1\] is a set"):
-        run.plain({"x": [1, {2}]})
+        files.plain({"x": [1, {2}]})
 
 
 # -----------------------------------------------------------------------------
