@@ -246,7 +246,7 @@ MOVED = dict(
     address="algos", covariant="algos", make_loss="algos", predicting="algos", with_algorithm="algos",
     stored="algos:by_address", elapsed="stages", accumulate="stages", backward="stages:update",
     everyone="stages:gather_groups", together="common.metrics:merge_stats", score="stages:old_logprobs",
-    stream="tail:learn_early", rehearse="common.memory:trial_update", budget="common.memory",
+    stream="tail:learn_early", rehearse="common.memory:trial_update", budget="common.memory:fixed",
     fullest="common.memory:fullest_row", CLOCKS="common.metrics", recent="common.metrics",
     repeats="common.metrics", varied="common.metrics", next_round="tail:Rounds",
     groups_of="tail:sample_step", collect_round="tail", HARDWARE="nanorl:RECIPES",

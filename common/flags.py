@@ -99,6 +99,13 @@ def check_day(day):
         die(f"--date {day!r} is no day: give it as 2026-01-31")
 
 
+def check_run(config):
+    """what holds of the flags of every run folder"""
+    check_name(config.name)
+    check_minutes(config.minutes)
+    check_day(config.date)
+
+
 def without_effect(config, rows, base=None):
     """
     Refuses a flag that would change nothing under the other flags. rows: (flags, do they act?, why

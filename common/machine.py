@@ -1,6 +1,7 @@
 """
 What is this machine worth to us, now? How fast a core is, which cores are free, whether that changes.
 
+    Machine           the flags that say what of it a run takes; every training script has them
     gflops()          fp32 speed of one core, so that a time means something elsewhere
     free_cores()      how many cores nobody else keeps busy: a run takes these when it begins
     threads_for()     how many threads a run gets
@@ -25,9 +26,30 @@ import os
 import statistics
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+
+@dataclass
+class Machine:
+    """the machine"""
+    row_tokens: int = 4096               # tokens of one packed row: a micro-batch
+    checkpoint: bool = False             # recompute blocks in the backward: memory for time
+    offload: bool = False  # optimizer and sums of gradients on the host: 16 bytes per parameter there
+    grads: Literal["auto", "whole", "sharded"] = "auto"  # on each rank; auto: whole where they fit
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
+    threads: int = 0                     # CPU threads; 0: the cores that are free, shared by the ranks
+    deterministic: bool | None = None    # repeatable bit for bit; none: on CPU
+
+    # ---- the run folder
+    minutes: float | None = None  # end after this many minutes of steps, evaluations apart; none: no limit
+    date: str = ""  # what a chat template that asks for today gets, 2026-01-31; "": the run's first day
+    resume: bool = False                 # continue runs/NAME
+    wandb: str = ""                      # a wandb project, if curves should go there too
+
 
 # torch's own choice, before anybody else's: the physical cores that we may use, or OMP_NUM_THREADS
 CORES = torch.get_num_threads()
@@ -60,6 +82,14 @@ def gflops(seconds=0.2):
     finally:
         torch.set_num_threads(threads)
     return 2 * 1024**3 / min(times) / 1e9
+
+
+def peak_flops():
+    """dense bf16 FLOP/s that its maker promises of this GPU; None where that is not known here"""
+    known = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12,
+             "4090": 165e12, "3090": 71e12}
+    name = torch.cuda.get_device_name()
+    return next((peak for card, peak in known.items() if card in name), None)
 
 
 # ------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class Sample:                          # what the sampler hands over, as far as 
     kept: list | None = None
     reward: float = 0.0
     advantage: object = nan
+    weight: float = 1.0
 
 
 def sample(rng, prompt, n, problem=0, index=0):
