@@ -19,12 +19,13 @@ trainer that owns the loop, and callbacks to get back into it.
     rl = setup(config)
     while not over(rl):
         rl.step += 1
+        start = time.perf_counter()
         groups = list(collect(rl, next_problems(rl, config.prompts), config.n))
         for group in groups:
             advantage(group, rl.config)
         stats = learn(rl, groups)
         share_visits(rl)
-        numbers = summary(rl, groups, stats, start)              # common/metrics.py; counts rl.spent
+        numbers = summary(rl, groups, stats, start)   # common/metrics.py; counts what over() looks at
 """
 
 import math
@@ -82,7 +83,7 @@ class Common(Machine):
     save_every: int = 50                 # steps between checkpoints
     seed: int = 0                        # problems and samples
 
-    # what holds in a loop without these flags: class attributes, no fields
+    # flags that only some loops have, as they stand in the others: without a type, so no fields
     aggregate = "token"
     kl_coef = 0.0
     reference_at = "device"
@@ -325,8 +326,10 @@ def collect(rl, problems, n, resume=None, max_new=None, stop_strings=(), reward=
     by_id = {p.id: p for p in problems}
     prompts = {id: prompt_ids(p, rl.tok) for id, p in by_id.items()}
     limits = dict.fromkeys(by_id, max_new or c.max_new)
-    branches = {id: [renumbered(entry, j) for j, entry in enumerate(entries)]
-                for id, entries in (resume or {}).items()}
+    branches = {}
+    for id, entries in (resume or {}).items():
+        branches[id] = [replace(entry, index=j) if isinstance(entry, Sample) else entry
+                        for j, entry in enumerate(entries)]
     unscored = {}                                                # what the reward workers have
 
     # with --stream a rank without sequences has better to do than to wait for some
@@ -367,10 +370,6 @@ def get_rewards(rl, problems, ended, unscored, wait=False):
     return ready
 
 
-def renumbered(entry, index):
-    return replace(entry, index=index) if isinstance(entry, Sample) else entry
-
-
 def share_visits(rl):
     """Every rank knows the visits of every problem: it may meet another rank next time."""
     for part in gather(rl.visits):
@@ -396,7 +395,7 @@ def update(rl, groups, loss, gathered=False):
     if not gathered:
         groups = gather_groups(rl, groups)
     rl.normaliser += weigh(groups, rl.config)
-    if rl.config.stream:                 # groups that a rank has learned early only count in the normaliser
+    if rl.config.stream:                 # what a rank has learned early counts in the normaliser alone
         learned = {k for part in gather(set(rl.early)) for k in part}
         groups = [g for g in groups if address(g[0]) not in learned]
     stats = accumulate(rl, groups, loss, rl.env.rank, rl.env.world)
@@ -454,7 +453,7 @@ def step(rl, share=1.0):
     c = rl.config
     with rl.clock("opt"):
         factor = min(1.0, (rl.progress + 1) / max(1, c.warmup))
-        if c.decay:                  # --decay 0: not even within the last rollout, which max() means
+        if c.decay:                  # at least over the last rollout, however small a share is asked for
             factor = min(factor, (1 - elapsed(rl)) / max(1 / rl.steps, c.decay))
         stats = rl.optimizer.step(divide=rl.normaliser, factor=max(0.0, factor))
     rl.normaliser = 0.0
@@ -467,8 +466,9 @@ def learn(rl, groups):
     address, the same for any number of ranks. -> stats of them all."""
     c = rl.config
     groups = gather_groups(rl, groups)
-    size = c.minibatch or max(1, len(groups))
-    parts = [groups[i : i + size] for i in range(0, max(1, len(groups)), size)] * c.epochs
+    count = max(1, len(groups))          # a step without groups is an update, too: of nothing
+    size = c.minibatch or count
+    parts = [groups[i : i + size] for i in range(0, count, size)] * c.epochs
     old = old_logprobs(rl, groups) if len(parts) > 1 else None
     marked = covariant(groups, c) if c.cov else None
     loss = make_loss(c, elapsed(rl), old, marked, rl.reference)
@@ -508,13 +508,6 @@ def stop_here(rl, run):
     run.bye(rl.step)
 
 
-def reset(rl):
-    """ProRL: the policy becomes its own reference, so the KL is 0 again, and the optimizer
-    forgets its moments."""
-    load_state(rl.reference, rl.model.state_dict(), rl.env)
-    rl.optimizer.reset()
-
-
 def finish(rl, run):
     """Pictures, and where the model lies."""
     rl.workers.close()
@@ -539,5 +532,7 @@ def close(rl):
 
 # names that a fork may know from here -> where they are, and under which name
 MOVED = dict(backward="stages:update", backward_share="stages:accumulate", ask_rewards="stages:get_rewards",
-             take_rewards="stages:get_rewards")
+             take_rewards="stages:get_rewards", micro_batches="pack:batches", aggregated="algos:weigh",
+             find_base="train_gpt:train_missing", new_optimizer="common.memory", reset="nanorl",
+             check_memory="common.memory:check_flags")
 __getattr__ = moved(__name__, MOVED)

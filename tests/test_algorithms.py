@@ -448,7 +448,7 @@ def test_reset_makes_the_kl_zero_and_the_loss_continuous():
 
     full, without = both()
     assert full > without, "the policy went away from its reference"
-    stages.reset(rl)
+    nanorl.reset(rl)
     after, same = both()
     assert after == same == without, "what is left is the loss as it was, less the KL"
     assert rl.optimizer.steps == 0 and all((s.m == 0).all() for s in rl.optimizer.shards)
