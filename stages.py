@@ -208,7 +208,7 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
         chats = any("messages" in p.data for p in [*problems, *valid, *final])
         config = dated(config, tok, chats)
         prompts = [len(prompt_ids(p, tok)) for p in [*problems, *valid, *final]]
-        need = max([longest, *prompts]) + config.max_new
+        need = max([longest, *prompts]) + config.max_new         # tokens of the longest sample
         if need > config.row_tokens:
             raise ValueError(f"--row-tokens {config.row_tokens} is below one sample: a prompt and --max-new "
                              f"take {need}")
@@ -222,10 +222,11 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
         if config.kl_coef:
             reference = GPT.from_hf(folder, dtype=env.dtype).requires_grad_(False)
             lodge(reference, config.reference_at, env)
+        # who needs what of a GPU: the teacher, an update, and keys and values get what they leave
         room = memory.hold(teacher, teacher_at, env, model.head_weight.element_size())
         optimizer = memory.claim(model, reference, config, need, env)
         sampler = memory.cache_what_is_left(model, tok, config, need, env)
-        del room
+        del room                                                 # the teacher's own tensors take it
     except (ValueError, FileNotFoundError) as e:
         die(e)
     except torch.cuda.OutOfMemoryError:

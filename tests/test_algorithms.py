@@ -416,6 +416,7 @@ def test_clip_cov_stops_and_kl_cov_holds_the_marked_tokens():
     marked = covariant(groups, clip)
     W, h = torch.randn(9, 4, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
     batch = pack.rows([segment for s in groups[0] for segment in pack.alone(s)])
+    batch.weight_N.fill_(1)              # not those of the aggregation
     top_N = algos.by_address(marked, batch)
 
     def per_token(config, **kw):

@@ -281,6 +281,15 @@ def test_a_prompt_row_predicts_the_first_token_of_each_response():
     assert batch.at_N.tolist() == [2, 2, 4, 2, 6] and batch.targets_N.tolist() == [1, 2, 2, 2, 2]
 
 
+def test_a_weight_travels_and_a_sample_of_weight_zero_is_in_no_row():
+    group = [Sample([1, 2], [3, 4], [-0.5, nan], weight=0.25), Sample([1, 2], [5], [-0.5], index=1, weight=0.0),
+             Sample([1, 2], [6], [-0.5], index=2, weight=2.0)]
+    (batch,) = pack.batches([group], 64, SHAPE)
+    weights = {batch.samples[s].index: w for s, w in zip(batch.sample_N.tolist(), batch.weight_N.tolist())}
+    assert weights == {0: 0.25, 2: 2.0} and len(batch.weight_N) == 2
+    assert pack.batches([group[1:2]], 64, SHAPE, rank=1, ranks=2) == [], "nothing to learn, so no row"
+
+
 def test_a_second_turn_hangs_under_the_first():
     samples = conversation(random.Random(0))
     (batch,) = pack.batches([samples], 200, SHAPE, share=True)
