@@ -41,7 +41,7 @@ import train_gpt
 from algos import Algo, address, advantage, covariant, make_loss, predicting, weigh, with_algorithm
 from common import hf, memory, view
 from common.deal import Feed
-from common.flags import check_run, die, moved, positive, shares, truncation
+from common.flags import check_run, check_sampling, die, moved, positive, shares
 from common.machine import Machine
 from common.metrics import Clock, in_order, merge_stats, recent
 from common.offload import load_state, lodge, state_of
@@ -159,21 +159,8 @@ def check_flags(c):
     positive(c, "prompts max_new row_tokens save_every workers")
     shares(c, "decay")
     check_run(c)
+    check_sampling(c)
     memory.check_flags(c)
-    truncation(c)
-    for wrong, why in [
-        (not c.temperature,
-         "--temperature 0 samples the same answer again and again: groups need variety, give a number "
-         "above 0"),
-        (0 < c.tis < 1,
-         f"--tis {c.tis} would cut the weight where sampler and trainer agree: give 1 or more, or 0 for no "
-         "weight"),
-        (c.top_p < 1 and not c.tis,
-         "--top-p below 1 with --tis 0: what is sampled is not what is trained, and nothing would correct "
-         "it"),
-    ]:
-        if wrong:
-            die(why)
 
 
 def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", teacher_at="device"):

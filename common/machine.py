@@ -1,5 +1,6 @@
 """
-What is this machine worth to us, now? How fast a core is, which cores are free, whether that changes.
+What is this machine worth to us, now? How fast a core is, which cores are free, whether that
+changes.
 
     Machine           the flags that say what of it a run takes; every training script has them
     gflops()          fp32 speed of one core, so that a time means something elsewhere
@@ -54,8 +55,9 @@ class Machine:
 # torch's own choice, before anybody else's: the physical cores that we may use, or OMP_NUM_THREADS
 CORES = torch.get_num_threads()
 STAT = Path("/proc/stat")
-LOOK_EVERY = 2.0          # seconds between two looks at the other processes: a burst is no reason to move
-EARLY = 5                 # steps that say how fast this run is, after a first one that compiles products
+# seconds between two looks at the other processes: a burst is no reason to move
+LOOK_EVERY = 2.0
+EARLY = 5                 # steps that say how fast a run is, after a first one that compiles products
 SLOW = 0.5                # of its early speed: below that a run asks its user what happened
 
 # ------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def use(threads):
 
 
 def follow():
-    """Called between two decode steps and at the end of a training step, where the number may change"""
+    """Called between two decode steps and at the end of a step: there the number may change"""
     if current:
         current.look()
 
@@ -233,9 +235,11 @@ def threads_for(asked, begun, kind, follow):
         # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle when the ranks are fewer
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
         total = len(allowed())
-        return Threads(max(1, total // ranks), f"an even share of {total} cores for each rank", follow=False)
+        share = max(1, total // ranks)
+        return Threads(share, f"an even share of {total} cores for each rank", follow=False)
     if torch.get_num_threads() != CORES:
-        return Threads(torch.get_num_threads(), "as they were when the run was called", follow=False)
+        before = torch.get_num_threads()
+        return Threads(before, "as they were when the run was called", follow=False)
     if CORES == 1:
         return Threads(1, "one core, or OMP_NUM_THREADS", follow=False)
     if begun:
@@ -265,8 +269,8 @@ def introduced(env, any_number):
 
 def after_step(env, step, steps, numbers):
     """
-    The number of threads follows the free cores. -> lines for the log, where there is something to say
-    of them or of the pace. numbers: those of the step, as metrics.jsonl has them
+    The number of threads follows the free cores. -> lines for the log, if there is something to say of
+    them or of the pace. numbers: those of the step, as metrics.jsonl has them
     """
     follow()
     names = dict(rollout="rollout_tok_s", update="train_tok_s", training="tokens_per_second")

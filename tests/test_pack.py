@@ -282,7 +282,8 @@ def test_a_prompt_row_predicts_the_first_token_of_each_response():
 
 
 def test_a_weight_travels_and_a_sample_of_weight_zero_is_in_no_row():
-    group = [Sample([1, 2], [3, 4], [-0.5, nan], weight=0.25), Sample([1, 2], [5], [-0.5], index=1, weight=0.0),
+    group = [Sample([1, 2], [3, 4], [-0.5, nan], weight=0.25),
+             Sample([1, 2], [5], [-0.5], index=1, weight=0.0),
              Sample([1, 2], [6], [-0.5], index=2, weight=2.0)]
     (batch,) = pack.batches([group], 64, SHAPE)
     weights = {batch.samples[s].index: w for s, w in zip(batch.sample_N.tolist(), batch.weight_N.tolist())}
