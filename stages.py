@@ -376,6 +376,24 @@ def gather_groups(rl, groups):
 # the update: sums now, one division at the end
 
 
+def learn(rl, groups):
+    """Every update of a rollout: one, unless --minibatch or --epochs ask for more; mini-batches by
+    address, the same for any number of ranks. -> stats of them all."""
+    c = rl.config
+    groups = gather_groups(rl, groups)
+    count = max(1, len(groups))          # a step without groups is an update, too: of nothing
+    size = c.minibatch or count
+    parts = [groups[i : i + size] for i in range(0, count, size)] * c.epochs
+    old = old_logprobs(rl, groups) if len(parts) > 1 else None
+    marked = covariant(groups, c) if c.cov else None
+    loss = make_loss(c, elapsed(rl), old, marked, rl.reference)
+    done = []
+    for part in parts:
+        stats = update(rl, part, loss, gathered=True)
+        done.append(stats | step(rl, 1 / len(parts)))
+    return merge_stats(done) | {"grad_norm": sum(s["grad_norm"] for s in done) / len(done)}
+
+
 def update(rl, groups, loss, gathered=False):
     """The gradient of one update from the groups of all ranks: each rank gets its share and
     back-propagates sums. -> stats as sums over ranks. gathered: groups are those of all ranks
@@ -410,6 +428,27 @@ def accumulate(rl, groups, loss, rank, ranks):
     return merge_stats(parts)
 
 
+def step(rl, share=1.0):
+    """The one division, the clipping, the optimizer. A step without signal moves nothing. share:
+    of a rollout, when it is learned from in several steps; schedules count rollouts."""
+    c = rl.config
+    with rl.clock("opt"):
+        factor = min(1.0, (rl.progress + 1) / max(1, c.warmup))
+        if c.decay:                  # at least over the last rollout, however small a share is asked for
+            factor = min(factor, (1 - elapsed(rl)) / max(1 / rl.steps, c.decay))
+        stats = rl.optimizer.step(divide=rl.normaliser, factor=max(0.0, factor))
+    rl.normaliser = 0.0
+    rl.progress += share
+    return stats
+
+
+def elapsed(rl):
+    """The share of the run that is over: of its steps, or of --tokens where those are used up
+    first."""
+    share = rl.progress / rl.steps
+    return max(share, rl.spent / rl.config.tokens) if rl.config.tokens else share
+
+
 @torch.no_grad()
 def old_logprobs(rl, groups):
     """-> {address: log-probs of the policy as it is now}, of every sample that is trained, on all
@@ -426,45 +465,6 @@ def old_logprobs(rl, groups):
             parts = logp_N.cpu().split(lengths)
             mine |= {address(s): part.numpy() for s, part in zip(batch.samples, parts)}
     return {k: v for part in gather(mine) for k, v in part.items()}
-
-
-def elapsed(rl):
-    """The share of the run that is over: of its steps, or of --tokens where those are used up
-    first."""
-    share = rl.progress / rl.steps
-    return max(share, rl.spent / rl.config.tokens) if rl.config.tokens else share
-
-
-def step(rl, share=1.0):
-    """The one division, the clipping, the optimizer. A step without signal moves nothing. share:
-    of a rollout, when it is learned from in several steps; schedules count rollouts."""
-    c = rl.config
-    with rl.clock("opt"):
-        factor = min(1.0, (rl.progress + 1) / max(1, c.warmup))
-        if c.decay:                  # at least over the last rollout, however small a share is asked for
-            factor = min(factor, (1 - elapsed(rl)) / max(1 / rl.steps, c.decay))
-        stats = rl.optimizer.step(divide=rl.normaliser, factor=max(0.0, factor))
-    rl.normaliser = 0.0
-    rl.progress += share
-    return stats
-
-
-def learn(rl, groups):
-    """Every update of a rollout: one, unless --minibatch or --epochs ask for more; mini-batches by
-    address, the same for any number of ranks. -> stats of them all."""
-    c = rl.config
-    groups = gather_groups(rl, groups)
-    count = max(1, len(groups))          # a step without groups is an update, too: of nothing
-    size = c.minibatch or count
-    parts = [groups[i : i + size] for i in range(0, count, size)] * c.epochs
-    old = old_logprobs(rl, groups) if len(parts) > 1 else None
-    marked = covariant(groups, c) if c.cov else None
-    loss = make_loss(c, elapsed(rl), old, marked, rl.reference)
-    done = []
-    for part in parts:
-        stats = update(rl, part, loss, gathered=True)
-        done.append(stats | step(rl, 1 / len(parts)))
-    return merge_stats(done) | {"grad_norm": sum(s["grad_norm"] for s in done) / len(done)}
 
 
 # -----------------------------------------------------------------------------
