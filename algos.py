@@ -120,14 +120,24 @@ AGGREGATES = {
 }
 
 
+def weigh(groups, config):
+    """Fills sample.weight. -> what these samples add to the normaliser. Tokens that were forced on one
+    (log-prob nan), a tool's words for example, are not trained and do not count. Where the advantage
+    is zero the gradient is: unless another term needs such a sample, it counts in the normaliser and
+    costs no forward."""
+    always = config.entropy_coef or config.kl_coef
+    normaliser = 0.0
+    for s in (s for group in groups for s in group):
+        L = len(s.tokens)
+        if math.isnan(sum(s.logprobs)):
+            L -= sum(map(math.isnan, s.logprobs))
+        s.weight = 0.0
+        if L:
+            weight, share = AGGREGATES[config.aggregate](L, config)
+            normaliser += share
+            s.weight = weight if always or s.advantage else 0.0
+    return normaliser
 
-def aggregated(sample, config):
-    """-> weight and share of one sample. Tokens that were forced on it (log-prob nan), a tool's words
-    for example, are not trained and do not count."""
-    L = len(sample.tokens)
-    if math.isnan(sum(sample.logprobs)):
-        L -= sum(map(math.isnan, sample.logprobs))
-    return AGGREGATES[config.aggregate](L, config) if L else (0.0, 0.0)
 
 
 # axis 5, the regularisers: --kl-coef and the resets of its reference, --cov, --entropy-coef. They

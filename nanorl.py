@@ -39,9 +39,10 @@ from algos import Algo, check_updates, with_algorithm
 from common import memory
 from common.flags import die, flags, moved, positive, without_effect
 from common.metrics import sample_rows, status, summary, warnings
+from common.offload import load_state
 from common.run import progress
 from stages import (Common, advantage, check_flags, close, collect, due, finish, learn, next_problems,
-                    open_run, over, reset, save, setup, share_visits, step, stop_here, test, update)
+                    open_run, over, save, setup, share_visits, step, stop_here, test, update)
 from tail import Rounds, sample_step
 
 # what a fork imports from here
@@ -155,6 +156,13 @@ def note_best(rl, avg):
         rl.stalled += 1
 
 
+def reset(rl):
+    """ProRL: the policy becomes its own reference, so the KL is 0 again, and the optimizer forgets its
+    moments."""
+    load_state(rl.reference, rl.model.state_dict(), rl.env)
+    rl.optimizer.reset()
+
+
 def reset_if_due(rl, run):
     c = rl.config
     patience = c.reset_patience and rl.stalled >= c.reset_patience
@@ -170,7 +178,7 @@ def reset_if_due(rl, run):
 
 def main(argv=None):
     # ---- config and init
-    config, recipe = configure(argv)
+    config, about = configure(argv)
     rl = setup(config, reward=config.reward, task=config.data)
     config = rl.config                                           # with the row of --algo filled in
     if config.tail_batching != "off":
@@ -185,8 +193,8 @@ def main(argv=None):
     run.log(f"{config.algo} on {config.data or config.task} from {config.init}: {size:.2f}M "
             f"parameters, {config.prompts} x {config.n} samples per step, "
             f"{rl.env.world} x {rl.env.device}, {kernels.backend(rl.env.device)}")
-    if recipe:
-        run.log(f"on {recipe}")
+    if about:
+        run.log(f"on {about}")
 
     # ---- before
     if rl.step == 0:
@@ -206,11 +214,10 @@ def main(argv=None):
             advantage(group, config)                             # reward minus the group's baseline
             groups.append(group)
 
-        # update: pack into rows, share out over ranks, back-propagate sums; one division, clip,
-        # step
+        # update: pack into rows, share out over ranks, back-propagate sums; one division, clip, step
         stats = learn(rl, groups)
 
-        # log: the reward comes first
+        # log: the reward comes first. summary counts the tokens and seconds that over() looks at
         numbers = summary(rl, groups, stats, start)
         run.log(status(rl.step, config, numbers))
         for warning in warnings(rl.history, config):
@@ -246,7 +253,7 @@ MOVED = dict(
     address="algos", covariant="algos", make_loss="algos", predicting="algos", with_algorithm="algos",
     stored="algos:by_address", elapsed="stages", accumulate="stages", backward="stages:update",
     everyone="stages:gather_groups", together="common.metrics:merge_stats", score="stages:old_logprobs",
-    stream="tail:learn_early", rehearse="common.memory:trial_update", budget="common.memory",
+    stream="tail:learn_early", rehearse="common.memory:trial_update", budget="common.memory:fixed",
     fullest="common.memory:fullest_row", CLOCKS="common.metrics", recent="common.metrics",
     repeats="common.metrics", varied="common.metrics", next_round="tail:Rounds",
     groups_of="tail:sample_step", collect_round="tail", HARDWARE="nanorl:RECIPES",

@@ -48,6 +48,7 @@ import common.teacher
 import kernels
 import stages
 from algos import BASELINES, k3_to, predicting
+from common import memory
 from common.flags import die, flags, positive, shares, without_effect
 from common.metrics import sample_rows, summary, warnings
 from common.overlap import (by_sample, diagnosis, disagreement, guard, log_softmax, measure,
@@ -57,8 +58,8 @@ from common.run import gather, progress
 from common.teacher import audit, load_teacher, privileged, read_gold, sides, stop_class
 from kernels import linear_logprob, linear_logprob_at, linear_topk
 from rollout import Sample, Sampler, prompt_ids
-from stages import (RL, Common, check_flags, collect, due, finish, new_optimizer, next_problems,
-                    open_run, over, save, setup, share_visits, step, stop_here, test, update)
+from stages import (RL, Common, check_flags, collect, due, finish, next_problems, open_run, over, save,
+                    setup, share_visits, step, stop_here, test, update)
 from train_gpt import GPT
 
 # -----------------------------------------------------------------------------
@@ -666,7 +667,7 @@ def go_back(rl, run, reason):
     rl.model.load_hf(Path(run.folder, "best", f"step_{rl.own.best_step}"))
     grads = rl.optimizer.grads
     rl.optimizer = None                  # its memory first
-    rl.optimizer = new_optimizer(rl.model, rl.config, grads)
+    rl.optimizer = memory.new_optimizer(rl.model, rl.config, grads)
     rl.history.clear()
     run.log(f"stopped after step {rl.step}: {reason}. Back to the best state, of step "
             f"{rl.own.best_step}")

@@ -227,7 +227,7 @@ class Batch:
     old_logp_N: torch.Tensor             # the sampler's log-prob
     kept_N: torch.Tensor                 # log of the mass that truncation left, 0 without
     advantage_N: torch.Tensor
-    weight_N: torch.Tensor               # ones, for the caller to overwrite
+    weight_N: torch.Tensor               # in the loss
     cu_seqlens: list
     max_len: int
     parent: list
@@ -291,7 +291,8 @@ def rows(segments):
     old = flat(s.logprobs for s in samples)
     kept = flat(s.kept or [0.0] * len(s.tokens) for s in samples)
     advantage = flat(advantages(s) for s in samples)
-    real = torch.tensor([old, kept, advantage, [1.0] * len(old)], dtype=torch.float32)
+    weight = flat([s.weight] * len(s.tokens) for s in samples)
+    real = torch.tensor([old, kept, advantage, weight], dtype=torch.float32)
     trained = ~real[0].isnan()
     at_N, targets_N, sample_N = torch.tensor([predicts, targets, owner], dtype=torch.int64)[:, trained]
     return Batch(torch.tensor(tokens), torch.tensor(positions), at_N, targets_N, sample_N, *real[:, trained],
@@ -380,7 +381,8 @@ def items_of(groups, budget, shape, ranks, order, share):
     sharing = []                         # lists of samples that become one item, or a few
     for group in groups:
         samples = group if isinstance(group, list) else [group]
-        samples = [s for s in samples if s.tokens]       # a response without tokens predicts nothing
+        # a response without tokens predicts nothing
+        samples = [s for s in samples if s.tokens and s.weight]
         samples.sort(key=lambda s: (s.prompt, s.tokens))  # so that what shares stays together when cut
         for s in samples:
             check(s, budget)

@@ -55,6 +55,7 @@ class Sample:
     kept: list[float] | None = None      # with top-p/top-k: log of the probability mass that survived
     reward: float = NAN
     advantage: float | list[float] = NAN
+    weight: float = 1.0                  # of each of its tokens in the loss; 0: it is left out
 
 
 def prompt_ids(problem, tok):

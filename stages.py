@@ -19,19 +19,18 @@ trainer that owns the loop, and callbacks to get back into it.
     rl = setup(config)
     while not over(rl):
         rl.step += 1
+        start = time.perf_counter()
         groups = list(collect(rl, next_problems(rl, config.prompts), config.n))
         for group in groups:
             advantage(group, rl.config)
         stats = learn(rl, groups)
         share_visits(rl)
-        numbers = summary(rl, groups, stats, start)              # common/metrics.py; counts rl.spent
+        numbers = summary(rl, groups, stats, start)   # common/metrics.py; counts what over() looks at
 """
 
 import math
 from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -39,17 +38,16 @@ import torch
 import data
 import pack
 import train_gpt
-from algos import (Algo, address, advantage, aggregated, covariant, make_loss, predicting,
-                   with_algorithm)
-from common import hf, machine, memory, view
+from algos import Algo, address, advantage, covariant, make_loss, predicting, weigh, with_algorithm
+from common import hf, memory, view
 from common.deal import Feed
-from common.flags import (check_day, check_minutes, check_name, die, moved, positive, shares, truncation,
-                          without_effect)
+from common.flags import check_run, check_sampling, die, moved, positive, shares
+from common.machine import Machine
 from common.metrics import Clock, in_order, merge_stats, recent
 from common.offload import load_state, lodge, state_of
 from common.optim import Optimizer
 from common.reward import Rewards, check
-from common.run import Run, begun_with, dated, gather, newest, out_of_time, start
+from common.run import Run, begun_with, dated, gather, out_of_time, start
 from evaluate import evaluate, words
 from kernels import linear_logprob
 from rollout import Sample, Sampler, completion, prompt_ids
@@ -64,13 +62,12 @@ __all__ = ["Common", "RL", "Settings", "advantage", "close", "collect", "due", "
 
 
 @dataclass
-class Common:
+class Common(Machine):
     """every loop"""
     name: str = "rl"                     # the run: everything it writes lies in runs/NAME
     init: str = "runs/base"              # a Hugging Face folder, or a run; missing bases are trained first
     task: str = "countdown"              # a task of data/; the word after a colon is its variant
     tokens: int = 0          # end after this many sampled tokens, if that comes first; 0: no limit
-    minutes: float | None = None  # end after this many minutes of steps, evaluations apart; none: no limit
     prompts: int = 32                    # prompts per step, over all ranks
     max_new: int = 48  # tokens of a sample, at most; look at `truncated` before anything else
     top_p: float = 1.0                   # 1: off; below it, importance weights correct the truncation
@@ -81,23 +78,12 @@ class Common:
     decay: float = 0.6                   # share of the steps, at the end, with linear decay to zero
     weight_decay: float = 0.0            # decoupled, matrices only
     clip: float = 1.0                    # global norm of the gradient; 0: no clipping
-    row_tokens: int = 4096               # tokens of one packed row of the update
     slots: int = 0          # sequences that the sampler decodes at a time; 0: from the device
     workers: int = 2                     # reward processes of each rank
     save_every: int = 50                 # steps between checkpoints
     seed: int = 0                        # problems and samples
-    date: str = ""  # what a chat template that asks for today gets, 2026-01-31; "": the run's first day
-    checkpoint: bool = False             # recompute blocks in the backward: memory for time
-    offload: bool = False  # optimizer and sums of gradients on the host: 16 bytes per parameter there
-    grads: Literal["auto", "whole", "sharded"] = "auto"  # on each rank; auto: whole where they fit
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
-    threads: int = 0                     # CPU threads; 0: the cores that are free, shared by the ranks
-    deterministic: bool | None = None    # repeatable bit for bit; none: on CPU
-    resume: bool = False                 # continue runs/NAME
-    wandb: str = ""                      # a wandb project, if curves should go there too
 
-    # what holds in a loop without these flags: class attributes, no fields
+    # flags that only some loops have, as they stand in the others: without a type, so no fields
     aggregate = "token"
     kl_coef = 0.0
     reference_at = "device"
@@ -168,55 +154,13 @@ class RL:
 # the beginning
 
 
-def find_base(config, env):
-    """runs/base and the like are trained first where they are missing."""
-    preset = config.init.removeprefix("runs/")
-    if preset == config.init or preset not in train_gpt.PRESETS or newest(config.init):
-        return
-    if config.dry_run:
-        die(f"--dry-run: {config.init} is not trained yet; give a model by --init")
-    if env.master:
-        print(f"no base in {config.init} yet: training it first (python train_gpt.py --preset {preset})",
-              flush=True)
-    begun = Path(config.init, "config.json").exists()
-    train_gpt.main(["--preset", preset] + ["--resume"] * begun)
-    machine.use(env.threads)                             # again: the base had Threads of its own
-    if env.device.type == "cuda":  # what it held is neither this run's peak nor lost to its pool
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
 def check_flags(c):
     """What holds of the flags of every loop. Its own are checked in a script's `configure`."""
     positive(c, "prompts max_new row_tokens save_every workers")
     shares(c, "decay")
-    check_minutes(c.minutes)
-    check_name(c.name)
-    check_day(c.date)
-    check_memory(c)
-    truncation(c)
-    for wrong, why in [
-        (not c.temperature,
-         "--temperature 0 samples the same answer again and again: groups need variety, give a number "
-         "above 0"),
-        (0 < c.tis < 1,
-         f"--tis {c.tis} would cut the weight where sampler and trainer agree: give 1 or more, or 0 for no "
-         "weight"),
-        (c.top_p < 1 and not c.tis,
-         "--top-p below 1 with --tis 0: what is sampled is not what is trained, and nothing would correct "
-         "it"),
-    ]:
-        if wrong:
-            die(why)
-
-
-def check_memory(c):
-    """A rank that learns alone has nobody to meet in the middle of a backward."""
-    without_effect(c, [("reference_at", c.kl_coef, "there is no reference: give --kl-coef")])
-    for flag, value in (("--grads", c.grads), ("--reference-at", c.reference_at)):
-        if c.stream and value == "sharded":
-            die(f"--stream with {flag} sharded: a rank that learns before the others are done has nobody to "
-                "reduce with; leave one of the two out")
+    check_run(c)
+    check_sampling(c)
+    memory.check_flags(c)
 
 
 def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", teacher_at="device"):
@@ -235,7 +179,7 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
         check(reward)
     except (ValueError, FileNotFoundError) as e:
         die(e)
-    find_base(config, env)
+    train_gpt.train_missing(config.init, env, dry_run=config.dry_run)
     try:
         folder = hf.find(config.init)
         tok = data.tokenizer(folder)
@@ -251,7 +195,7 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
         chats = any("messages" in p.data for p in [*problems, *valid, *final])
         config = dated(config, tok, chats)
         prompts = [len(prompt_ids(p, tok)) for p in [*problems, *valid, *final]]
-        need = max([longest, *prompts]) + config.max_new
+        need = max([longest, *prompts]) + config.max_new         # tokens of the longest sample
         if need > config.row_tokens:
             raise ValueError(f"--row-tokens {config.row_tokens} is below one sample: a prompt and --max-new "
                              f"take {need}")
@@ -265,15 +209,11 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
         if config.kl_coef:
             reference = GPT.from_hf(folder, dtype=env.dtype).requires_grad_(False)
             lodge(reference, config.reference_at, env)
+        # who needs what of a GPU: the teacher, an update, and keys and values get what they leave
         room = memory.hold(teacher, teacher_at, env, model.head_weight.element_size())
-        optimizer = memory.claim(new_optimizer, model, reference, config, need, env)
-        sampler = Sampler(model, tok.stop, tok, slots=config.slots or None, max_len=need,
-                          deterministic=env.deterministic)
-        del room
-        if sampler.paged and sampler.storage.most < need:
-            raise ValueError(f"what an update leaves of the GPU holds {sampler.storage.most} tokens of keys "
-                             f"and values, one sample may take {need}: lower --row-tokens, or give "
-                             "--checkpoint or --offload")
+        optimizer = memory.claim(model, reference, config, need, env)
+        sampler = memory.cache_what_is_left(model, tok, config, need, env)
+        del room                                                 # the teacher's own tensors take it
     except (ValueError, FileNotFoundError) as e:
         die(e)
     except torch.cuda.OutOfMemoryError:
@@ -282,11 +222,6 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
     workers = Rewards(reward, workers=config.workers)
     return RL(config, env, model, tok, task, sampler, workers, problems, valid, final, optimizer, reference,
               steps=getattr(config, "steps", 0), longest=need)
-
-
-def new_optimizer(model, config, grads):
-    return Optimizer(model, lr=config.lr, muon_lr=config.muon_lr or None, weight_decay=config.weight_decay,
-                     clip=config.clip, grads=grads, offload=config.offload)
 
 
 # flags that may differ on --resume: they change when something is done, where, or by how many, and
@@ -379,8 +314,10 @@ def collect(rl, problems, n, resume=None, max_new=None, stop_strings=(), reward=
     by_id = {p.id: p for p in problems}
     prompts = {id: prompt_ids(p, rl.tok) for id, p in by_id.items()}
     limits = dict.fromkeys(by_id, max_new or c.max_new)
-    branches = {id: [renumbered(entry, j) for j, entry in enumerate(entries)]
-                for id, entries in (resume or {}).items()}
+    branches = {}
+    for id, entries in (resume or {}).items():
+        branches[id] = [replace(entry, index=j) if isinstance(entry, Sample) else entry
+                        for j, entry in enumerate(entries)]
     unscored = {}                                                # what the reward workers have
 
     # with --stream a rank without sequences has better to do than to wait for some
@@ -421,10 +358,6 @@ def get_rewards(rl, problems, ended, unscored, wait=False):
     return ready
 
 
-def renumbered(entry, index):
-    return replace(entry, index=index) if isinstance(entry, Sample) else entry
-
-
 def share_visits(rl):
     """Every rank knows the visits of every problem: it may meet another rank next time."""
     for part in gather(rl.visits):
@@ -443,16 +376,32 @@ def gather_groups(rl, groups):
 # the update: sums now, one division at the end
 
 
+def learn(rl, groups):
+    """Every update of a rollout: one, unless --minibatch or --epochs ask for more; mini-batches by
+    address, the same for any number of ranks. -> stats of them all."""
+    c = rl.config
+    groups = gather_groups(rl, groups)
+    count = max(1, len(groups))          # a step without groups is an update, too: of nothing
+    size = c.minibatch or count
+    parts = [groups[i : i + size] for i in range(0, count, size)] * c.epochs
+    old = old_logprobs(rl, groups) if len(parts) > 1 else None
+    marked = covariant(groups, c) if c.cov else None
+    loss = make_loss(c, elapsed(rl), old, marked, rl.reference)
+    done = []
+    for part in parts:
+        stats = update(rl, part, loss, gathered=True)
+        done.append(stats | step(rl, 1 / len(parts)))
+    return merge_stats(done) | {"grad_norm": sum(s["grad_norm"] for s in done) / len(done)}
+
+
 def update(rl, groups, loss, gathered=False):
     """The gradient of one update from the groups of all ranks: each rank gets its share and
     back-propagates sums. -> stats as sums over ranks. gathered: groups are those of all ranks
     already; otherwise each rank passes its own."""
     if not gathered:
         groups = gather_groups(rl, groups)
-    for s in (s for g in groups for s in g):
-        _, share = aggregated(s, rl.config)
-        rl.normaliser += share
-    if rl.config.stream:                 # groups that a rank has learned early only count in the normaliser
+    rl.normaliser += weigh(groups, rl.config)
+    if rl.config.stream:                 # what a rank has learned early counts in the normaliser alone
         learned = {k for part in gather(set(rl.early)) for k in part}
         groups = [g for g in groups if address(g[0]) not in learned]
     stats = accumulate(rl, groups, loss, rl.env.rank, rl.env.world)
@@ -463,7 +412,7 @@ def accumulate(rl, groups, loss, rank, ranks):
     """Adds to this rank's gradients those of its share of the groups, as sums; ranks meet in
     Optimizer.step. -> stats, as sums"""
     with rl.clock("pack"):
-        micro = micro_batches(rl, groups, rank, ranks)
+        micro = pack.batches(groups, rl.config.row_tokens, rl.model.config, rank, ranks)
     parts = []
     with rl.clock("train"):
         for batch in micro:
@@ -479,40 +428,18 @@ def accumulate(rl, groups, loss, rank, ranks):
     return merge_stats(parts)
 
 
-def micro_batches(rl, groups, rank, ranks):
-    """A rank's packed rows, each a Batch: prompts shared, work balanced over ranks (pack.py). A
-    response whose advantage is zero adds nothing to the gradient: unless another term needs it, it
-    counts in the normaliser and costs no forward."""
+def step(rl, share=1.0):
+    """The one division, the clipping, the optimizer. A step without signal moves nothing. share:
+    of a rollout, when it is learned from in several steps; schedules count rollouts."""
     c = rl.config
-    trained = groups
-    if not c.entropy_coef and not c.kl_coef:
-        trained = [[s for s in g if s.advantage] for g in groups]
-    trained = [g for g in trained if g]
-    if not trained:
-        return []
-    micro = pack.batches(trained, c.row_tokens, rl.model.config, rank, ranks)
-    for batch in micro:
-        weights = [aggregated(s, c)[0] for s in batch.samples]
-        if weights:                      # an idle rank's rows have none
-            batch.weight_N = torch.tensor(weights)[batch.sample_N]
-    return micro
-
-
-@torch.no_grad()
-def old_logprobs(rl, groups):
-    """-> {address: log-probs of the policy as it is now}, of every sample that is trained, on all
-    ranks."""
-    mine = {}
-    with rl.clock("train"):
-        for batch in micro_batches(rl, groups, rl.env.rank, rl.env.world):
-            batch = batch.to(rl.env.device)
-            hidden_ND = predicting(rl.model, batch)
-            logp_N, _ = linear_logprob(
-                hidden_ND, rl.model.head_weight, batch.targets_N, rl.config.temperature)
-            lengths = torch.bincount(batch.sample_N, minlength=len(batch.samples)).tolist()
-            parts = logp_N.cpu().split(lengths)
-            mine |= {address(s): part.numpy() for s, part in zip(batch.samples, parts)}
-    return {k: v for part in gather(mine) for k, v in part.items()}
+    with rl.clock("opt"):
+        factor = min(1.0, (rl.progress + 1) / max(1, c.warmup))
+        if c.decay:                  # at least over the last rollout, however small a share is asked for
+            factor = min(factor, (1 - elapsed(rl)) / max(1 / rl.steps, c.decay))
+        stats = rl.optimizer.step(divide=rl.normaliser, factor=max(0.0, factor))
+    rl.normaliser = 0.0
+    rl.progress += share
+    return stats
 
 
 def elapsed(rl):
@@ -522,35 +449,22 @@ def elapsed(rl):
     return max(share, rl.spent / rl.config.tokens) if rl.config.tokens else share
 
 
-def step(rl, share=1.0):
-    """The one division, the clipping, the optimizer. A step without signal moves nothing. share:
-    of a rollout, when it is learned from in several steps; schedules count rollouts."""
+@torch.no_grad()
+def old_logprobs(rl, groups):
+    """-> {address: log-probs of the policy as it is now}, of every sample that is trained, on all
+    ranks."""
     c = rl.config
-    with rl.clock("opt"):
-        factor = min(1.0, (rl.progress + 1) / max(1, c.warmup))
-        if c.decay:                  # --decay 0: not even within the last rollout, which max() means
-            factor = min(factor, (1 - elapsed(rl)) / max(1 / rl.steps, c.decay))
-        stats = rl.optimizer.step(divide=rl.normaliser, factor=max(0.0, factor))
-    rl.normaliser = 0.0
-    rl.progress += share
-    return stats
-
-
-def learn(rl, groups):
-    """Every update of a rollout: one, unless --minibatch or --epochs ask for more; mini-batches by
-    address, the same for any number of ranks. -> stats of them all."""
-    c = rl.config
-    groups = gather_groups(rl, groups)
-    size = c.minibatch or max(1, len(groups))
-    parts = [groups[i : i + size] for i in range(0, max(1, len(groups)), size)] * c.epochs
-    old = old_logprobs(rl, groups) if len(parts) > 1 else None
-    marked = covariant(groups, c) if c.cov else None
-    loss = make_loss(c, elapsed(rl), old, marked, rl.reference)
-    done = []
-    for part in parts:
-        stats = update(rl, part, loss, gathered=True)
-        done.append(stats | step(rl, 1 / len(parts)))
-    return merge_stats(done) | {"grad_norm": sum(s["grad_norm"] for s in done) / len(done)}
+    weigh(groups, c)                     # so that those of weight 0 are left out here, too
+    mine = {}
+    with rl.clock("train"):
+        for batch in pack.batches(groups, c.row_tokens, rl.model.config, rl.env.rank, rl.env.world):
+            batch = batch.to(rl.env.device)
+            hidden_ND = predicting(rl.model, batch)
+            logp_N, _ = linear_logprob(hidden_ND, rl.model.head_weight, batch.targets_N, c.temperature)
+            lengths = torch.bincount(batch.sample_N, minlength=len(batch.samples)).tolist()
+            parts = logp_N.cpu().split(lengths)
+            mine |= {address(s): part.numpy() for s, part in zip(batch.samples, parts)}
+    return {k: v for part in gather(mine) for k, v in part.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -582,13 +496,6 @@ def stop_here(rl, run):
     run.bye(rl.step)
 
 
-def reset(rl):
-    """ProRL: the policy becomes its own reference, so the KL is 0 again, and the optimizer
-    forgets its moments."""
-    load_state(rl.reference, rl.model.state_dict(), rl.env)
-    rl.optimizer.reset()
-
-
 def finish(rl, run):
     """Pictures, and where the model lies."""
     rl.workers.close()
@@ -613,5 +520,7 @@ def close(rl):
 
 # names that a fork may know from here -> where they are, and under which name
 MOVED = dict(backward="stages:update", backward_share="stages:accumulate", ask_rewards="stages:get_rewards",
-             take_rewards="stages:get_rewards")
+             take_rewards="stages:get_rewards", micro_batches="pack:batches", aggregated="algos:weigh",
+             find_base="train_gpt:train_missing", new_optimizer="common.memory", reset="nanorl",
+             check_memory="common.memory:check_flags")
 __getattr__ = moved(__name__, MOVED)

@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch.distributed as dist
 
-from algos import address, make_loss
+from algos import address, make_loss, weigh
 from common.deal import calls
 from common.metrics import varied
 from common.run import all_sum, gather
@@ -444,6 +444,7 @@ def learn_early(rl, group):
     """The gradient of one complete group, before the others are sampled: sums are divided at the
     step, so when does not matter."""
     loss = make_loss(rl.config, elapsed(rl), reference=rl.reference)
+    weigh([group], rl.config)                    # in the normaliser it counts later, in update()
     rl.early[address(group[0])] = accumulate(rl, [group], loss, 0, 1)
 
 

@@ -26,6 +26,7 @@ Left out of the usual recipe, and why:
 import math
 import time
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -35,10 +36,12 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import kernels
-from common import cpu, hf, view
-from common.flags import check_day, check_minutes, check_name, die, flags, positive, shares, without_effect
+from common import cpu, hf, machine, view
+from common.flags import check_run, die, flags, positive, shares, without_effect
+from common.machine import Machine
 from common.optim import Optimizer
-from common.run import Run, all_max, all_sum, barrier, begun_with, dated, out_of_time, progress, start
+from common.run import (Run, all_max, all_sum, barrier, begun_with, dated, newest, out_of_time, progress,
+                        start)
 from data.documents import documents, kind_of
 from kernels import (linear, linear_logprob, packed_attention, qk_norm_rope, rms_norm, rope_tables, swiglu,
                      uniform)
@@ -232,16 +235,15 @@ def sample(model, prompt, max_new, stop=(), temperature=1.0, seed=0, problem=0, 
 
 
 @dataclass
-class Config:
+class Config(Machine):
+    """pretraining"""
     name: str = "base"                   # the run: everything it writes lies in runs/NAME
     preset: Literal["base", "small", "mixed100m", "gpt2"] = "base"  # a set of flags; other flags win
     data: str = "mixed"                  # a task, a text file, chats (.jsonl), or .bin shards
     tokenizer: str = "numbers"           # chars, numbers, bytes, gpt2, a folder; --init has its own
     init: str = ""                       # a Hugging Face folder or a run; it brings its shape
     steps: int = 1200                    # optimizer steps
-    minutes: float | None = None  # end after this many minutes of steps, evaluations apart; none: no limit
     batch: int = 64                      # documents per step, over all ranks
-    row_tokens: int = 4096               # tokens of one packed row (a micro-batch)
     seq_len: int = 1024                  # tokens of a document cut from a text or from shards
     n_layer: int = 3                     # blocks
     n_head: int = 6                      # query heads
@@ -265,17 +267,8 @@ class Config:
     save_every: int = 400                # steps between checkpoints
     target: float = 0.0                  # a validation loss to compare the last one with
     seed: int = 0                        # weights and data
-    date: str = ""  # what a chat template that asks for today gets, 2026-01-31; "": the run's first day
-    checkpoint: bool = False             # recompute blocks in the backward: memory for time
-    offload: bool = False  # optimizer and sums of gradients on the host: 16 bytes per parameter there
     grads: Literal["whole", "sharded"] = "whole"  # on each rank: whole, or reduced during the backward
     compile: bool = False                # torch.compile the blocks
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
-    threads: int = 0                     # CPU threads; 0: the cores that are free, shared by the ranks
-    deterministic: bool | None = None    # repeatable bit for bit; none: on CPU
-    resume: bool = False                 # continue runs/NAME
-    wandb: str = ""                      # a wandb project, if curves should go there too
 
 
 PRESETS = {
@@ -304,9 +297,7 @@ def configure(argv):
     positive(c, "steps batch row_tokens seq_len n_layer n_head n_kv_head head_dim d_model d_ff max_len "
                 "eval_every eval_docs save_every")
     shares(c, "warmup decay")
-    check_minutes(c.minutes)
-    check_name(c.name)
-    check_day(c.date)
+    check_run(c)
     if c.n_head % c.n_kv_head:
         die(f"--n-head {c.n_head} is not a multiple of --n-kv-head {c.n_kv_head}")
     if c.head_dim % 2:
@@ -398,14 +389,9 @@ def trapezoid(step, total, config):
     return min(1.0, (step + 1) / max(1.0, up), (total - step) / max(1.0, down))
 
 
-# dense bf16 FLOP/s
-PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12,
-        "4090": 165e12, "3090": 71e12}
-
-
 def mfu(model, docs, seconds):
     """Model FLOPs of these documents over what the GPU could do; None where that is not known."""
-    peak = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), None)
+    peak = machine.peak_flops()
     c = model.config
     weights = sum(p.numel() for name, p in model.named_parameters()
                   if not name.startswith("embed") or c.tie_embeddings)
@@ -625,6 +611,25 @@ def main(argv=None):
         run.log(f"wrote {run.folder}: curves.png, and the model in {run.latest()[0]} (a Hugging "
                 "Face folder)")
     run.close()
+
+
+def train_missing(folder, env, dry_run=False):
+    """runs/base and its like are trained where a run that begins with one does not find it."""
+    preset = folder.removeprefix("runs/")
+    if preset == folder or preset not in PRESETS or newest(folder):
+        return
+    if dry_run:
+        die(f"--dry-run: {folder} is not trained yet; give a model by --init")
+    if env.master:
+        print(f"no base in {folder} yet: training it first (python train_gpt.py --preset {preset})",
+              flush=True)
+    begun = Path(folder, "config.json").exists()
+    main(["--preset", preset] + ["--resume"] * begun)
+    machine.use(env.threads)                     # again: the base had Threads of its own
+    if env.device.type == "cuda":
+        # what it held is neither this run's peak nor lost to its pool
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def ranks(config):
 def made(rng, prompt, n, index=0):
     tokens = [rng.randrange(SHAPE.vocab_size) for _ in range(n)]
     return SimpleNamespace(prompt=prompt, tokens=tokens, logprobs=[0.0] * n,
-                           kept=None, advantage=1.0, reward=0.0, problem=0, index=index)
+                           kept=None, advantage=1.0, weight=1.0, reward=0.0, problem=0, index=index)
 
 
 def ours(model, micro):

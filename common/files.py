@@ -2,6 +2,7 @@
 Files that are whole or not there, and the checkpoint folders made of them.
 
     write_whole(path, fill)       # a kill or a power cut leaves the old file or the new one
+    write_checkpoint(run_folder, step, rank, world, write, state)
     newest(run_folder)            # -> (path, step) of the last checkpoint that is whole, or None
 
 A checkpoint is a folder RUN/ckpt/step_N: the model's files, one state file per rank, and meta.json,
@@ -15,6 +16,7 @@ of ours.
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -87,6 +89,93 @@ def discard(folder):
     """removes a checkpoint. The marker goes first: half a removal must not leave what counts as one"""
     (folder / "meta.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(run_folder, current=None):
+    """removes what a crash left behind, except the checkpoint of the step that the ranks write now"""
+    for step, path in checkpoints(run_folder):
+        if step != current and not complete(path):
+            discard(path)
+    for aside in (run_folder / "ckpt").glob("*.tmp"):
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_checkpoint(run_folder, step, rank, world, write, state):
+    """
+    This rank's part of RUN/ckpt/step_N: rank 0's write(folder) makes the model's files, then comes
+    every rank's state, then the marker that makes it a checkpoint. If it fails, the half-written folder
+    goes and the others stay; a rank that is still writing here fails in its turn
+    """
+    final = run_folder / "ckpt" / f"step_{step}"
+    aside = final.with_name(f"step_{step}.tmp")
+    try:
+        final.mkdir(parents=True, exist_ok=True)
+        sync(final.parent)
+        if rank == 0:
+            sweep(run_folder, step)
+            aside.mkdir()
+            write(aside)
+            for path in [p for p in aside.rglob("*") if p.is_file()]:
+                sync(path)
+            for path in aside.iterdir():
+                os.replace(path, final / path.name)
+            aside.rmdir()
+        state = plain(state)
+        write_whole(final / f"state_{rank}_of_{world}.pt", lambda f: torch.save(state, f))
+        if rank == 0:
+            meta = json.dumps({"step": step, "world": world})
+            write_whole(final / "meta.json", lambda f: f.write(meta.encode()))
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)
+        discard(final)
+        raise
+
+
+def read_state(path):
+    """a rank's state, on the CPU, mapped and not read: a rank touches only what it needs"""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than tensors, numbers, strings and lists. Reading it would run code that is "
+            "written in it, so it is not read: begin under another --name (--init takes the model alone)"
+        ) from None
+    except (RuntimeError, EOFError) as e:
+        said = str(e).partition("\n")[0][:100]
+        raise ValueError(f"{path} is damaged ({said}): remove {path.parent}, and --resume takes the "
+                         "checkpoint before it") from None
+
+
+def replace_folder(place, name, write):
+    """write(folder) fills PLACE/NAME; what stood in PLACE before goes when that is whole"""
+    final = place / name
+    aside = place / f"{name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write(aside)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(aside, final)
+    for older in place.iterdir():
+        if older != final:
+            shutil.rmtree(older)
+
+
+# ------------------------------------------------------------------------------
+# rows of JSON
+
+def drop_rows_after(step, path):
+    """forgets the rows of later steps, and the half-written last line of a killed process"""
+    # bytes, because str.splitlines also splits at characters that JSON leaves in a row
+    lines = path.read_bytes().splitlines()
+    kept = [line + b"\n" for line in lines if _step(line) <= step]
+    write_whole(path, lambda f: f.write(b"".join(kept)))
+
+
+def _step(line):
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):     # the half line of a killed process
+        return math.inf
 
 
 # ------------------------------------------------------------------------------

@@ -77,6 +77,20 @@ def truncation(config, prefix=""):
         die(f"{flag} {top_p} has no effect: temperature 0 takes the likeliest token anyway")
 
 
+def check_sampling(config):
+    """refuses rollouts that nothing can be learned from, and a --top-p or --tis that would bend what is"""
+    truncation(config)
+    if not config.temperature:
+        die("--temperature 0 samples the same answer again and again: groups need variety, give a number "
+            "above 0")
+    if 0 < config.tis < 1:
+        die(f"--tis {config.tis} would cut the weight where sampler and trainer agree: give 1 or more, or 0 "
+            "for no weight")
+    if config.top_p < 1 and not config.tis:
+        die("--top-p below 1 with --tis 0: what is sampled is not what is trained, and nothing would correct "
+            "it")
+
+
 def check_name(name):
     """refuses a --name that is no folder within runs/"""
     parts = name.split("/")
@@ -97,6 +111,13 @@ def check_day(day):
         known = False
     if not known:
         die(f"--date {day!r} is no day: give it as 2026-01-31")
+
+
+def check_run(config):
+    """what holds of the flags of every run folder"""
+    check_name(config.name)
+    check_minutes(config.minutes)
+    check_day(config.date)
 
 
 def without_effect(config, rows, base=None):

@@ -1,8 +1,11 @@
 """
-What is this machine worth to us, now? How fast a core is, which cores are free, whether that changes.
+What is this machine worth to us, now? How fast a core is, which cores are free, whether that
+changes.
 
+    Machine           the flags that say what of it a run takes; every training script has them
     gflops()          fp32 speed of one core, so that a time means something elsewhere
     free_cores()      how many cores nobody else keeps busy: a run takes these when it begins
+    threads_for()     how many threads a run gets
     Threads           torch's threads follow the free cores while the run lasts
     Pace              how long the run will take here; a warning when it has become slow
 
@@ -18,20 +21,43 @@ takes 0.40 to 0.50 s.
 This file imports nothing of ours.
 """
 
+import functools
 import math
 import os
 import statistics
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+
+@dataclass
+class Machine:
+    """the machine"""
+    row_tokens: int = 4096               # tokens of one packed row: a micro-batch
+    checkpoint: bool = False             # recompute blocks in the backward: memory for time
+    offload: bool = False  # optimizer and sums of gradients on the host: 16 bytes per parameter there
+    grads: Literal["auto", "whole", "sharded"] = "auto"  # on each rank; auto: whole where they fit
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
+    threads: int = 0                     # CPU threads; 0: the cores that are free, shared by the ranks
+    deterministic: bool | None = None    # repeatable bit for bit; none: on CPU
+
+    # ---- the run folder
+    minutes: float | None = None  # end after this many minutes of steps, evaluations apart; none: no limit
+    date: str = ""  # what a chat template that asks for today gets, 2026-01-31; "": the run's first day
+    resume: bool = False                 # continue runs/NAME
+    wandb: str = ""                      # a wandb project, if curves should go there too
+
 
 # torch's own choice, before anybody else's: the physical cores that we may use, or OMP_NUM_THREADS
 CORES = torch.get_num_threads()
 STAT = Path("/proc/stat")
-LOOK_EVERY = 2.0          # seconds between two looks at the other processes: a burst is no reason to move
-EARLY = 5                 # steps that say how fast this run is, after a first one that compiles products
+# seconds between two looks at the other processes: a burst is no reason to move
+LOOK_EVERY = 2.0
+EARLY = 5                 # steps that say how fast a run is, after a first one that compiles products
 SLOW = 0.5                # of its early speed: below that a run asks its user what happened
 
 # ------------------------------------------------------------------------------
@@ -58,6 +84,14 @@ def gflops(seconds=0.2):
     finally:
         torch.set_num_threads(threads)
     return 2 * 1024**3 / min(times) / 1e9
+
+
+def peak_flops():
+    """dense bf16 FLOP/s that its maker promises of this GPU; None where that is not known here"""
+    known = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12,
+             "4090": 165e12, "3090": 71e12}
+    name = torch.cuda.get_device_name()
+    return next((peak for card, peak in known.items() if card in name), None)
 
 
 # ------------------------------------------------------------------------------
@@ -131,7 +165,7 @@ def free_cores(seconds=0.2):
 
 
 # ------------------------------------------------------------------------------
-# while the run lasts
+# how many threads?
 
 
 class Threads:
@@ -183,9 +217,68 @@ def use(threads):
 
 
 def follow():
-    """Called between two decode steps and at the end of a training step, where the number may change"""
+    """Called between two decode steps and at the end of a step: there the number may change"""
     if current:
         current.look()
+
+
+def threads_for(asked, begun, kind, follow):
+    """
+    -> Threads. Those asked for; or as many as the run began with; or an even share of the cores for
+    a rank, and for a process by itself the cores that are free. kind: of the device
+    """
+    if asked:
+        return Threads(asked, "by --threads", follow=False)
+    if kind != "cpu":
+        return Threads(torch.get_num_threads(), "beside the device", follow=False)
+    if "RANK" in os.environ:
+        # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle when the ranks are fewer
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+        total = len(allowed())
+        share = max(1, total // ranks)
+        return Threads(share, f"an even share of {total} cores for each rank", follow=False)
+    if torch.get_num_threads() != CORES:
+        before = torch.get_num_threads()
+        return Threads(before, "as they were when the run was called", follow=False)
+    if CORES == 1:
+        return Threads(1, "one core, or OMP_NUM_THREADS", follow=False)
+    if begun:
+        return Threads(min(begun, CORES), "as the run began", follow)
+    free, why = free_cores()
+    return Threads(free, f"of {CORES} cores: {why}", follow)
+
+
+# ------------------------------------------------------------------------------
+# what a log says of it
+
+_gflops = functools.cache(gflops)              # once, where many runs share a process
+
+
+def introduced(env, any_number):
+    """
+    -> what the times of this run depend on, and what its bits do not. env: of run.start();
+    any_number: would other numbers of threads give the same bits?
+    """
+    count = env.threads.most
+    threads = f"{count} thread{'s' * (count > 1)}"
+    bits = "not repeatable"
+    if env.deterministic:
+        bits = f"repeatable bit for bit with {threads}{', or any other number' * any_number}"
+    return f"{threads}, {env.threads.why}. {_gflops():.0f} GFLOP/s per thread in fp32; {bits}"
+
+
+def after_step(env, step, steps, numbers):
+    """
+    The number of threads follows the free cores. -> lines for the log, if there is something to say of
+    them or of the pace. numbers: those of the step, as metrics.jsonl has them
+    """
+    follow()
+    names = dict(rollout="rollout_tok_s", update="train_tok_s", training="tokens_per_second")
+    rates = {stage: numbers[name] for stage, name in names.items() if numbers.get(name)}
+    stages = numbers["t_pack"] + numbers["t_train"] + numbers["t_opt"]
+    seconds = numbers.get("t_step", stages)        # pretraining has no stages but these
+    note = env.threads.say()
+    return [note] * bool(note) + env.pace.step(step, steps, seconds, rates)
 
 
 class Pace:

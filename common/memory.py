@@ -19,8 +19,9 @@ import pack
 import rollout
 from algos import predicting
 from common import hf
-from common.flags import die
+from common.flags import die, without_effect
 from common.offload import BUFFER, BUFFERS, GB, host_free
+from common.optim import Optimizer
 from common.pages import PAGE, Pool
 from common.run import all_sum
 from common.sharded import BUCKET, local_ranks
@@ -29,6 +30,19 @@ from train_gpt import GPT, GPTConfig
 
 USABLE = 0.9             # of a card: the rest is CUDA's own, and holes between blocks of memory
 FEW = 16                 # samples that the cache must hold at least: below, decoding is all waiting
+
+# -----------------------------------------------------------------------------
+# flags
+
+
+def check_flags(c):
+    """A rank that learns alone has nobody to meet in the middle of a backward."""
+    without_effect(c, [("reference_at", c.kl_coef, "there is no reference: give --kl-coef")])
+    for flag, value in (("--grads", c.grads), ("--reference-at", c.reference_at)):
+        if c.stream and value == "sharded":
+            die(f"--stream with {flag} sharded: a rank that learns before the others are done has nobody to "
+                "reduce with; leave one of the two out")
+
 
 # -----------------------------------------------------------------------------
 # arithmetic
@@ -159,12 +173,13 @@ def token_bytes(shape, width):
     return 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * width
 
 
-def budget(shape, config, width, world, slots, longest):
-    """The same with a cache in which every slot is full: the most that it can take."""
-    parts = fixed(shape, config, width, world, longest)
-    pages = slots * -(-(longest + Pool.check_every) // PAGE) + 1
-    cached = pages * PAGE if width < 4 else slots * longest
-    return parts | {"KV cache": cached * token_bytes(shape, width)}
+def full_cache(shape, width, slots, longest, paged):
+    """-> bytes of a cache in which every slot is full: the most that it can take."""
+    tokens = slots * longest
+    if paged:                            # whole pages, with room for what is cut off
+        pages = slots * -(-(longest + Pool.check_every) // PAGE) + 1
+        tokens = pages * PAGE
+    return tokens * token_bytes(shape, width)
 
 
 # -----------------------------------------------------------------------------
@@ -252,7 +267,7 @@ def table(rl):
     width = 2 if half else 4
     parts = fixed(shape, c, width, world, rl.longest)
     slots = c.slots or rollout.SLOTS
-    wanted = slots * rl.longest * token_bytes(shape, width)
+    wanted = full_cache(shape, width, slots, rl.longest, paged=card > 0)
     taken = on_host(shape, c, world, width) * ranks_beside(world)
 
     lines = [f"one rank of {world}, {'bf16' if half else 'fp32'}, rows of {c.row_tokens:,} tokens, samples "
@@ -333,25 +348,40 @@ def hold(folder, where, env, width):
     return torch.empty(beside(shape, where, width, env.world), dtype=torch.uint8, device=env.device)
 
 
-def claim(make, model, reference, config, longest, env):
-    """-> the optimizer that make(model, config, grads) makes, after a trial update on a GPU: what it
-    needs is then held by the allocator."""
+def new_optimizer(model, config, grads):
+    return Optimizer(model, lr=config.lr, muon_lr=config.muon_lr or None, weight_decay=config.weight_decay,
+                     clip=config.clip, grads=grads, offload=config.offload)
+
+
+def claim(model, reference, config, longest, env):
+    """-> the optimizer, after a trial update on a GPU: what it needs is then held by the allocator."""
     on_gpu = env.device.type == "cuda"
     grads = config.grads
     if grads == "auto":
         grads = "sharded" if sharded(config, env.world) else "whole"
         if grads == "whole" and on_gpu and env.world > 1 and not config.stream:
-            grads = tried(make, model, reference, config, longest, env)
-    optimizer = make(model, config, grads)
+            grads = tried(model, reference, config, longest, env)
+    optimizer = new_optimizer(model, config, grads)
     if on_gpu:
         trial_update(model, optimizer, reference, config, longest)
     return optimizer
 
 
-def tried(make, model, reference, config, longest, env):
+def cache_what_is_left(model, tok, config, longest, env):
+    """-> the sampler: on a GPU its keys and values get what the trial update left."""
+    sampler = rollout.Sampler(model, tok.stop, tok, slots=config.slots or None, max_len=longest,
+                              deterministic=env.deterministic)
+    if sampler.paged and sampler.storage.most < longest:
+        raise ValueError(f"what an update leaves of the GPU holds {sampler.storage.most} tokens of keys and "
+                         f"values, one sample may take {longest}: lower --row-tokens, or give --checkpoint "
+                         "or --offload")
+    return sampler
+
+
+def tried(model, reference, config, longest, env):
     """-> whole, if whole gradients fit on every rank and leave room for a few samples in the cache,
     else sharded. Ranks meet only behind it: one of them may have run out of memory."""
-    optimizer = make(model, config, "whole")
+    optimizer = new_optimizer(model, config, "whole")
     cache = FEW * longest * token_bytes(model.config, model.head_weight.element_size())
     try:
         trial_rows(model, optimizer, reference, config, longest)

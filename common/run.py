@@ -20,14 +20,10 @@ the new one, and a rank that hangs can never drag the others into half a save.
 """
 import atexit
 import dataclasses
-import functools
 import json
-import math
 import os
-import pickle
 import platform
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -42,10 +38,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import cpu, machine
-from common.files import (checkpoints, complete, discard, disk_error, jsonable, newest, plain, sync,
-                          write_whole)
+from common.files import (checkpoints, complete, discard, disk_error, drop_rows_after, jsonable, newest,
+                          read_state, replace_folder, sweep, write_checkpoint, write_whole)
 from common.flags import as_flag, die, moved
-from common.machine import Threads
 from common.watch import Watch
 
 MOVED = {"flags": "common.flags", "positive": "common.flags", "GONE": "common.watch",
@@ -79,7 +74,8 @@ def start(device="auto", dtype="auto", threads=0, deterministic=None, begun=0):
     if kind == "cpu":
         # before the first thread: numbers below 1e-38 cost ten times the others
         torch.set_flush_denormal(True)
-    chosen = machine.use(_threads(threads, begun, kind, not deterministic or same_bits(kind, DTYPES[dtype])))
+    follow = not deterministic or same_bits(kind, DTYPES[dtype])
+    chosen = machine.use(machine.threads_for(threads, begun, kind, follow))
     # on a GPU a few operations have no deterministic form (cumsum of floats): warn there, do not stop
     mode = "warn" if kind == "cuda" else "error"
     # what use_deterministic_algorithms does, without the compiler, whose import takes a second
@@ -102,30 +98,6 @@ def start(device="auto", dtype="auto", threads=0, deterministic=None, begun=0):
 def same_bits(kind, dtype):
     """Does every number of threads give the same bits? oneDNN's fp32 products do, and so do our sums"""
     return kind == "cpu" and dtype == torch.float32 and cpu.ON and cpu.ONEDNN
-
-
-def _threads(asked, begun, kind, follow):
-    """
-    -> Threads. Those asked for; or as many as the run began with; or an even share of the cores for
-    a rank, and for a process by itself the cores that are free
-    """
-    if asked:
-        return Threads(asked, "by --threads", follow=False)
-    if kind != "cpu":
-        return Threads(torch.get_num_threads(), "beside the device", follow=False)
-    if "RANK" in os.environ:
-        # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle when the ranks are fewer
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-        total = len(machine.allowed())
-        return Threads(max(1, total // ranks), f"an even share of {total} cores for each rank", follow=False)
-    if torch.get_num_threads() != machine.CORES:
-        return Threads(torch.get_num_threads(), "as they were when the run was called", follow=False)
-    if machine.CORES == 1:
-        return Threads(1, "one core, or OMP_NUM_THREADS", follow=False)
-    if begun:
-        return Threads(min(begun, machine.CORES), "as the run began", follow)
-    free, why = machine.free_cores()
-    return Threads(free, f"of {machine.CORES} cores: {why}", follow)
 
 
 def _kind(device):
@@ -261,9 +233,6 @@ def _head(env, sources):
     return "\n".join(lines) + "\n"
 
 
-_gflops = functools.cache(machine.gflops)      # once, where many runs share a process
-
-
 # ------------------------------------------------------------------------------
 # a run: its folder, its files, its checkpoints, its end
 
@@ -392,7 +361,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "config.json", lambda f: f.write(text.encode()))
             self.ckpt.mkdir(exist_ok=True)
-            self._sweep()
+            sweep(folder)
             for name in ("metrics.jsonl", "samples.jsonl", "log.txt"):
                 self._append(name)
         except OSError as e:
@@ -441,11 +410,8 @@ class Run:
         """
         if self.env.master:
             for name in ("metrics.jsonl", "samples.jsonl"):
-                # bytes, because str.splitlines also splits at characters that JSON leaves in a row
-                lines = (self.folder / name).read_bytes().splitlines()
-                kept = [line + b"\n" for line in lines if _step(line) <= step]
                 self.files[name].close()
-                write_whole(self.folder / name, lambda f, kept=kept: f.write(b"".join(kept)))
+                drop_rows_after(step, self.folder / name)
                 self._append(name)
             for later, path in checkpoints(self.folder):
                 if later > step:
@@ -455,14 +421,6 @@ class Run:
 
     # --- checkpoints
 
-    def _sweep(self, current=None):
-        """remove what a crash left behind, except the folder that the ranks are writing now"""
-        for step, path in checkpoints(self.folder):
-            if step != current and not complete(path):
-                discard(path)
-        for aside in self.ckpt.glob("*.tmp"):
-            shutil.rmtree(aside, ignore_errors=True)
-
     def save(self, step, write, state, keep=2):
         """
         Every rank calls it; no rank waits for another. write(folder): rank 0's model files; state:
@@ -471,20 +429,16 @@ class Run:
         """
         if step == self.saved:             # the periodic save and the last one may fall on the same step
             return
-        final = self.ckpt / f"step_{step}"
-        aside = self.ckpt / f"step_{step}.tmp"
         try:
-            self._write(step, write, state, final, aside)
+            write_checkpoint(self.folder, step, self.env.rank, self.env.world, write, state)
         except Exception as e:
-            # the half-written folder goes, the others stay; a rank still writing here fails in its turn
-            shutil.rmtree(aside, ignore_errors=True)
-            discard(final)
             reason, last = disk_error(e), newest(self.folder)
             if reason is None:
                 raise
             then = (f"continue from step {last[1]} with --resume" if last
                     else "start again under another --name")
-            die(f"could not write {final}: {reason}. Nothing of it is left; make room, then {then}")
+            die(f"could not write {self.ckpt}/step_{step}: {reason}. Nothing of it is left; make room, then "
+                f"{then}")
         self.saved = step
         if self.env.master:
             whole = [path for _, path in checkpoints(self.folder) if complete(path)]
@@ -492,43 +446,13 @@ class Run:
             for path in whole[:-keep]:
                 discard(path)
 
-    def _write(self, step, write, state, final, aside):
-        """the model's files, then every rank's state, then the marker that makes it a checkpoint"""
-        final.mkdir(parents=True, exist_ok=True)
-        sync(self.ckpt)
-        if self.env.master:
-            self._sweep(step)
-            aside.mkdir()
-            write(aside)
-            for path in [p for p in aside.rglob("*") if p.is_file()]:
-                sync(path)
-            for path in aside.iterdir():
-                os.replace(path, final / path.name)
-            aside.rmdir()
-        own = final / f"state_{self.env.rank}_of_{self.env.world}.pt"
-        state = plain(state)
-        write_whole(own, lambda f: torch.save(state, f))
-        if self.env.master:
-            meta = json.dumps({"step": step, "world": self.env.world})
-            write_whole(final / "meta.json", lambda f: f.write(meta.encode()))
-
     def keep_best(self, step, write):
         """
         write(folder) fills FOLDER/best/step_N, which no later checkpoint removes. The one kept
         before goes when this one is whole. Every rank calls it, and waits for rank 0.
         """
         if self.env.master:
-            best = self.folder / "best"
-            final = best / f"step_{step}"
-            aside = best / f"step_{step}.tmp"
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            write(aside)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(aside, final)
-            for older in best.iterdir():
-                if older != final:
-                    shutil.rmtree(older)
+            replace_folder(self.folder / "best", f"step_{step}", write)
         barrier()
 
     def latest(self):
@@ -540,7 +464,10 @@ class Run:
         world = complete(path)
         if not world:
             die(f"{path} is not a complete checkpoint: its meta.json or a state file is missing")
-        return [_load(path / f"state_{r}_of_{world}.pt") for r in range(world)]
+        try:
+            return [read_state(path / f"state_{r}_of_{world}.pt") for r in range(world)]
+        except ValueError as e:
+            die(e)
 
     # --- the end
 
@@ -552,31 +479,16 @@ class Run:
     def log_machine(self):
         """on a CPU, once: what the times of this run depend on, and what its bits do not"""
         env = self.env
-        if not env.master or env.device.type != "cpu":
-            return
-        count = env.threads.most
-        threads = f"{count} thread{'s' * (count > 1)}"
-        bits = "not repeatable"
-        if env.deterministic:
-            bits = f"repeatable bit for bit with {threads}"
-        if env.deterministic and same_bits(env.device.type, env.dtype):
-            bits += ", or any other number"
-        self.log(f"{threads}, {env.threads.why}. {_gflops():.0f} GFLOP/s per thread in fp32; {bits}")
+        if env.master and env.device.type == "cpu":
+            self.log(machine.introduced(env, same_bits(env.device.type, env.dtype)))
 
     def pace(self, step, steps, numbers):
         """
         Once per step, on every rank: how long it takes here, and whether that has changed. The number
         of threads follows the cores that other processes leave free. numbers: those of the step
         """
-        if self.env.device.type != "cpu":
-            return
-        names = dict(rollout="rollout_tok_s", update="train_tok_s", training="tokens_per_second")
-        rates = {stage: numbers[name] for stage, name in names.items() if numbers.get(name)}
-        stages = numbers["t_pack"] + numbers["t_train"] + numbers["t_opt"]
-        seconds = numbers.get("t_step", stages)        # pretraining has no stages but these
-        machine.follow()
-        for line in [self.env.threads.say(), *self.env.pace.step(step, steps, seconds, rates)]:
-            if line:
+        if self.env.device.type == "cpu":
+            for line in machine.after_step(self.env, step, steps, numbers):
                 self.log(line)
 
     def stopping(self):
@@ -596,21 +508,3 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         self.files, self.handlers, self.wandb = {}, {}, None
-
-
-def _step(line):
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):     # the half line of a killed process
-        return math.inf
-
-
-def _load(path):
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:
-        die(f"{path} holds more than tensors, numbers, strings and lists. Reading it would run code that is "
-            "written in it, so it is not read: begin under another --name (--init takes the model alone)")
-    except (RuntimeError, EOFError) as e:
-        said = str(e).partition("\n")[0][:100]
-        die(f"{path} is damaged ({said}): remove {path.parent}, and --resume takes the checkpoint before it")

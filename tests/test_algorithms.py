@@ -416,6 +416,7 @@ def test_clip_cov_stops_and_kl_cov_holds_the_marked_tokens():
     marked = covariant(groups, clip)
     W, h = torch.randn(9, 4, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
     batch = pack.rows([segment for s in groups[0] for segment in pack.alone(s)])
+    batch.weight_N.fill_(1)              # not those of the aggregation
     top_N = algos.by_address(marked, batch)
 
     def per_token(config, **kw):
@@ -448,7 +449,7 @@ def test_reset_makes_the_kl_zero_and_the_loss_continuous():
 
     full, without = both()
     assert full > without, "the policy went away from its reference"
-    stages.reset(rl)
+    nanorl.reset(rl)
     after, same = both()
     assert after == same == without, "what is left is the loss as it was, less the KL"
     assert rl.optimizer.steps == 0 and all((s.m == 0).all() for s in rl.optimizer.shards)

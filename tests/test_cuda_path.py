@@ -297,13 +297,12 @@ def test_the_budget_counts_pages_and_one_half_gradient():
     """A half-precision gradient is gone once it is in its fp32 sum: counting all of them at once
     was 16 GB too much for 8B. Keys come in pages: 138 tokens take 160."""
     shape, config = GPTConfig(**SHAPE), nanorl.Config(row_tokens=100)
-    parts = memory.budget(shape, config, 2, 1, 4, 130)
+    parts = memory.fixed(shape, config, 2, 1, 130)
     sizes = [p.numel() for p in GPT(shape).parameters()]
     assert parts["gradients"] == 4 * sum(sizes) + 2 * max(sizes)
     pool = Pool(shape, torch.bfloat16, torch.device("cpu"), 4, 130)
-    assert parts["KV cache"] == pool.k.nbytes + pool.v.nbytes
+    assert memory.full_cache(shape, 2, 4, 130, paged=True) == pool.k.nbytes + pool.v.nbytes
     # a tile is no wider
-    assert parts["head"] < memory.budget(GPTConfig(**SHAPE | dict(vocab_size=6100)),
-                                         config, 2, 1, 4, 130)["head"]
+    assert parts["head"] < memory.fixed(GPTConfig(**SHAPE | dict(vocab_size=6100)), config, 2, 1, 130)["head"]
     model = GPT(shape).to(torch.bfloat16)
     assert parts["weights"] == sum(p.nbytes for p in model.parameters())

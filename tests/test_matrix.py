@@ -29,7 +29,7 @@ import train_gpt
 import ttrl
 from bench import kill
 from bench import opd as bench_opd
-from common import flags, hf, run
+from common import files, flags, hf, run
 from data import Problem
 from examples import darling
 from test_ttrl import Letters
@@ -321,6 +321,24 @@ def test_a_base_is_not_trained_for_a_task_that_is_none(tmp_path, monkeypatch, ca
                                                            "--device", "cpu"])
 
 
+def test_a_base_that_is_missing_is_trained_or_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    env = run.start("cpu", threads=1)
+    asked = []
+    monkeypatch.setattr(train_gpt, "main", asked.append)
+    for folder in ("somewhere", "runs/other", "base"):
+        train_gpt.train_missing(folder, env)
+    assert not asked, "only runs/PRESET is known"
+    train_gpt.train_missing("runs/small", env)
+    Path("runs/small").mkdir(parents=True)
+    Path("runs/small/config.json").write_text("{}")
+    train_gpt.train_missing("runs/small", env)
+    assert asked == [["--preset", "small"], ["--preset", "small", "--resume"]]
+    with pytest.raises(SystemExit):
+        train_gpt.train_missing("runs/small", env, dry_run=True)
+    assert "runs/small is not trained yet" in capsys.readouterr().err and len(asked) == 2
+
+
 def test_a_step_says_what_it_holds(tiny, capsys):
     """--prompts above the problems there are: a step was smaller, and no line said so"""
     nanorl.main([*RL, "--prompts", "9", "--problems", "4", "--steps", "1"])
@@ -386,11 +404,11 @@ def test_a_folder_of_pickled_weights_is_refused(tmp_path, capsys, monkeypatch):
 
 def test_a_state_is_plain():
     state = {"a": np.float64(0.5), "b": [np.arange(3), (np.bool_(True), None)], 3: {"c": torch.ones(2)}}
-    plain = run.plain(state)
+    plain = files.plain(state)
     assert plain["a"] == 0.5 and type(plain["a"]) is float
     assert plain["b"] == [[0, 1, 2], (True, None)] and plain[3]["c"] is state[3]["c"]
     with pytest.raises(TypeError, match=r"state\.x\[1\] is a set"):
-        run.plain({"x": [1, {2}]})
+        files.plain({"x": [1, {2}]})
 
 
 # -----------------------------------------------------------------------------

@@ -451,6 +451,17 @@ def test_a_card_that_is_not_here(model_folder, capsys):
         assert "it fits" in again and f"tokens: {samples} samples of" in again
 
 
+def test_the_cache_of_a_card_is_counted_in_pages(model_folder, capsys):
+    """the table multiplied slots by tokens, while a pool takes whole pages and room for what is cut off"""
+    shape = fits.shape_of("Qwen2.5-0.5B")
+    out = dry(capsys, "--card 24 --host 64 --slots 400")
+    size, longest = re.search(r"KV cache +([\d.]+).*", out)[1], re.search(r"of up to ([\d,]+)", out)[1]
+    longest = int(longest.replace(",", ""))
+    paged = memory.full_cache(shape, 2, 400, longest, paged=True)
+    assert float(size) == pytest.approx(paged / 1e9, abs=1e-3)
+    assert paged > 1.01 * memory.full_cache(shape, 2, 400, longest, paged=False)
+
+
 def test_a_host_that_is_too_small(model_folder, capsys):
     out = dry(capsys, "--card 8 --host 4")
     assert "--offload" not in out.split("it does not fit")[1]

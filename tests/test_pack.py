@@ -32,6 +32,7 @@ class Sample:                          # what the sampler hands over, as far as 
     kept: list | None = None
     reward: float = 0.0
     advantage: object = nan
+    weight: float = 1.0
 
 
 def sample(rng, prompt, n, problem=0, index=0):
@@ -278,6 +279,16 @@ def test_a_prompt_row_predicts_the_first_token_of_each_response():
     assert batch.cu_seqlens == [0, 3, 4, 6, 8] and batch.parent == [-1, 0, 0, 0]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 3, 4, 3, 4]
     assert batch.at_N.tolist() == [2, 2, 4, 2, 6] and batch.targets_N.tolist() == [1, 2, 2, 2, 2]
+
+
+def test_a_weight_travels_and_a_sample_of_weight_zero_is_in_no_row():
+    group = [Sample([1, 2], [3, 4], [-0.5, nan], weight=0.25),
+             Sample([1, 2], [5], [-0.5], index=1, weight=0.0),
+             Sample([1, 2], [6], [-0.5], index=2, weight=2.0)]
+    (batch,) = pack.batches([group], 64, SHAPE)
+    weights = {batch.samples[s].index: w for s, w in zip(batch.sample_N.tolist(), batch.weight_N.tolist())}
+    assert weights == {0: 0.25, 2: 2.0} and len(batch.weight_N) == 2
+    assert pack.batches([group[1:2]], 64, SHAPE, rank=1, ranks=2) == [], "nothing to learn, so no row"
 
 
 def test_a_second_turn_hangs_under_the_first():
