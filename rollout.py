@@ -28,14 +28,14 @@ from itertools import count, islice
 
 import torch
 
-from common import cpu, machine
+from common import cpu, machine, parity
 from common.deal import Feed
 from common.flags import die, flags, moved, positive, truncation, without_effect
 from common.pages import Pages, PagesView, Pool
 from common.run import progress, start
 from common.slabs import Slabs
 from data import begun
-from kernels import address, draw, linear_logits, picked, uniform_at
+from kernels import address, draw, draw_alike, linear_logits, picked, uniform_at
 
 NAN = math.nan
 
@@ -404,10 +404,14 @@ class Sampler:
         """A token per sequence from the hidden state of its last: drawn, written, and made the next
         input."""
         c = b.columns
-        logits_BV = linear_logits(hidden_BD, self.model.head_weight)
+        weight = self.model.head_weight
         uniform_B = uniform_at(c.address, c.count) if b.noise is None else b.noise[b.steps % AHEAD]
         truncation = (c.top_k, c.top_p) if b.truncated else ()
-        token_B, logp_B, kept_B = draw(logits_BV, uniform_B, c.temperature, *truncation)
+        if parity.ON:
+            token_B, logp_B, kept_B = draw_alike(hidden_BD, weight, uniform_B, c.temperature, *truncation)
+        else:
+            logits_BV = linear_logits(hidden_BD, weight)
+            token_B, logp_B, kept_B = draw(logits_BV, uniform_B, c.temperature, *truncation)
         self.tokens.index_copy_(0, c.write_at, token_B)
         self.logprobs.index_copy_(0, c.write_at, logp_B)
         if b.truncated:

@@ -37,11 +37,12 @@ import numpy as np
 import torch
 
 import data
+import kernels
 import pack
 import train_gpt
 from algos import (Algo, address, advantage, aggregated, covariant, make_loss, predicting,
                    with_algorithm)
-from common import hf, machine, memory, view
+from common import hf, machine, memory, parity, view
 from common.deal import Feed
 from common.flags import (check_day, check_minutes, check_name, die, moved, positive, shares, truncation,
                           without_effect)
@@ -94,6 +95,7 @@ class Common:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
     threads: int = 0                     # CPU threads; 0: the cores that are free, shared by the ranks
     deterministic: bool | None = None    # repeatable bit for bit; none: on CPU
+    parity: bool = False  # log-probs of sampler and trainer equal to the bit, on CUDA; slower
     resume: bool = False                 # continue runs/NAME
     wandb: str = ""                      # a wandb project, if curves should go there too
 
@@ -223,6 +225,7 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
     """-> RL. problems: to train on, instead of the task's. reward: a task or my.py:score, instead
     of config.task's own. longest: tokens of the longest prompt that will come, if above these.
     task: instead of config.task. teacher: a model that the caller loads later, and needs room for."""
+    parity.prepare(config.parity)
     env = start(config.device, config.dtype, config.threads, config.deterministic, begun_with(config))
     if isinstance(config, Algo):
         config = with_algorithm(config)
@@ -233,6 +236,8 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
         task = data.load(task or config.task)
         reward = reward or config.task
         check(reward)
+        if config.parity and not config.dry_run:
+            parity.check(env.device)
     except (ValueError, FileNotFoundError) as e:
         die(e)
     find_base(config, env)
@@ -261,6 +266,8 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
 
         if config.dry_run:
             return RL(config, env, model, tok, task, None, None, problems, longest=need)
+        if config.parity:
+            parity.use(model, kernels)
         reference = None
         if config.kl_coef:
             reference = GPT.from_hf(folder, dtype=env.dtype).requires_grad_(False)

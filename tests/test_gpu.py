@@ -8,6 +8,11 @@ this file and the scripts of the root; two minutes on one card.
 The measure throughout: error against float64 at most twice that of plain torch in the same
 precision, and a few roundings.
 """
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -273,14 +278,13 @@ def test_a_decode_step_waits_for_nothing():
     sampler = Sampler(model, (), slots=12)
     for i in range(12):
         sampler.submit(i, [1 + i, 2, 3], 1, 100, top_p=0.9 if i % 2 else 1.0)
-    while len(sampler.rows) < 12 or sampler.batch is None:
+    while len(sampler.running) < 12 or sampler.batch is None:
         sampler.step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.inference_mode():
             for _ in range(3):
-                sampler._advance(sampler.batch)
                 sampler._eager(sampler.batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -386,3 +390,32 @@ def test_a_model_in_half_precision_is_the_model():
     assert float((results[0][0] - results[1][0]).abs().mean()) < 0.05
     for a, b in zip(*results):
         assert float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)) > 0.99
+
+
+# -----------------------------------------------------------------------------
+# --parity, in a process of its own: cuBLAS reads its switches once
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+    """-> what `python -m bench gpu --part parity` found on the 0.6B shape"""
+    out = str(tmp_path_factory.mktemp("parity"))
+    done = subprocess.run([sys.executable, "-m", "bench", "gpu", "--part", "parity", "--out", out],
+                          cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print("\n" + done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_row_has_the_same_bits_in_every_company(sides):
+    """Row 0, and every other, of each product of the model and of each step, in 1 to 4,096 rows."""
+    assert sides["with parity"]["unlike"] == []
+
+
+def test_sampler_and_trainer_agree_to_the_bit(sides):
+    """Over 1,000 tokens; without --parity they do not, or the test sees nothing."""
+    fast, parity = sides["as it is"], sides["with parity"]
+    assert parity["tokens"] >= 1000 and parity["not equal"] == 0 and parity["largest"] == 0
+    assert fast["not equal"] > 0
+    print(f"\n--parity costs {sides['price of a decode step']:.2f}x a decode step, "
+          f"{sides['price of an update']:.2f}x an update of 1,000 tokens")

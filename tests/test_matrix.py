@@ -81,7 +81,7 @@ COMMON = dict(
     tis=(["0", "1", "2"], ["0.99", "-1", "0 --top-p 0.9"]), lr=SIZE, muon_lr=SIZE, warmup=OFF, decay=SHARE,
     weight_decay=SIZE, clip=SIZE, row_tokens=COUNT, slots=OFF, workers=COUNT, save_every=COUNT, seed=SEED,
     date=DATE, checkpoint=SWITCH, offload=SWITCH, grads=(["auto", "whole", "sharded"], ["zero", ""]),
-    device=PLACE, dtype=DTYPE, threads=OFF, deterministic=SWITCH, resume=SWITCH, wandb=ANY)
+    device=PLACE, dtype=DTYPE, threads=OFF, deterministic=SWITCH, parity=SWITCH, resume=SWITCH, wandb=ANY)
 ALGO = dict(
     algo=(["grpo", "dr_grpo"], ["gpro", ""]), baseline=(["loo", ""], ["none"]),
     ratio=(["sequence --minibatch 1", "token"], ["sequence", "all"]),
