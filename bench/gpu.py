@@ -18,6 +18,7 @@ a process of its own with a limit of its own, so that one failure loses nothing.
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,8 +34,9 @@ from bench import ROOT, finish
 from common.files import write_whole
 from common.flags import flags
 
+TESTS = "-m pytest -q -m gpu -k 'not parity' tests/test_gpu.py"          # which is a part of its own
 PARTS = {                                # seconds at most; the command, and the tiny one
-    "tests": (150, "-m pytest -q -m gpu tests/test_gpu.py", "-m pytest -q -m gpu tests/test_gpu.py"),
+    "tests": (150, TESTS, TESTS),
     "decode": (120, "-m bench rollout --parts f --repeats 1", "-m bench rollout --parts f"),
     "kernels": (120, "-m bench kernels --repeats 3 --no-compile", "kernels.py"),
     "step": (120, "-m bench gpu --part step", "-m bench gpu --part step --tiny"),
@@ -189,7 +191,7 @@ def one_part(config):
 
 def run(name, command, limit, out):
     """-> {ok, seconds, numbers or what it said last}"""
-    argv = [sys.executable, *command.split()]
+    argv = [sys.executable, *shlex.split(command)]
     if "bench gpu" in command:
         argv += ["--out", str(out / name)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

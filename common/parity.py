@@ -177,8 +177,8 @@ def attended(steps, c, rand, length=200, page=32):
     q = rand(length, c.n_head, c.head_dim)
     k, v = rand(2, length, c.n_kv_head, c.head_dim)
     whole = steps.packed_attention([0, length], length)(0, q, k, v)
-    behind = steps.packed_attention([0, 7, 7 + length], length)(
-        0, *(torch.cat((x[:7], x)) for x in (q, k, v)))[7:]
+    twice = [torch.cat((x, x)) for x in (q, k, v)]
+    behind = steps.packed_attention([0, length, 2 * length], length)(0, *twice)[length:]
     room = 1 + -length % page                                # of the last key, and behind it
     pages = [F.pad(x[:-1], (0, 0, 0, 0, 0, room)).unflatten(0, (-1, page)) for x in (k, v)]
     table = torch.arange(len(pages[0]), dtype=torch.int32, device=q.device).unsqueeze(0)

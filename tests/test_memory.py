@@ -526,6 +526,28 @@ def test_the_page_has_the_table():
     assert shown == fits.table(fits.Config())[0]
 
 
+@pytest.mark.parametrize("model", ["Qwen2.5-0.5B", "Qwen2.5-1.5B"])
+def test_the_commands_for_gsm8k_fit(model):
+    """those of docs/memory.md, on the cards of 12 and 24 GB that they stand below, with a prompt of up to
+    300 tokens and a host of 32 GB; without their flags they would not"""
+    page = (Path(__file__).resolve().parent.parent / "docs/memory.md").read_text()
+    commands = page.split(f"# {model}-Instruct, 12 GB and 24 GB")[1].splitlines()[1:3]
+    shape = fits.shape_of(model)
+
+    def left(words, card):
+        config, _ = nanorl.configure(words)
+        longest = config.max_new + 300
+        parts = memory.fixed(shape, config, 2, 1, longest)
+        assert memory.on_host(shape, config, 1) < 32e9
+        return memory.samples_left(parts, shape, 2, card * 1e9, longest)
+
+    for card, command in zip((12, 24), commands):
+        words = command.removeprefix("python nanorl.py ").split()
+        assert left(words, card) >= memory.FEW, command
+    plain = [w for w in commands[0].split()[2:] if w not in ("--checkpoint", "--offload")]
+    assert left(plain, 12) < memory.FEW
+
+
 # -----------------------------------------------------------------------------
 # the script for the day with a GPU
 
