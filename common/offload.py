@@ -31,7 +31,7 @@ PAGE = 4096              # bytes of the host's memory that are page-locked toget
 
 
 def host_free():
-    """-> bytes that this machine still has, or its container; None where the system does not say."""
+    """-> bytes that this machine or its container still has; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -79,8 +79,8 @@ def pinned(owner, numbers, device):
 
 
 def forget_error(device):
-    """A call of CUDA's runtime that failed leaves its error behind, and this thread's next kernel, of
-    whatever it is, would raise it: an addition that may fail takes it away."""
+    """A call of CUDA's runtime that failed leaves its error behind, and this thread's next kernel,
+    whatever that is, would raise it: an addition that may fail takes it away."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device=device).add_(1)
 
@@ -156,8 +156,8 @@ class Host:
 def work_off(jobs, buffers, failed, device):
     """The thread: waits for a copy, adds, hands the buffer back. A failure is raised by settle()."""
     torch.set_flush_denormal(True)         # of this thread; start() sets it for the main one
-    if device.type == "cuda":              # or its first call would take memory of the first GPU, for
-        torch.cuda.set_device(device)      # every rank
+    if device.type == "cuda":              # or every rank's thread would take memory of the first GPU
+        torch.cuda.set_device(device)
     while job := jobs.get():
         event, buffer, total, there, first, kept = job
         try:
@@ -246,7 +246,7 @@ def state_of(model, env):
 @torch.no_grad()
 def load_state(model, state, env):
     """Takes a state dict, wherever the model lives."""
-    if env.device.type == "cuda":          # copies of the last forward may still read the host's blocks
+    if env.device.type == "cuda":          # the last forward's copies may still read them
         torch.cuda.synchronize(env.device)
     for name, p in model.named_parameters():
         home = getattr(p, "home", p.data)

@@ -325,7 +325,7 @@ def _launch(q, k, v, cu_q, cu_k, table, segments, max_q, page, kv_heads):
         table.stride(0) if page else 0, PAGE=page, KV=kv_heads, GROUP=H // kv_heads, HD=hd,
         BLOCK_G=group, BLOCK_Q=queries, BLOCK_D=block_d,
         BLOCK_N=64 if block_d * q.element_size() <= 256 else 32,
-        num_warps=4, num_stages=2, enable_fp_fusion=False)   # the compiler might fuse one kind otherwise
+        num_warps=4, num_stages=2, enable_fp_fusion=False)   # or it might fuse in one kind alone
     return out
 
 

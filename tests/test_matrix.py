@@ -584,6 +584,7 @@ COMMON_EFFECTS = PLACES | dict(
     offload=("memory", "of the device: it is the host's"),
     grads=("memory", "of gradients, with several ranks"),
     deterministic=("time", "of a GPU, where repeatable sums are slower"),
+    parity=("metrics", "sampler_kl on a GPU is 0: test_parity_of_sampler_and_trainer"),
     resume=("files", "continues those that are there: test_..resumed_equals_never_stopped"))
 SECOND = "--epochs 3 --lr 1e-2 --decay 0 --max-new 12"             # ratios leave 1
 ALGO_EFFECTS = dict(
