@@ -153,8 +153,8 @@ def _by_backend(cu_q, keys, make):
         # the packages take half precision, and heads of 8, 16, ... 256
         half = q.dtype in (torch.bfloat16, torch.float16) or not q.is_cuda
         fits = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-        name = picked("train", q.device.type)
-        return make(name if fits or name == "parity" else "torch")(layer, q, k, v)
+        name = picked("train", q.device.type) if parity.ON or fits else "torch"
+        return make(name)(layer, q, k, v)
 
     return attend
 

@@ -116,7 +116,8 @@ def test_rooms_share_no_page(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
     monkeypatch.setattr(offload, "forget_error", forgotten.append)
     gpu_like = SimpleNamespace(type="cuda")
-    rooms = [offload.pinned(fake, numbers, gpu_like) for numbers in (3, 5000, 7)]
+    owner = net()
+    rooms = [offload.pinned(owner, numbers, gpu_like) for numbers in (3, 5000, 7)]
     assert [len(room) for room in rooms] == [3, 5000, 7] and not any(room.any() for room in rooms)
     pages = [range(at // offload.PAGE, (at + size) // offload.PAGE) for at, size in locked]
     assert all(at % offload.PAGE == size % offload.PAGE == 0 for at, size in locked)
