@@ -33,7 +33,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from common import cpu
+from common import cpu, parity
 from common.backend import (PROBED_ROW, PROBES, candidates, choose, chosen, expect, expect_dense,
                             expect_heads, expect_ids, flash, flash_decode, in_one_call, jit, longest,
                             packages_take, report, tl, triton, varlen)
@@ -108,7 +108,7 @@ def _by_backend(cu_q, ranges, keys, twin):
         expect("k", k, (keys, k.shape[1], q.shape[2]), (q.dtype,))
         expect("v", v, k.shape, (q.dtype,))
         assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads"
-        name = picked("train", q.device.type) if packages_take(q) else "torch"
+        name = picked("train", q.device.type) if parity.ON or packages_take(q) else "torch"
         return made(name)(layer, q, k, v)
 
     return attend
@@ -313,6 +313,8 @@ def _slices(rows_ND, vocab):
 
 def _product(a, b):
     """a @ b, not rounded to half precision: a logit of 20 in bf16 is off by up to 0.06."""
+    if parity.ON and parity.PRODUCT == "triton":
+        return parity.multiply(a, b.t(), dtype=torch.float32)
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     z = cpu.matmul_t(a, b.t())
@@ -403,7 +405,7 @@ BACKWARD_TILE = TILE    # and half of it again for their gradient in bf16
 
 
 @jit
-def _online_kernel(z, ids, m_N, s_N, t_N, at_NK, low, width, K, inv_temperature,
+def _online_kernel(z, ids, m_N, s_N, t_N, at_NK, inverse_N, low, width, K,
                    BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr):
     """Folds one row of a tile of logits z[low : low + width] into three running numbers (online
     softmax, arXiv 1805.02867):
@@ -412,13 +414,14 @@ def _online_kernel(z, ids, m_N, s_N, t_N, at_NK, low, width, K, inv_temperature,
     lse = m + log s,  H = log s - t / s.  Ids that fall into the tile are read off."""
     row = tl.program_id(0).to(tl.int64)
     z += row * width
+    inverse = tl.load(inverse_N + row)     # of the temperature
     m = tl.load(m_N + row)
     s = tl.load(s_N + row)
     t = tl.load(t_N + row)
 
     for block in range(0, width, BLOCK_V):
         cols = block + tl.arange(0, BLOCK_V)
-        x = tl.load(z + cols, mask=cols < width, other=-float("inf")) * inv_temperature
+        x = tl.load(z + cols, mask=cols < width, other=-float("inf")) * inverse
         m_new = tl.maximum(m, tl.max(x, 0))
         rescale = tl.exp(m - m_new)
         e = tl.exp(x - m_new)
@@ -435,7 +438,7 @@ def _online_kernel(z, ids, m_N, s_N, t_N, at_NK, low, width, K, inv_temperature,
     offsets = row * K + k
     cols = tl.load(ids + offsets, mask=k < K, other=-1) - low
     mask = (cols >= 0) & (cols < width) & (k < K)
-    tl.store(at_NK + offsets, tl.load(z + cols, mask=mask, other=0.0) * inv_temperature, mask=mask)
+    tl.store(at_NK + offsets, tl.load(z + cols, mask=mask, other=0.0) * inverse, mask=mask)
 
 
 @jit
@@ -473,26 +476,36 @@ def _dlogits_kernel(z, dz, ids, m_N, log_s_N, entropy_N, grad_NK, grad_entropy_N
 
 
 def _tiles(rows, vocab, numbers):
-    """Slices of the vocabulary whose logits, all rows together, are about `numbers`."""
-    width = max(1024, numbers // max(1, rows) // 128 * 128)
+    """Slices of the vocabulary whose logits, all rows together, are about `numbers`; with --parity of
+    one width."""
+    width = parity.WIDTH if parity.ON else max(1024, numbers // max(1, rows) // 128 * 128)
     return [(low, min(low + width, vocab)) for low in range(0, vocab, width)]
+
+
+def _fold(hidden_ND, weight_VD, ids_NK, inverse_N, logits_NV=None):
+    """-> at, m, s, t of _online_kernel over the whole vocabulary. inverse_N: 1 / temperature. logits_NV:
+    filled, for a sampler, which needs them all."""
+    N, K = ids_NK.shape
+    m_N = torch.full_like(inverse_N, -1e30)
+    s_N = torch.zeros_like(m_N)
+    t_N = torch.zeros_like(m_N)
+    at_NK = m_N.new_empty(N, K)
+    for low, high in _tiles(N, weight_VD.shape[0], FORWARD_TILE):
+        z = _product(hidden_ND, weight_VD[low:high].t())  # (N, tile)
+        _online_kernel[(N,)](
+            z, ids_NK, m_N, s_N, t_N, at_NK, inverse_N, low, high - low, K,
+            BLOCK_V=1024, BLOCK_K=max(16, triton.next_power_of_2(K)), num_warps=4)
+        if logits_NV is not None:
+            logits_NV[:, low:high] = z
+        del z  # so that the next tile gets the same, still cached, memory
+    return at_NK, m_N, s_N, t_N
 
 
 class _LogprobFused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, ids_NK, temperature):
-        N, K = ids_NK.shape
-        m_N = hidden_ND.new_full((N,), -1e30, dtype=torch.float32)
-        s_N = torch.zeros_like(m_N)
-        t_N = torch.zeros_like(m_N)
-        at_NK = m_N.new_empty(N, K)
-        for low, high in _tiles(N, weight_VD.shape[0], FORWARD_TILE):
-            z = _product(hidden_ND, weight_VD[low:high].t())  # (N, tile)
-            _online_kernel[(N,)](
-                z, ids_NK, m_N, s_N, t_N, at_NK, low, high - low, K, 1 / temperature,
-                BLOCK_V=1024, BLOCK_K=max(16, triton.next_power_of_2(K)), num_warps=4)
-            del z  # so that the next tile gets the same, still cached, memory
-
+        inverse_N = hidden_ND.new_full((len(ids_NK),), temperature, dtype=torch.float32).reciprocal()
+        at_NK, m_N, s_N, t_N = _fold(hidden_ND, weight_VD, ids_NK, inverse_N)
         log_s_N = s_N.log()
         entropy_N = log_s_N - t_N / s_N
         ctx.save_for_backward(hidden_ND, weight_VD, ids_NK, m_N, log_s_N, entropy_N)
@@ -554,6 +567,11 @@ def linear_logprob_at(hidden_ND, weight_VD, ids_NK, temperature=1.0):
     return _logprob(hidden_ND, weight_VD, ids_NK, temperature)[0]
 
 
+def logits_of(hidden_ND, weight, bias=None):
+    """A tile of logits, as the log-probs are made of."""
+    return _product(hidden_ND, weight.t())
+
+
 def linear_topk(hidden_ND, weight_VD, k, temperature=1.0):
     """-> ids_NK and logp_NK of the k most likely tokens of each row, most likely first."""
     V = weight_VD.shape[0]
@@ -570,6 +588,8 @@ def linear_topk(hidden_ND, weight_VD, k, temperature=1.0):
 
 def linear(x, weight, bias=None, strided=False):
     """x W^T + b. strided: the result goes into another step at once, and may be a transposed view."""
+    if parity.ON and parity.PRODUCT == "triton":
+        return parity.linear(x, weight, bias)
     return cpu.linear(x, weight, bias, strided) if cpu.fp32(x) else F.linear(x, weight, bias)
 
 
@@ -1079,12 +1099,33 @@ def draw(logits_NV, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
     return token_N, logp_N, kept_N
 
 
+def draw_next(hidden_ND, weight_VD, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
+    """draw() of the logits that follow from the hidden states."""
+    args = uniform_N, temperature_N, top_k_N, top_p_N
+    if parity.ON:
+        return draw_alike(hidden_ND, weight_VD, *args)
+    return draw(linear_logits(hidden_ND, weight_VD), *args)
+
+
+def draw_alike(hidden_ND, weight_VD, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
+    """draw(), with --parity: the logits, and of the token that they give the log-prob, are those of
+    linear_logprob to the bit."""
+    logits_NV = hidden_ND.new_empty(len(hidden_ND), len(weight_VD), dtype=torch.float32)
+    inverse_N = torch.where(temperature_N == 0, 1.0, temperature_N).reciprocal()
+    ids_N1 = torch.zeros_like(temperature_N, dtype=torch.int64).unsqueeze(1)      # not known yet
+    _, m_N, s_N, _ = _fold(hidden_ND.contiguous(), weight_VD, ids_N1, inverse_N, logits_NV)
+    token_N, _, kept_N = draw(logits_NV, uniform_N, temperature_N, top_k_N, top_p_N)
+    at_N = logits_NV.gather(1, token_N.unsqueeze(1)).squeeze(1) * inverse_N
+    return token_N, at_N.sub_(m_N).sub_(s_N.log()), kept_N
+
+
 # -----------------------------------------------------------------------------
 # which backend runs
 
 RUNS = {
-    "train": {"flash": flash, "varlen": varlen, "torch": None},
-    "decode": {"flash": flash_decode, "triton": _triton_decode, "torch": decode_attention_torch},
+    "train": {"flash": flash, "varlen": varlen, "parity": parity.packed, "torch": None},
+    "decode": {"flash": flash_decode, "triton": _triton_decode, "parity": parity.decode,
+               "torch": decode_attention_torch},
     "fused": {"triton": (_LogprobFused.apply, _NormRope.apply, _Swiglu.apply),
               "torch": (_LogprobAt.apply, qk_norm_rope_torch, swiglu_torch)},
 }
@@ -1100,14 +1141,16 @@ def outcome(what, name, kind, low, dtype):
 
 def picked(what, kind):
     """The name of what runs "train" attention, "decode" attention or the "fused" steps there."""
-    return chosen(what, kind) or choose(what, kind, candidates(what, kind), outcome)
+    name = chosen(what, kind) or choose(what, kind, candidates(what, kind), outcome)
+    return "parity" if parity.ON and what != "fused" else name
 
 
 def backend(device):
     """In words, for the log. Picks what has not been picked: call it before the first step, because a
     CUDA graph cannot be captured around a check."""
     kind = torch.device(device).type
-    return report(kind, {what: picked(what, kind) for what in RUNS})
+    said = report(kind, {what: picked(what, kind) for what in RUNS})
+    return f"{said}; {parity.FOUND}" if parity.ON else said
 
 
 def main():

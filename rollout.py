@@ -38,7 +38,7 @@ from common.pages import Pages, PagesView, Pool, recorded
 from common.run import progress, start
 from common.slabs import Slabs
 from data import begun
-from kernels import address, draw, linear_logits, picked, uniform_at
+from kernels import address, draw_next, picked, uniform_at
 
 NAN = math.nan
 
@@ -401,9 +401,9 @@ class Sampler:
         if hidden_BD is None:
             b.view.advance(c.position)
             hidden_BD = b.forward(c.token, c.position, b.view.attend)
-        logits_BV = linear_logits(hidden_BD, self.model.head_weight)
         truncation = (c.top_k, c.top_p) if b.truncated else ()
-        token_B, logp_B, kept_B = draw(logits_BV, self._uniform(b), c.temperature, *truncation)
+        token_B, logp_B, kept_B = draw_next(
+            hidden_BD, self.model.head_weight, self._uniform(b), c.temperature, *truncation)
         self.tokens.index_copy_(0, c.write_at, token_B)
         self.logprobs.index_copy_(0, c.write_at, logp_B)
         if b.truncated:

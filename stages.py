@@ -36,10 +36,11 @@ import numpy as np
 import torch
 
 import data
+import kernels
 import pack
 import train_gpt
 from algos import Algo, address, advantage, covariant, make_loss, predicting, weigh, with_algorithm
-from common import hf, memory, view
+from common import hf, memory, parity, view
 from common.deal import Feed
 from common.flags import check_run, check_sampling, die, moved, positive, shares
 from common.machine import Machine
@@ -82,6 +83,7 @@ class Common(Machine):
     workers: int = 2                     # reward processes of each rank
     save_every: int = 50                 # steps between checkpoints
     seed: int = 0                        # problems and samples
+    parity: bool = False  # log-probs of sampler and trainer equal to the bit, on CUDA; slower
 
     # flags that only some loops have, as they stand in the others: without a type, so no fields
     aggregate = "token"
@@ -167,6 +169,7 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
     """-> RL. problems: to train on, instead of the task's. reward: a task or my.py:score, instead
     of config.task's own. longest: tokens of the longest prompt that will come, if above these.
     task: instead of config.task. teacher: a model that the caller loads later, and needs room for."""
+    parity.prepare(config.parity)
     env = start(config.device, config.dtype, config.threads, config.deterministic, begun_with(config))
     if isinstance(config, Algo):
         config = with_algorithm(config)
@@ -177,6 +180,8 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
         task = data.load(task or config.task)
         reward = reward or config.task
         check(reward)
+        if config.parity and not config.dry_run:
+            parity.check(env.device)
     except (ValueError, FileNotFoundError) as e:
         die(e)
     train_gpt.train_missing(config.init, env, dry_run=config.dry_run)
@@ -205,6 +210,8 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
 
         if config.dry_run:
             return RL(config, env, model, tok, task, None, None, problems, longest=need)
+        if config.parity:
+            parity.use(model, kernels)
         reference = None
         if config.kl_coef:
             reference = GPT.from_hf(folder, dtype=env.dtype).requires_grad_(False)

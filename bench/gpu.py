@@ -11,13 +11,14 @@ a process of its own with a limit of its own, so that one failure loses nothing.
     kernels   log-probs, attention and small kernels against torch and Liger (bench kernels)
     step      GRPO steps of a 0.6B shape: seconds by stage, its peak of memory beside --dry-run's
     offload   the same with --offload: what the way to the host costs
-    product   has a row of a product the same bits whatever else is in the batch? Twice, as it is and
-              without room for split-K, and what that costs: the question before any promise of parity
+    parity    1,000 tokens sampled and trained, as it is and with --parity: how far their log-probs are
+              apart, in which steps a row's bits follow the rows beside it, and what parity costs
     speedrun  ten steps of the 100M pretraining: tokens per second, mfu
 """
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,18 +34,16 @@ from bench import ROOT, finish
 from common.files import write_whole
 from common.flags import flags
 
+TESTS = "-m pytest -q -m gpu -k 'not parity' tests/test_gpu.py"          # which is a part of its own
 PARTS = {                                # seconds at most; the command, and the tiny one
-    "tests": (150, "-m pytest -q -m gpu tests/test_gpu.py", "-m pytest -q -m gpu tests/test_gpu.py"),
+    "tests": (150, TESTS, TESTS),
     "decode": (120, "-m bench rollout --parts f --repeats 1", "-m bench rollout --parts f"),
     "kernels": (120, "-m bench kernels --repeats 3 --no-compile", "kernels.py"),
     "step": (120, "-m bench gpu --part step", "-m bench gpu --part step --tiny"),
     "offload": (90, "-m bench gpu --part offload", "-m bench gpu --part offload --tiny"),
-    "product": (60, "-m bench gpu --part product", "-m bench gpu --part product --tiny"),
+    "parity": (120, "-m bench gpu --part parity", "-m bench gpu --part parity --tiny"),
     "speedrun": (90, "-m bench gpu --part speedrun", "-m bench gpu --part speedrun --tiny"),
 }
-# no room for split-K, which adds in another order for few rows than for many; read at the first CUDA call
-ONE_ORDER = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
-ROWS = (1, 2, 3, 8, 17, 64, 300, 4096)
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Config:
     minutes: float = 7.0                 # of all parts; one that would begin later is left for the next call
     out: str = "runs/gpu"                # the folder of gpu.json and gpu.md, and of what the parts write
     tiny: bool = False                   # tiny shapes, any device
-    part: Literal["", "step", "offload", "product", "speedrun"] = ""  # one, in this process
+    part: Literal["", "step", "offload", "parity", "speedrun"] = ""  # one, in this process
 
 
 # -----------------------------------------------------------------------------
@@ -89,60 +88,89 @@ def step(config, words=""):
     return seconds | peak
 
 
-def product(config):
-    """Both ways, each in a process of its own."""
+def both(config):
+    """As it is and with --parity, each in a process of its own: cuBLAS reads its switches once."""
     found = {}
-    for name, more in (("as it is", {}), ("one order", ONE_ORDER)):
-        code = f"from bench.gpu import rows_alike; rows_alike({config.tiny})"
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **more}
+    for name, on in (("as it is", False), ("with parity", True)):
+        code = f"from bench.gpu import sides; sides({on}, {config.tiny})"
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if not torch.cuda.is_available():
+            env["TRITON_INTERPRET"] = "1"
         done = subprocess.run([sys.executable, "-c", code], env=env, check=True, stdout=subprocess.PIPE,
                               text=True)
+        print(done.stdout)
         found[name] = json.loads(done.stdout.splitlines()[-1])
-    slower = [b / a for a, b in zip(found["as it is"]["ms"], found["one order"]["ms"])]
-    return {name: dict(unlike=part["unlike"]) for name, part in found.items()} | dict(
-        price_of_one_row=slower[0], price_of_4096=slower[-1])
+    price = {f"price of {what}": found["with parity"][what] / found["as it is"][what]
+             for what in ("a decode step", "an update")}
+    return found | price
 
 
-def rows_alike(tiny):
-    """Prints for how many (matrix, rows) row 0 has other bits than alone, and milliseconds by rows."""
-    from bench.rollout import LARGE, SHAPES
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    c = SHAPES["4M"] if tiny else LARGE["0.6B"][0]
-    if device == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    heads = c.n_head * c.head_dim
-    shapes = [(heads + 2 * c.n_kv_head * c.head_dim, c.d_model), (c.d_model, heads), (2 * c.d_ff, c.d_model),
-              (c.d_model, c.d_ff), (c.vocab_size, c.d_model)]
+def sides(on, tiny):
+    """Prints what sampler and trainer say of the same tokens, and the milliseconds of each."""
+    import kernels
+    from bench.rollout import LARGE
+    from common import cpu, parity
+    from rollout import Sampler
+    from train_gpt import GPT, GPTConfig
+    on_gpu = torch.cuda.is_available()
+    shape = GPTConfig(61, 1, 2, 1, 16, 32, 32, 256, 1e4) if tiny else LARGE["0.6B"][0]
+    rows = (1, 2) if tiny else parity.ROWS
+    cpu.ON = False                       # on a CPU, a rehearsal: its stand-ins run in the sampler alone
+    parity.prepare(on)
     torch.manual_seed(0)
-    rows = ROWS[:4] if tiny else ROWS
-    unlike = []
-    ms = [0.0] * len(rows)
-    for N, K in shapes:
-        w = torch.randn(N, K, device=device, dtype=torch.bfloat16) * K**-0.5
-        x = torch.randn(rows[-1], K, device=device, dtype=torch.bfloat16)
-        alone = x[:1] @ w.t()
-        for i, M in enumerate(rows):
-            y = x[:M] @ w.t()
-            if not torch.equal(y[:1], alone):
-                unlike.append([N, K, M])
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(10):
-                x[:M] @ w.t()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            ms[i] += (time.perf_counter() - start) * 100
-    print(json.dumps(dict(unlike=unlike, ms=ms)))
+    model = GPT(shape).to("cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32)
+    with torch.no_grad():                                # init_weights leaves a block the identity
+        for p in model.parameters():
+            p.normal_(std=p.shape[1] ** -0.5) if p.ndim == 2 else p.fill_(1.0)
+    if on:
+        parity.use(model, kernels)
+        print(parity.FOUND)
+    with torch.inference_mode():
+        unlike = parity.trial(model, kernels, rows)
+
+    count, n, max_new = (1, 2, 2) if tiny else (8, 4, 32)
+    prompts = [[(7 * i + j * j) % 61 for j in range(3 + 37 * i)] for i in range(count)]
+    sampler = Sampler(model, (), slots=count * n - 1, max_len=512 if on_gpu else 64, paged=True)
+    sampler.generate(prompts, n, max_new, temperature=0.8)           # captures and compiles
+    begin = sampler.steps_done
+    start = now()
+    groups = sampler.generate(prompts, n, max_new, temperature=0.8, seed=1)
+    decode_ms = (now() - start) * 1e3 / (sampler.steps_done - begin)
+    apart, update_ms = trained(model, groups)
+    print(json.dumps({"unlike": unlike, "tokens": len(apart), "not equal": int((apart != 0).sum()),
+                      "largest": float(apart.max()), "a decode step": decode_ms, "an update": update_ms}))
+
+
+def trained(model, groups):
+    """-> sampled less trained log-probs of these groups, and milliseconds of forward and backward"""
+    import pack
+    from algos import predicting
+    from kernels import linear_logprob
+    apart = []
+    for turn in range(2):                                            # the first compiles
+        start = now()
+        for batch in pack.batches(groups, 1024, model.config, share=True):
+            batch = batch.to(model.head_weight.device)
+            hidden_ND = predicting(model, batch)
+            logp_N, _ = linear_logprob(hidden_ND, model.head_weight, batch.targets_N, 0.8)
+            logp_N.sum().backward()
+            if turn:
+                apart.append((logp_N.detach() - batch.old_logp_N).abs())
+    return torch.cat(apart), (now() - start) * 1e3
+
+
+def now():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def speedrun(config):
     import train_gpt
-    size = "--preset mixed100m --steps 10"
+    size = "--preset mixed100m --eval-docs 64"
     if config.tiny:
-        size = "--preset small --steps 2 --batch 4 --eval-docs 4"
-    train_gpt.main(f"{size} --name hundred --eval-every 1000 --save-every 1000".split())
+        size = "--preset small --batch 4 --eval-docs 4"
+    train_gpt.main(f"{size} --steps 10 --name hundred --eval-every 1000 --save-every 1000".split())
     lines = Path("runs/hundred/metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
     return {k: last[k] for k in ("tokens_per_second", "mfu", "t_train", "t_opt", "loss") if k in last}
@@ -152,7 +180,7 @@ def one_part(config):
     Path(config.out).mkdir(parents=True, exist_ok=True)
     os.chdir(config.out)
     shutil.rmtree("runs", ignore_errors=True)            # of a call that failed
-    made = {"step": step, "product": product, "speedrun": speedrun,
+    made = {"step": step, "parity": both, "speedrun": speedrun,
             "offload": lambda config: step(config, "--offload")}
     return finish(config.part, **made[config.part](config))
 
@@ -163,7 +191,7 @@ def one_part(config):
 
 def run(name, command, limit, out):
     """-> {ok, seconds, numbers or what it said last}"""
-    argv = [sys.executable, *command.split()]
+    argv = [sys.executable, *shlex.split(command)]
     if "bench gpu" in command:
         argv += ["--out", str(out / name)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

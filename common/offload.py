@@ -10,6 +10,7 @@ out of the usual recipe: an optimizer in C++, and asking the user how many buffe
 the same lines run, with second buffers in the place of the card's, so tests reach all but the streams.
 """
 
+import contextlib
 import os
 import queue
 import threading
@@ -23,13 +24,14 @@ import torch.nn.functional as F
 GB = 1e9
 BUFFER = 1 << 24         # bytes of a pinned buffer: large enough for a copy to run at full speed
 BUFFERS = 4              # two on their way, one being added, one to spare
+PAGE = 4096              # bytes of the host's memory that are page-locked together
 
 # -----------------------------------------------------------------------------
 # memory of the host
 
 
 def host_free():
-    """-> bytes that this machine still has, or its container; None where the system does not say."""
+    """-> bytes that this machine or its container still has; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -59,16 +61,28 @@ def expect_room(numbers):
 def pinned(owner, numbers, device):
     """-> fp32 numbers on the host, page-locked as long as their owner lives. torch's own pin_memory
     rounds up to a power of two: up to twice the memory."""
-    room = torch.zeros(numbers)
-    if device.type == "cuda" and numbers:
-        cudart = torch.cuda.cudart()
-        code = int(cudart.cudaHostRegister(room.data_ptr(), room.nbytes, 1))     # 1: portable
-        if code == 0:
-            weakref.finalize(owner, lambda: cudart.cudaHostUnregister(room.data_ptr()))
-        else:                              # only the buffers have to be: it works, and as fast
-            print(f"offload: the host does not pin {room.nbytes / GB:.1f} GB (CUDA error {code}), "
-                  "which stay pageable", flush=True)
+    if device.type != "cuda" or not numbers:
+        return torch.zeros(numbers)
+    # whole pages of its own: a page that two rooms share cannot be locked for both
+    locked = -(-4 * numbers // PAGE) * PAGE
+    room = torch.zeros((locked + PAGE) // 4)
+    room = room[-room.data_ptr() % PAGE // 4 :][:numbers]
+    cudart = torch.cuda.cudart()
+    code = int(cudart.cudaHostRegister(room.data_ptr(), locked, 1))              # 1: portable
+    if code == 0:
+        weakref.finalize(owner, lambda: cudart.cudaHostUnregister(room.data_ptr()))
+    else:                                  # only the buffers have to be: it works, and as fast
+        forget_error(device)
+        print(f"offload: the host does not pin {room.nbytes / GB:.1f} GB (CUDA error {code}), "
+              "which stay pageable", flush=True)
     return room
+
+
+def forget_error(device):
+    """A call of CUDA's runtime that failed leaves its error behind, and this thread's next kernel,
+    whatever that is, would raise it: an addition that may fail takes it away."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device).add_(1)
 
 
 # -----------------------------------------------------------------------------
@@ -90,7 +104,7 @@ class Host:
             self.buffers.put(torch.empty(BUFFER, dtype=torch.uint8, pin_memory=self.stream is not None))
         self.jobs = queue.SimpleQueue()
         self.failed = []
-        work = self.jobs, self.buffers, self.failed
+        work = self.jobs, self.buffers, self.failed, device
         threading.Thread(target=work_off, args=work, name="offload", daemon=True).start()
         weakref.finalize(self, self.jobs.put, None)    # the thread knows the queues, never this object
 
@@ -127,7 +141,7 @@ class Host:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             into.copy_(x, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event(blocking=True)      # the thread that waits for it sleeps
             event.record(self.stream)
         return event
 
@@ -139,9 +153,11 @@ class Host:
             raise self.failed.pop()
 
 
-def work_off(jobs, buffers, failed):
+def work_off(jobs, buffers, failed, device):
     """The thread: waits for a copy, adds, hands the buffer back. A failure is raised by settle()."""
     torch.set_flush_denormal(True)         # of this thread; start() sets it for the main one
+    if device.type == "cuda":              # or every rank's thread would take memory of the first GPU
+        torch.cuda.set_device(device)
     while job := jobs.get():
         event, buffer, total, there, first, kept = job
         try:
@@ -230,6 +246,8 @@ def state_of(model, env):
 @torch.no_grad()
 def load_state(model, state, env):
     """Takes a state dict, wherever the model lives."""
+    if env.device.type == "cuda":          # the last forward's copies may still read them
+        torch.cuda.synchronize(env.device)
     for name, p in model.named_parameters():
         home = getattr(p, "home", p.data)
         there = state[name] if home.shape == state[name].shape else share_of(state[name], env)

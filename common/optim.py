@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from common.cpu import matmul_t, one_thread
 from common.offload import Host
-from common.sharded import BUCKET, Sharded, pieces
+from common.sharded import BUCKET, Sharded, all_gather, pieces, reduce_scatter
 
 # five rounds of the Polar Express (arXiv 2505.16932): the best quintics in turn for singular
 # values in [1e-3, 1]
@@ -281,7 +281,7 @@ class Optimizer:
         for r, row in enumerate(rows):
             sent[r, :len(row)] = row
         got = torch.empty_like(sent[0])
-        dist.reduce_scatter_tensor(got, sent.view(-1))
+        reduce_scatter(got, sent.view(-1))
         return got[:len(rows[self.rank])].split([s.size for s in bucket])
 
     def zero_grad(self):
@@ -396,7 +396,7 @@ class Optimizer:
         sent = flats[0].new_zeros(max(map(sum, widths)))
         sent[:sum(widths[self.rank])] = torch.cat([flat[s.start:s.end] for s, flat in zip(bucket, flats)])
         got = sent.new_empty(self.world, len(sent))  # (world, width)
-        dist.all_gather_into_tensor(got.view(-1), sent)
+        all_gather(got.view(-1), sent)
         for r in range(self.world):
             for s, flat, piece in zip(bucket, flats, got[r, :sum(widths[r])].split(widths[r])):
                 flat[slice(*s.ranges[r])] = piece

@@ -25,6 +25,10 @@ import torch.nn.functional as F
 
 BUCKET = 1 << 24  # numbers that travel in one collective: 64 MB of fp32
 
+# torch 2.13 gave them new names, and warns of the old ones
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def local_ranks(world, unsaid=None):
     """The ranks of a machine, as torchrun says it, or `unsaid` where nobody does, or all. A machine for
@@ -147,7 +151,7 @@ class Sharded:
         for start, piece in pieces(sent, BUCKET // self.local):
             piece = piece.float().contiguous()
             got = torch.empty_like(piece[0])
-            dist.reduce_scatter_tensor(got, piece.view(-1), group=self.inside)
+            reduce_scatter(got, piece.view(-1), group=self.inside)
             self._add(bucket, start, got)
 
     def _rows(self, grad, width):
@@ -210,7 +214,7 @@ class Sharded:
         parts = sums.split([self.count * width for width in bucket.widths])
         sent = torch.cat([part.view(self.count, -1) for part in parts], 1)       # (machines, numbers)
         got = torch.empty_like(sent[0])
-        dist.reduce_scatter_tensor(got, sent.view(-1), group=self.across)
+        reduce_scatter(got, sent.view(-1), group=self.across)
         return got.to(bucket.sums.device)
 
     def _empty(self, bucket):

@@ -8,6 +8,11 @@ this file and the scripts of the root; two minutes on one card.
 The measure throughout: error against float64 at most twice that of plain torch in the same
 precision, and a few roundings.
 """
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -385,3 +390,89 @@ def test_a_model_in_half_precision_is_the_model():
     assert float((results[0][0] - results[1][0]).abs().mean()) < 0.05
     for a, b in zip(*results):
         assert float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)) > 0.99
+
+
+# -----------------------------------------------------------------------------
+# what a small card keeps on the host
+
+
+def test_offload_on_a_card():
+    """Gradients leave through pinned buffers while the backward runs, and weights come back in place:
+    on a CPU second buffers stand for all of it, and no stream is in the way."""
+    from common.optim import Optimizer
+    from train_gpt import GPT, GPTConfig
+    tokens = torch.arange(300, device=DEVICE) % 50
+    found = []
+    for offload in (False, True):
+        model = GPT(GPTConfig(1000, 2, 4, 2, 64, 256, 512, 512, 1e4)).init_weights(0).to(DEVICE, HALF)
+        places = [p.data_ptr() for p in model.parameters()]
+        optimizer = Optimizer(model, lr=1e-3, muon_lr=1e-2, offload=offload)
+        for _ in range(3):
+            for n in (100, 300):
+                hidden = model(tokens[:n], tokens[:n], kernels.packed_attention([0, n], n))
+                logp, _ = kernels.linear_logprob(hidden, model.head_weight, tokens[:n].roll(-1))
+                (-logp.sum()).backward()
+                optimizer.finish_micro_batch()
+                assert not offload or all(p.grad is None for p in model.parameters())
+            assert not optimizer.step(divide=400)["skipped"]
+        assert [p.data_ptr() for p in model.parameters()] == places
+        assert {s.master.device.type for s in optimizer.shards} == {"cpu" if offload else "cuda"}
+        found.append([s.master.cpu() for s in optimizer.shards])
+    for ours, plain in zip(*found):
+        assert float((ours - plain).norm()) <= 1e-2 * float(plain.norm())
+
+
+def test_a_reference_on_the_host():
+    """A block is copied for its forward alone; a new state arrives although the last forward may still
+    read the old one."""
+    from types import SimpleNamespace
+
+    from common import offload
+    from train_gpt import GPT, GPTConfig
+    env = SimpleNamespace(device=torch.device(DEVICE, 0), world=1, rank=0)
+    one, other = (GPT(GPTConfig(1000, 2, 4, 2, 64, 256, 512, 512, 1e4)) for _ in range(2))
+    with torch.no_grad():
+        for p in (*one.parameters(), *other.parameters()):
+            p.add_(0.02 * torch.randn_like(p))
+    one, other = one.to(HALF), other.to(HALF)
+    away = GPT(one.config).to(HALF)
+    away.load_state_dict(one.state_dict())
+    offload.lodge(away.requires_grad_(False), "host", env)
+    tokens = torch.arange(100, device=DEVICE) % 50
+    with torch.no_grad():
+        for twin in (one, other):
+            got = away(tokens, tokens, kernels.packed_attention([0, 100], 100))
+            offload.load_state(away, other.state_dict(), env)
+            twin.to(DEVICE)
+            assert torch.equal(got, twin(tokens, tokens, kernels.packed_attention([0, 100], 100)))
+            twin.cpu()
+    assert away.blocks[0].qkv.weight.device.type == "cpu"
+
+
+# -----------------------------------------------------------------------------
+# --parity, in a process of its own: cuBLAS reads its switches once
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+    """-> what `python -m bench gpu --part parity` found on the 0.6B shape"""
+    out = str(tmp_path_factory.mktemp("parity"))
+    done = subprocess.run([sys.executable, "-m", "bench", "gpu", "--part", "parity", "--out", out],
+                          cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print("\n" + done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_parity_of_a_row_in_every_company(sides):
+    """Row 0, and every other, of each product of the model and of each step, in 1 to 4,096 rows."""
+    assert sides["with parity"]["unlike"] == []
+
+
+def test_parity_of_sampler_and_trainer(sides):
+    """Over 1,000 tokens; without --parity they do not, or the test sees nothing."""
+    fast, parity = sides["as it is"], sides["with parity"]
+    assert parity["tokens"] >= 1000 and parity["not equal"] == 0 and parity["largest"] == 0
+    assert fast["not equal"] > 0
+    print(f"\n--parity costs {sides['price of a decode step']:.2f}x a decode step, "
+          f"{sides['price of an update']:.2f}x an update of 1,000 tokens")

@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import kernels  # noqa: E402
-from common import backend  # noqa: E402
+from common import backend, parity  # noqa: E402
 
 triton = pytest.importorskip("triton")
 
@@ -35,12 +35,14 @@ ROPE = dict(H=16, KV=8, HALF=64, BLOCK_R=32, BLOCK_D=64)
 FORWARD = dict(q_grad=None, k_grad=None, dw_q=None, dw_k=None)
 NO_NORM = dict(q_weight=None, k_weight=None)
 DECODE = dict(PAGE=256, KV=8, GROUP=4, HD=128, BLOCK_G=16, BLOCK_D=128, BLOCK_N=64)
+TILE = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
+ATTENTION = dict(KV=8, GROUP=2, HD=128, BLOCK_G=2, BLOCK_Q=32, BLOCK_D=128, BLOCK_N=64)
 DRAW = dict(SLICE=8192, BLOCK_S=32, BLOCK=4096)
 KERNELS = [
     ("_decode_kernel", "bbbbbiiffFIIII", dict(SPLITS=4, **DECODE), 4, 3),
     ("_decode_kernel", "bbbbbiibfFIIII", dict(SPLITS=1, **DECODE), 4, 3),
     ("_merge_kernel", "ffb", dict(HEADS=32, SPLITS=32, HD=128, BLOCK_D=128), 2, 3),
-    ("_online_kernel", "flffffIIIF", dict(BLOCK_V=1024, BLOCK_K=16), 4, 3),
+    ("_online_kernel", "flfffffIII", dict(BLOCK_V=1024, BLOCK_K=16), 4, 3),
     ("_dlogits_kernel", "fblfffffIIIF", dict(BLOCK_V=2048, BLOCK_K=16), 4, 3),
     ("_dlogits_kernel", "fblfffffIIIF", dict(BLOCK_V=2048, BLOCK_K=64), 4, 3),
     ("_norm_rope_kernel", "bbbbbbffIIIF", ROPE | FORWARD, 4, 3),
@@ -53,6 +55,10 @@ KERNELS = [
     ("_slice_kernel", "ffffIII", dict(SLICE=8192), 8, 3),
     ("_draw_kernel", "fffiffflffIII", DRAW, 8, 3),
     ("_draw_kernel", "ffffflffIII", dict(top_k=None, top_p=None, **DRAW), 8, 3),
+    ("_multiply_kernel", "bbbIIIIII", dict(bias=None, **TILE), 4, 3),
+    ("_multiply_kernel", "bbbbIIIIII", TILE, 4, 3),
+    ("_attention_kernel", "bbbbiiiFIIII", dict(PAGE=32, **ATTENTION), 4, 2),
+    ("_attention_kernel", "bbbbiiiFIIII", dict(PAGE=0, **ATTENTION), 4, 2),
 ]
 
 
@@ -60,7 +66,7 @@ def resources(name, types, constants, warps, stages, arch):
     """-> registers a thread, stack and shared memory in bytes, from the machine code."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    kernel = getattr(kernels, name)
+    kernel = vars(kernels).get(name) or getattr(parity, name)
     names = [n for n in kernel.arg_names if n not in constants]
     assert len(names) == len(types), f"{name} takes {names}"
     signature = {n: POINTERS[t] for n, t in zip(names, types)} | dict.fromkeys(constants, "constexpr")
@@ -91,7 +97,7 @@ def test_every_kernel_compiles_and_keeps_to_registers(arch, tmp_path):
     assert len(stacks) == len(KERNELS)
     assert all(stack == "0" for _, stack in stacks), f"these spill:\n{done.stdout}"
     listed = {name for name, *_ in KERNELS}
-    assert listed == {name for name in vars(kernels)
+    assert listed == {name for name in [*vars(kernels), *vars(parity)]
                       if name.endswith("_kernel")}, "a kernel is not in the list of this test"
 
 

@@ -81,7 +81,7 @@ COMMON = dict(
     tis=(["0", "1", "2"], ["0.99", "-1", "0 --top-p 0.9"]), lr=SIZE, muon_lr=SIZE, warmup=OFF, decay=SHARE,
     weight_decay=SIZE, clip=SIZE, row_tokens=COUNT, slots=OFF, workers=COUNT, save_every=COUNT, seed=SEED,
     date=DATE, checkpoint=SWITCH, offload=SWITCH, grads=(["auto", "whole", "sharded"], ["zero", ""]),
-    device=PLACE, dtype=DTYPE, threads=OFF, deterministic=SWITCH, resume=SWITCH, wandb=ANY)
+    device=PLACE, dtype=DTYPE, threads=OFF, deterministic=SWITCH, parity=SWITCH, resume=SWITCH, wandb=ANY)
 ALGO = dict(
     algo=(["grpo", "dr_grpo"], ["gpro", ""]), baseline=(["loo", ""], ["none"]),
     ratio=(["sequence --minibatch 1", "token"], ["sequence", "all"]),
@@ -602,6 +602,7 @@ COMMON_EFFECTS = PLACES | dict(
     offload=("memory", "of the device: it is the host's"),
     grads=("memory", "of gradients, with several ranks"),
     deterministic=("time", "of a GPU, where repeatable sums are slower"),
+    parity=("metrics", "sampler_kl on a GPU is 0: test_parity_of_sampler_and_trainer"),
     resume=("files", "continues those that are there: test_..resumed_equals_never_stopped"))
 SECOND = "--epochs 3 --lr 1e-2 --decay 0 --max-new 12"             # ratios leave 1
 ALGO_EFFECTS = dict(
