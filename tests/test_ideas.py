@@ -267,10 +267,15 @@ def test_bench_runs_what_is_missing_and_two_more_where_it_is_undecided(fakes, ca
     assert "| holds here | 1.5 |" in table and "accuracy against none: [+4 +-5" in table
     assert table.endswith("\n\nafter\n"), "what stands around the table stays"
 
+    ideas.main(["--seeds", "5", "--names", "thing"])
     capsys.readouterr()
     ideas.main([])
     assert len(made()) == 8 and "runs to make" not in capsys.readouterr().out, "nothing is run twice"
     assert checked(capsys) == (0, "2 records: verdicts, claims, pictures and the table agree\n")
+    Path("records/ideas/thing.json").unlink()
+    ideas.write_table()
+    code, out = checked(capsys)
+    assert code == 0 and out.endswith("the table agree; not measured yet: thing\n")
 
 
 def test_bench_continues_after_a_failure(fakes, capsys):
@@ -400,6 +405,22 @@ def test_an_idea_runs(name, here):
     folder = here / f"runs/ideas/{name}/smoke_0"
     assert 1000 < (folder / "picture.png").stat().st_size <= evidence.MOST
     assert json.loads((folder / "result.json").read_text())["smoke"]
+
+
+@pytest.mark.parametrize("name, words, said", [
+    ("darling", "--task code", "--task code has no answer and no canon and no same: whoever pays"),
+    ("relex", "--task arith", "--task arith has no solution: the path of fine-tuning imitates one"),
+    ("relex", "--steps 15", "--steps 15: give a multiple of --every 2"),
+    ("dupo", "--tokens 0", "--tokens is 0: give at least 1"),
+    ("order", "--task countdwn", "did you mean 'countdown'"),
+])
+def test_bad_input_is_one_line_before_anything_is_trained(name, words, said, here, capsys, monkeypatch):
+    monkeypatch.setattr(evidence, "shared", lambda *args: pytest.fail("a start was trained"))
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"ideas.{name}").main(words.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+    assert not Path("runs").exists(), "nothing half-written"
 
 
 # --- darling
