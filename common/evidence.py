@@ -40,7 +40,8 @@ from train_gpt import GPT, GPTConfig
 RECIPES = {
     "base": "--preset base",
     "tiny": "--preset tiny",                     # bytes of Python's own library, 0.16M parameters
-    "formats": "--init {base} --data formats --steps 120",       # hints, siblings, peers, a calculator
+    # hints, siblings, peers, a calculator; at the base's own rates it forgets to solve without them
+    "formats": "--init {base} --data formats --steps 120 --lr 6e-3 --muon-lr 4e-3",
     "recall": "--preset recall",                 # keys, values and a question
 }
 # --smoke: the most that a size of an idea's Config may be then

@@ -4,8 +4,10 @@ import json
 import math
 import multiprocessing
 import os
+import runpy
 import shutil
 import statistics
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -336,7 +338,14 @@ def test_an_unknown_idea_is_named(fakes, capsys):
     ("gone", "there is no ideas/thing.py"),
     ("harness", "its smallest gain, 2 points, is not below what harness shows here, 1 at least"),
 ])
-def test_check_finds_what_was_changed(fakes, capsys, what, said):
+def test_check_finds_what_was_changed(fakes, capsys, monkeypatch, what, said):
+    def run_here(jobs):
+        for name, seed in jobs:
+            monkeypatch.setattr(sys, "argv", ["x", "--seed", str(seed)])
+            runpy.run_path(f"ideas/{name}.py")
+        return []
+
+    monkeypatch.setattr(ideas, "run_all", run_here)              # without a process for each
     ideas.main([])
     path = Path("records/ideas/thing.json")
     record = json.loads(path.read_text())
