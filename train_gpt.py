@@ -234,7 +234,7 @@ def sample(model, prompt, max_new, stop=(), temperature=1.0, seed=0, problem=0, 
 @dataclass
 class Config:
     name: str = "base"                   # the run: everything it writes lies in runs/NAME
-    preset: Literal["base", "small", "mixed100m", "gpt2"] = "base"  # a set of flags; other flags win
+    preset: Literal["base", "small", "tiny", "recall", "mixed100m", "gpt2"] = "base"  # flags; others win
     data: str = "mixed"                  # a task, a text file, chats (.jsonl), or .bin shards
     tokenizer: str = "numbers"           # chars, numbers, bytes, gpt2, a folder; --init has its own
     init: str = ""                       # a Hugging Face folder or a run; it brings its shape
@@ -281,6 +281,8 @@ class Config:
 PRESETS = {
     "base": "",
     "small": "--name small --steps 1000 --d-model 64 --n-head 4 --d-ff 192",
+    "tiny": "--name tiny --data stdlib --tokenizer bytes --d-model 64 --n-head 4 --n-kv-head 4 --d-ff 128 "
+            "--steps 900 --batch 16 --seq-len 128",
     "mixed100m": "--name mixed100m --data mixed:4 --n-layer 12 --n-head 12 --n-kv-head 4 "
                  "--head-dim 64 --d-model 768 --d-ff 2048 --steps 4000 --batch 2048 --row-tokens "
                  "32768 --lr 2e-3 --muon-lr 1e-2 --weight-decay 0.1",
@@ -575,6 +577,8 @@ def main(argv=None):
     many = f"{count:,}" if count else "endless"
     run.log(f"{size:.2f}M parameters, vocabulary {document.tok.vocab_size}, {config.data}, {many} "
             f"documents, from step {begin} to {config.steps}")
+    if document.about:
+        run.log(document.about)
 
     # ---- the loop
     bar = progress(config.steps, "train", begin)
