@@ -283,6 +283,8 @@ PRESETS = {
     "small": "--name small --steps 1000 --d-model 64 --n-head 4 --d-ff 192",
     "tiny": "--name tiny --data stdlib --tokenizer bytes --d-model 64 --n-head 4 --n-kv-head 4 --d-ff 128 "
             "--steps 900 --batch 16 --seq-len 128",
+    "recall": "--name recall --data recall --tokenizer chars --n-layer 2 --d-model 64 --n-head 4 "
+              "--n-kv-head 4 --d-ff 128 --steps 600 --batch 48 --lr 1e-2 --weight-decay 0 --decay 0.3",
     "mixed100m": "--name mixed100m --data mixed:4 --n-layer 12 --n-head 12 --n-kv-head 4 "
                  "--head-dim 64 --d-model 768 --d-ff 2048 --steps 4000 --batch 2048 --row-tokens "
                  "32768 --lr 2e-3 --muon-lr 1e-2 --weight-decay 0.1",

@@ -168,12 +168,10 @@ def show(task, n=6, lengths=2000):
     """what a reader wants to see of a task, printed."""
     print("documents: prompt, completion")
     for i in range(n):
-        prompt, completion = task.document("train", 0, i)
-        print(f"  {prompt!r}  {completion!r}")
+        print(" ", *map(repr, task.document("train", 0, i)), sep="  ")
     print("test problems: prompt, gold")
     for problem in task.problems("test", n, 0):
         print(f"  {problem.prompt!r}  {problem.gold!r}")
-    size = sorted(len(prompt) + len(completion)
-                  for prompt, completion in (task.document("train", 0, i) for i in range(lengths)))
+    size = sorted(sum(map(len, task.document("train", 0, i))) for i in range(lengths))
     print(f"characters a document: median {size[lengths // 2]}, 99% {size[lengths * 99 // 100]}, "
           f"longest of {lengths:,} {size[-1]}")

@@ -4,7 +4,8 @@ documents.py: what a model is pretrained or tuned on, one document at a time.
 document(split, i) -> (tokens, trained) is a pure function of its address: resuming is one integer, and
 ranks never overlap. `trained` marks the tokens that are predicted. --data says where they are from:
 
-    a task              its corpus: a prompt and a completion, and only the completion is trained
+    a task              its corpus: a prompt and a completion (or more in turn), and only completions
+                        are trained
     chat.jsonl          {messages: [{role, content}]} per line; only the assistant's words are trained
     text.txt            windows of one text
     stdlib              windows of the sources of Python's own library, a task to no other script
@@ -73,10 +74,14 @@ def _completions(task, tok, config):
     end = tok.encode(tok.end)
 
     def read(split, i):
-        prompt, completion = task.document(split, config.seed, i)
-        prompt = data.begun(tok.encode(prompt), tok)
-        completion = tok.encode(completion) + end
-        return prompt + completion, [config.prompts] * len(prompt) + [True] * len(completion)
+        prompt, *turns = task.document(split, config.seed, i)    # completion, prompt, completion, ...
+        tokens = data.begun(tok.encode(prompt), tok)
+        trained = [config.prompts] * len(tokens)
+        for k, text in enumerate(turns):
+            ids = tok.encode(text) + (end if k == len(turns) - 1 else [])
+            tokens += ids
+            trained += [k % 2 == 0 or config.prompts] * len(ids)
+        return tokens, trained
 
     return read
 
