@@ -12,12 +12,12 @@ import torch
 import data
 import train_gpt
 from common.optim import Optimizer
-from ideas import context, dion, fim, galore, gradpower, muon, pma, tst
+from ideas import batch, context, dion, fim, galore, gradpower, muon, pma, tst
 from kernels import packed_attention
 from tests.models import nudged
 from train_gpt import GPT, scratch, steps
 
-NAMES = ["muon", "gradpower", "context", "pma", "galore", "dion", "tst", "fim"]
+NAMES = ["muon", "gradpower", "context", "pma", "galore", "dion", "tst", "fim", "batch"]
 
 
 @pytest.fixture
@@ -399,3 +399,59 @@ def test_a_middle_counts_by_its_bytes():
     wanted = middles.count(" ") / len(middles.encode())
     for both in (True, False):
         assert fim.filled(model, document, 20, both) == pytest.approx(wanted)
+
+
+# -----------------------------------------------------------------------------
+# batches
+
+
+def test_every_arm_reads_the_same_text_in_42_percent_fewer_steps(monkeypatch):
+    """600 steps of 16, or 200 + 100 + 50: each window once, whatever the batch"""
+    read = {}
+
+    def count(model, document, optimizer, total, begin, schedule):
+        for step in range(begin, total):
+            batch = document.config.batch
+            seen.extend(range(step * batch, (step + 1) * batch))
+            rates.append(schedule(step))
+            yield step + 1, 0.0
+
+    monkeypatch.setattr(batch, "steps", count)
+    config = batch.Config()
+    third = batch.thirds(config)
+    assert 3 * third == 16 * config.steps
+    _, document = scratch("tiny", 1)
+    for arm, batches in batch.ARMS.items():
+        seen, rates = [], []
+        for i, size in enumerate(batches):
+            list(batch.stretch(None, document, None, size, i * third, (i + 1) * third, 3 * third))
+        assert seen == list(range(9600))
+        read[arm] = len(rates), max(rates)
+    assert read["small"] == (600, 1.0) and read["large"] == (150, 2.0)
+    assert read["warm-up"][0] == read["backwards"][0] == 350
+    assert read["warm-up"][1] == 2**0.5, "the decay has begun when batches are largest"
+
+
+def test_small_batches_are_plain_training_to_the_bit(few):
+    def thirds_of(optimizer_of):
+        model, document = scratch("tiny", 1)
+        optimizer = optimizer_of(model)
+        for i in range(3):
+            list(batch.stretch(model, document, optimizer, 16, 16 * i, 16 * (i + 1), 48))
+        return model.state_dict()
+
+    def plain(optimizer_of):
+        model, document = scratch("tiny", 1)
+        document.config.batch = 16
+        list(steps(model, document, optimizer_of(model), 3,
+                   schedule=lambda step: train_gpt.trapezoid(16 * step, 48, document.config)))
+        return model.state_dict()
+
+    make = partial(Optimizer, lr=3e-3)
+    assert equal(thirds_of(make), plain(make))
+
+
+def test_the_critical_batch_is_the_last_before_the_first_that_is_worse():
+    assert batch.critical({1: 2.0, 2: 1.99, 4: 1.995, 8: 2.3}) == 4
+    assert batch.critical({1: 2.0, 2: 2.02, 4: 1.9, 8: 1.9}) == 1, "one that is worse ends the search"
+    assert batch.critical({1: 2.0, 2: 2.0, 4: 2.0, 8: 2.005}) == 8
