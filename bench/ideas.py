@@ -57,7 +57,7 @@ class Config:
 def known():
     """The ideas there are, a harness first."""
     names = sorted(path.stem for path in (ROOT / "ideas").glob("*.py") if path.stem != "__init__")
-    return sorted(names, key=lambda name: claim_of(name).paper != "")
+    return sorted(names, key=lambda name: not claim_of(name).harness)
 
 
 def claim_of(name):
@@ -258,13 +258,13 @@ def unseen(found):
     claims = {name: claim_of(name) for name in known()}
     lines = []
     for name, harness in claims.items():
-        if harness.paper or name not in found:
+        if not harness.harness or name not in found:
             continue
         mean, half = interval([row["gain"] for row in found[name]["seeds"]])
         lines += [f"ideas/{other}.py: its smallest gain, {claim.smallest:g} {claim.unit}, is not below what "
                   f"{name} shows here, {mean - half:.2g} at least"
                   for other, claim in claims.items()
-                  if claim.paper and claim.unit == harness.unit and claim.smallest >= mean - half]
+                  if not claim.harness and claim.unit == harness.unit and claim.smallest >= mean - half]
     return lines
 
 

@@ -7,6 +7,7 @@ is computed by `python -m bench ideas`, never written by hand.
     needs(config.task, "answer canon", "answers are compared")     # or one line: what is missing
     trial = begin(config, __file__, CLAIM, ARMS, config.steps)     # one folder, one bar over all arms
     folder = trial.base("base")                              # the run to start from; trained if missing
+    rl = setup(Settings(**trial.settings(decay=0.5)), reward=trial.reward)     # stages.py
     trial.point(arm, x, y)                                   # of the picture, and a tick of the bar
     picture(trial, x="rollout", y="reward")
     finish(trial, (gain, se), {arm: {"avg": 0.5}})           # the table, one line, result.json
@@ -43,6 +44,8 @@ RECIPES = {
 }
 # --smoke: the most that a size of an idea's Config may be then
 SMALL = dict(steps=2, asked=3, prompts=3, n=4, k=4, every=1)
+# flags of an idea that mean the same in a loop
+SAME = ("seed", "threads", "task", "steps", "prompts", "n", "max_new", "lr")
 FEW = 30                                         # points of a curve that are drawn one by one
 MOST = 60_000                                    # bytes of a picture
 
@@ -52,12 +55,13 @@ MOST = 60_000                                    # bytes of a picture
 
 @dataclass
 class Claim:
-    paper: str                           # arXiv number; "" for a harness: it shows what can be seen at all
+    paper: str                           # arXiv number; "": no paper
     says: str                            # the claim, with the paper's own number, model and data
     measured: str                        # what the gain is, in words
     smallest: float                      # a smaller gain would interest nobody; written before the first run
     unit: str = "points"                 # of the gain and of the smallest one
     scale: str = ""                      # needs scale: the measured reason, "the base solves 0 of 400"
+    harness: bool = False                # no idea: a large, known effect, which shows what can be seen
 
 
 @dataclass
@@ -76,17 +80,21 @@ class Idea:
 
 
 def needs(name, words, why):
-    """-> the task called `name`, which must have these attributes: answer, canon, gold, ... """
+    """-> the task called `name`, which must have these: functions (answer, canon, ...), a "gold" with each
+    problem, or a gold that is a "solution", a text that the task's reward takes."""
     try:
         task = data.load(name)
     except (ValueError, FileNotFoundError) as e:
         die(e)
-    have = {word for word in words.split() if hasattr(task, word)}
-    if "gold" in words.split() and task.problems("train", 1, 0)[0].gold is not None:
-        have.add("gold")
+    have = dir(task)
+    if {"gold", "solution"} & {*words.split()}:
+        problem = task.problems("train", 1, 0)[0]
+        known = problem.gold is not None
+        have += ["gold"] * known
+        have += ["solution"] * (known and task.reward(problem, problem.gold) == 1)
     missing = [word for word in words.split() if word not in have]
     if missing:
-        die(f"--task {name} has no {' and no '.join(missing)}: {why}; countdown and arith have all of it")
+        die(f"--task {name} has no {' and no '.join(missing)}: {why}; countdown has all of it")
     return task
 
 
@@ -115,6 +123,11 @@ class Trial:
         folder = shared(kind, self.config.seed, self.config.threads)
         self.started += cpu_seconds() - before
         return folder
+
+    def settings(self, **more):
+        """-> flags of stages.Settings: those of the idea that mean the same there, the start, and more"""
+        own = {name: value for name, value in vars(self.config).items() if name in SAME}
+        return {**own, "init": self.base(), "workers": 1, **more}
 
     def point(self, arm, x, y):
         self.dot("", arm, x, y)

@@ -80,9 +80,7 @@ def paid(group, arm, rl, rng):
 
 
 def train(arm, trial, config):
-    rl = setup(Settings(init=trial.base(), task=config.task, seed=config.seed, steps=config.steps, n=config.n,
-                        threads=config.threads, prompts=config.prompts, max_new=config.max_new,
-                        algo="dr_grpo", lr=config.lr, workers=1), reward=trial.reward)
+    rl = setup(Settings(**trial.settings(algo="dr_grpo")), reward=trial.reward)
     rng = np.random.default_rng(config.seed)
     for step in range(config.steps):
         groups = []

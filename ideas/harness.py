@@ -20,7 +20,7 @@ from evaluate import evaluate, paired
 from stages import Settings, advantage, close, collect, learn, next_problems, setup
 
 CLAIM = Claim(paper="", says="RL beats the base that it begins from",
-              measured="accuracy after RL against before", smallest=10.0)
+              measured="accuracy after RL against before", smallest=10.0, harness=True)
 ARMS = ("base", "rl", "shuffled")
 
 
@@ -36,9 +36,7 @@ class Config(Idea):
 
 
 def train(arm, trial, config):
-    rl = setup(Settings(init=trial.base(), task=config.task, seed=config.seed, steps=config.steps, n=config.n,
-                        threads=config.threads, prompts=config.prompts, max_new=config.max_new,
-                        algo="dr_grpo", lr=config.lr, workers=1), reward=trial.reward)
+    rl = setup(Settings(**trial.settings(algo="dr_grpo")), reward=trial.reward)
     rng = np.random.default_rng(config.seed)
     for step in range(config.steps if arm != "base" else 0):
         groups = []

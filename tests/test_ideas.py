@@ -1,4 +1,5 @@
 """what every idea stands on: verdicts, shared starts, the bench; and the exact invariants of each idea"""
+import importlib
 import json
 import math
 import multiprocessing
@@ -6,11 +7,20 @@ import os
 import shutil
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
+import algos
+import data
+from bench import ideas
 from common import evidence
 from common.evidence import Claim, Idea, begin, finish, inside, interval, picture, t95, verdict
+from ideas import darling, dupo, order, relex
+from rollout import Sample
+from stages import Settings, close, collect, learn, next_problems, setup
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIM = Claim(paper="0000.00000", says="it helps", measured="accuracy against none", smallest=2.0)
@@ -165,6 +175,7 @@ def test_a_start_of_another_recipe_is_refused(recipes, monkeypatch, capsys):
 
 def wait_and_train(folder, order):
     os.chdir(folder)
+    order.put("here")
     with evidence.only_one(Path("runs/base")):
         order.put("second")
 
@@ -176,7 +187,8 @@ def test_two_processes_that_want_the_same_start(here, capsys):
     with evidence.only_one(Path("runs/base")):
         other = context.Process(target=wait_and_train, args=(here, order))
         other.start()
-        other.join(timeout=8)
+        assert order.get(timeout=120) == "here"
+        other.join(timeout=1)
         assert other.is_alive(), "it waits"
         order.put("first")
     other.join(timeout=60)
@@ -187,3 +199,387 @@ def test_two_processes_that_want_the_same_start(here, capsys):
 def test_recipes_are_flags_of_train_gpt(kind):
     config = evidence.train_gpt.configure(evidence.RECIPES[kind].format(base="runs/ideas/base0").split())
     assert config.steps == (120 if kind == "formats" else 1500)
+
+
+# -----------------------------------------------------------------------------
+# the bench: runs what is missing, computes the verdict, writes records and the table
+
+
+FAKE = '''
+import json, sys
+from pathlib import Path
+seed = int(sys.argv[sys.argv.index("--seed") + 1])
+if Path(f"stop{seed}").exists():
+    print("something is wrong")
+    sys.exit(3)
+gain = GAINS[seed]
+folder = Path(f"runs/ideas/NAME/seed_{seed}")
+folder.mkdir(parents=True, exist_ok=True)
+row = dict(idea="NAME", seed=seed, claim=CLAIM, gain=gain, se=0.5, table={"none": {"avg": 0.5}}, note="",
+           minutes=1.5, gflops=50.0, commit="abc", smoke=False, init="")
+(folder / "result.json").write_text(json.dumps(row))
+points = dict(labels={"": ["step", "accuracy"]}, panels={"": {"none": [[0, 0.1], [1, 0.1 * gain]]}})
+(folder / "points.json").write_text(json.dumps(points))
+with open("made.txt", "a") as f:
+    f.write(f"NAME {seed}\\n")
+'''
+HARNESS = Claim(paper="", says="RL beats the base", measured="accuracy against before", smallest=10.0,
+                harness=True)
+
+
+@pytest.fixture
+def fakes(here, monkeypatch):
+    """two ideas in a folder of their own: one is decided after three seeds, the other after five"""
+    claims = {"harness": HARNESS, "thing": CLAIM}
+    gains = {"harness": [20.0, 21.0, 22.0], "thing": [9.0, -1.0, 1.0, 5.0, 6.0]}
+    (here / "ideas").mkdir()
+    for name in claims:
+        text = FAKE.replace("NAME", name).replace("CLAIM", repr(vars(claims[name])))
+        (here / f"ideas/{name}.py").write_text(text.replace("GAINS", repr(gains[name])))
+    (here / "ideas/__init__.py").touch()
+    (here / "ideas/README.md").write_text(f"# Ideas\n\n{ideas.BEGIN}\n{ideas.END}\n\nafter\n")
+    monkeypatch.setattr(ideas, "ROOT", here)
+    monkeypatch.setattr(ideas, "RECORDS", here / "records/ideas")
+    monkeypatch.setattr(ideas, "README", here / "ideas/README.md")
+    monkeypatch.setattr(ideas, "claim_of", claims.get)
+    return claims
+
+
+def made():
+    return sorted(Path("made.txt").read_text().split("\n"))[1:]
+
+
+def checked(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        ideas.main(["--check"])
+    return stopped.value.code, capsys.readouterr().out
+
+
+def test_bench_runs_what_is_missing_and_two_more_where_it_is_undecided(fakes, capsys):
+    numbers = ideas.main([])
+    assert made() == [f"harness {i}" for i in range(3)] + [f"thing {i}" for i in range(5)]
+    assert numbers == dict(verdicts=dict(harness="holds here", thing="undecided"), failed=0)
+    record = json.loads(Path("records/ideas/thing.json").read_text())
+    assert record["verdict"] == "undecided" and [row["gain"] for row in record["seeds"]] == [9, -1, 1, 5, 6]
+    assert {"minutes", "gflops", "commit", "table", "se"} <= set(record["seeds"][0])
+    assert Path("records/ideas/thing.png").stat().st_size > 1000
+    table = Path("ideas/README.md").read_text()
+    assert "| holds here | 1.5 |" in table and "accuracy against none: [+4 +-5" in table
+    assert table.endswith("\n\nafter\n"), "what stands around the table stays"
+
+    capsys.readouterr()
+    ideas.main([])
+    assert len(made()) == 8 and "runs to make" not in capsys.readouterr().out, "nothing is run twice"
+    assert checked(capsys) == (0, "2 records: verdicts, claims, pictures and the table agree\n")
+
+
+def test_bench_continues_after_a_failure(fakes, capsys):
+    Path("stop1").touch()
+    numbers = ideas.main(["--names", "harness"])
+    assert numbers == dict(verdicts={}, failed=1) and made() == ["harness 0", "harness 2"]
+    assert "harness, seed 1: failed with 3, see runs/ideas/harness/seed_1.txt" in capsys.readouterr().out
+    assert Path("runs/ideas/harness/seed_1.txt").read_text() == "something is wrong\n"
+    assert not Path("records/ideas/harness.json").exists(), "a record has its three seeds"
+    Path("stop1").unlink()
+    ideas.main(["--names", "harness"])
+    assert made() == ["harness 0", "harness 1", "harness 2"]
+
+
+def raise_next(errors):
+    for error in errors:
+        raise error
+
+
+def test_bench_that_is_stopped_ends_its_runs(fakes, monkeypatch, capsys):
+    """Ctrl-C while two runs are on their way: both are told, and nothing is left running"""
+    Path("ideas/thing.py").write_text("import time\ntime.sleep(600)\n")
+    begun = []
+    begin_one = ideas.begin
+    monkeypatch.setattr(ideas, "begin", lambda *job: begun.append(begin_one(*job)) or begun[-1])
+    interrupts = iter([KeyboardInterrupt])
+    monkeypatch.setattr(ideas.time, "sleep", lambda s: raise_next(interrupts))
+    with pytest.raises(SystemExit) as stopped:
+        ideas.main(["--names", "thing"])
+    assert stopped.value.code == 130 and "the same command continues" in capsys.readouterr().out
+    assert len(begun) == 2 and all(process.poll() is not None for process, *_ in begun)
+
+
+def test_a_result_of_another_claim_is_run_again(fakes):
+    ideas.main(["--names", "harness"])
+    fakes["harness"].smallest = 11.0
+    try:
+        assert ideas.result("harness", 0) is None
+    finally:
+        fakes["harness"].smallest = 10.0
+    assert ideas.result("harness", 0)["gain"] == 20.0
+
+
+def test_an_unknown_idea_is_named(fakes, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        ideas.main(["--names", "thin"])
+    assert stopped.value.code == 2 and "did you mean 'thing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what, said", [
+    ("claim", "the CLAIM of ideas/thing.py was changed after its record"),
+    ("verdict", "it says 'holds here', its seeds say 'undecided'"),
+    ("gain", "it says 'undecided', its seeds say 'holds here'"),
+    ("seeds", "undecided: 2 more seeds are to be run"),
+    ("two", "2 seeds; 3 at least"),
+    ("picture", "no thing.png beside it"),
+    ("table", "the table of ideas/README.md is not what the records say"),
+    ("gone", "there is no ideas/thing.py"),
+    ("harness", "its smallest gain, 2 points, is not below what harness shows here, 1 at least"),
+])
+def test_check_finds_what_was_changed(fakes, capsys, what, said):
+    ideas.main([])
+    path = Path("records/ideas/thing.json")
+    record = json.loads(path.read_text())
+    if what == "claim":
+        fakes["thing"] = Claim(**{**vars(CLAIM), "smallest": 1.0})
+    if what == "verdict":
+        record["verdict"] = "holds here"
+    if what == "gain":
+        for row in record["seeds"]:
+            row["gain"] = 4.0 + row["seed"]
+    if what == "seeds":
+        record["seeds"] = record["seeds"][:3]
+    if what == "two":
+        record["seeds"] = record["seeds"][:2]
+    path.write_text(json.dumps(record))
+    if what == "picture":
+        Path("records/ideas/thing.png").unlink()
+    if what == "table":
+        Path("ideas/README.md").write_text(Path("ideas/README.md").read_text().replace("+4 +-", "+40 +-"))
+    if what == "gone":
+        Path("ideas/thing.py").unlink()
+    if what == "harness":
+        path = Path("records/ideas/harness.json")
+        harness = json.loads(path.read_text())
+        for row in harness["seeds"]:
+            row["gain"] = 1.0
+        harness["verdict"] = "holds here, but small"
+        path.write_text(json.dumps(harness))
+    code, out = checked(capsys)
+    assert code == 1 and said in out, out
+
+
+def test_needs_scale_is_said_by_the_claim():
+    claim = Claim(paper="x", says="x", measured="x", smallest=1.0, scale="the base solves 0 of 400")
+    assert ideas.word(claim, [5.0, 5.1, 5.2]) == "needs scale"
+
+
+# -----------------------------------------------------------------------------
+# the ideas that there are
+
+
+NAMES = ideas.known()
+
+
+def test_what_is_recorded_here_is_true():
+    """every verdict computed again from its seeds, the claims unchanged, the table as it would be printed"""
+    assert ideas.faults() == []
+    assert sum(bool(ideas.claim_of(name).scale) for name in NAMES) <= 6, "three per issue at most"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_idea_is_short_and_says_what_it_is(name):
+    text = (ROOT / f"ideas/{name}.py").read_text()
+    claim = ideas.claim_of(name)
+    assert len(text.splitlines()) <= 200 and text.startswith(f'"""\n{name}.py: ')
+    assert claim.paper in text.split('"""')[1] and f"python -m ideas.{name}" in text.split('"""')[1]
+    assert claim.smallest > 0 and claim.says and claim.measured
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_idea_runs(name, here):
+    """two steps of each arm on a random tiny model, with everything that a whole run leaves"""
+    module = importlib.import_module(f"ideas.{name}")
+    row = module.main(["--smoke"])
+    assert math.isfinite(row["gain"]) and len(row["table"]) >= 3
+    folder = here / f"runs/ideas/{name}/smoke_0"
+    assert 1000 < (folder / "picture.png").stat().st_size <= evidence.MOST
+    assert json.loads((folder / "result.json").read_text())["smoke"]
+
+
+# --- darling
+
+
+class Digits:
+    """the answer is the first digit; 1 and 7 are the same to it"""
+    def answer(self, text):
+        return next((c for c in text if c.isdigit()), None)
+
+    def canon(self, answer):
+        return "1" if answer == "7" else answer
+
+    def same(self, a, b):
+        return self.canon(a) == self.canon(b)
+
+
+def group_of(texts, tok, rewards=None):
+    rewards = rewards or [1.0] * len(texts)
+    return [Sample([], tok.encode(text), [0.0] * len(text), "length", 0, i, 0, reward=r)
+            for i, (text, r) in enumerate(zip(texts, rewards))]
+
+
+@pytest.fixture
+def rl():
+    return SimpleNamespace(task=Digits(), tok=data.tokenizer("chars"))
+
+
+def test_darling_pays_for_what_others_have_not(rl):
+    """three times one answer, two others, one without: as the picture in darling.py"""
+    group = group_of(["1", "7", "1x", "2", "3", "x"], rl.tok)
+    assert np.allclose(darling.rarity(group, rl), [3 / 5] * 3 + [1, 1, 1])
+    assert darling.ways(group_of(["1", "7", "2", "x"], rl.tok, [1, 1, 0, 0]), rl) == 1
+
+
+def test_darling_gives_nothing_where_all_agree_and_is_plain_where_none_do(rl):
+    assert not darling.rarity(group_of(["1"] * 4, rl.tok), rl).any()
+    assert (darling.rarity(group_of("1234", rl.tok), rl) == 1).all()
+
+
+def test_darling_raises_what_is_rare_and_right(rl):
+    """four times the same right answer, one other, three wrong: all right ones go up, the rare one most; the
+    control pays the same sum to others"""
+    group = group_of(["1"] * 4 + ["2", "x", "x", "x"], rl.tok)
+    paid = np.array([1.0] * 5 + [0] * 3) * darling.rarity(group, rl)
+    A = algos.BASELINES["mean"](paid)
+    assert A[4] > 2 * A[0] > 0 > A[7]
+    rng = np.random.default_rng(1)
+    assert sorted(darling.paid(group, "shuffled", rl, rng)) == sorted(darling.paid(group, "darling", rl, rng))
+    assert (darling.paid(group, "plain", rl, rng) == 1).all()
+
+
+# --- relex
+
+
+def straight_path():
+    """two tensors that move on a line each, at a constant speed, and one that never moves"""
+    g = torch.Generator().manual_seed(0)
+    start = {name: torch.randn(4, 3, generator=g) for name in ("a", "b", "still")}
+    way = {"a": torch.randn(4, 3, generator=g), "b": torch.randn(4, 3, generator=g)}
+    way["still"] = torch.zeros(4, 3)
+    return {step: {name: w + step / 2 * way[name] for name, w in start.items()} for step in range(0, 21, 2)}
+
+
+def test_relex_finds_the_end_of_a_straight_path():
+    """what a run on a line will be at step 20 is known from its first three checkpoints, exactly"""
+    path = straight_path()
+    fit = relex.Rank1(path, last=6)
+    for name, w in fit.at(20).items():
+        assert torch.allclose(w, path[20][name], atol=1e-5)
+    assert fit.fits["a"][1] == pytest.approx(1) and fit.fits["a"][4] == pytest.approx(1)
+    assert torch.equal(fit.at(20)["still"], path[0]["still"]) and fit.fits["still"][1] == 0.0
+    for name, w in relex.last_difference(path, 6, 2, 20).items():
+        assert torch.allclose(w, path[20][name], atol=1e-5), "there the control is as good"
+
+
+def test_relex_by_hand():
+    """moves (3, 4), (6, 8), (9, 12) and a little across: the direction is (0.6, 0.8), 5 further each step"""
+    start = torch.zeros(2)
+    path = {step: {"w": torch.tensor([3.0, 4.0]) * step} for step in (0, 1, 2, 3)}
+    path[0] = {"w": start}
+    v, explained, slope, intercept, r2 = relex.Rank1(path).fits["w"]
+    assert torch.allclose(v.abs(), torch.tensor([0.6, 0.8], dtype=torch.float64))
+    assert abs(slope) == pytest.approx(5) and intercept == pytest.approx(0, abs=1e-9)
+    assert explained == pytest.approx(1) and r2 == pytest.approx(1)
+    path[3]["w"] = torch.tensor([9.0, 12.0]) + torch.tensor([-4.0, 3.0])     # 5 across, after 15 along
+    v, explained, *_ = relex.Rank1(path).fits["w"]
+    moves = np.array([[3, 4], [6, 8], [5, 15]])
+    values = np.linalg.svd(moves, compute_uv=False) ** 2
+    assert explained == pytest.approx(values[0] / values.sum())
+
+
+def test_relex_keeps_out_the_steps_before_the_first():
+    """a path that bends after step 4: fitted from there on it is straight again"""
+    path = straight_path()
+    for step in range(6, 21, 2):
+        path[step] = {name: path[0][name] + (path[2][name] - path[0][name]) * (step - 3) for name in path[0]}
+    late = relex.Rank1(path, first=6, last=12)
+    assert torch.allclose(late.at(20)["a"], path[20]["a"], atol=1e-4)
+    assert not torch.allclose(relex.Rank1(path, last=12).at(20)["a"], path[20]["a"], atol=1e-2)
+
+
+def test_relex_goes_as_far_at_random():
+    path = straight_path()
+    fit = relex.Rank1(path)
+    there = relex.random_direction(fit, 20, 0)
+    for name in path[0]:
+        length = (fit.at(20)[name] - path[0][name]).norm()
+        assert torch.allclose((there[name] - path[0][name]).norm(), length, rtol=1e-4)
+    assert not torch.allclose(there["a"], fit.at(20)["a"], atol=0.1)
+
+
+# --- what a batch is made of: dupo, order
+
+
+@pytest.fixture
+def tiny(here):
+    """tiny() -> the same small RL run each time, and a rollout of it with advantages"""
+    runs = []
+
+    def make():
+        config = Settings(init=evidence.random_model("base", here), steps=4, prompts=6, n=4, max_new=8,
+                          lr=1e-2, warmup=1, decay=0.0, workers=1, threads=1)
+        rl = setup(config, reward=evidence.easy_reward(here))
+        runs.append(rl)
+        groups = list(collect(rl, next_problems(rl, 6), 4))
+        for group in groups:
+            algos.advantage(group, rl.config)
+        return rl, groups
+    yield make
+    for rl in runs:
+        close(rl)
+
+
+def weights_of(rl):
+    return torch.cat([p.detach().flatten() for p in rl.model.parameters()])
+
+
+def test_dupo_repeats_none_twice_before_all_were_repeated_once():
+    groups = [[Sample([1], [2], [0.0], "stop", i, 0, 0, advantage=1.0)] for i in range(3)]
+    rng = np.random.default_rng(0)
+    for count, most in ((3, 1), (5, 2), (6, 2), (8, 3)):
+        found = dupo.duplicated(groups, count, rng)
+        times = [sum(g[0].problem == i for g in found) for i in range(3)]
+        assert len(found) == count and max(times) == most and min(times) >= most - 1
+        assert len({algos.address(g[0]) for g in found}) == count, "each copy has an address of its own"
+    assert dupo.duplicated([], 4, rng) == []
+
+
+def test_dupo_is_dropping_where_every_group_is_repeated_as_often(tiny):
+    """the copies of all groups add the same gradient again, and the division takes it back"""
+    ends = []
+    for times in (1, 2):
+        rl, groups = tiny()
+        groups = [g for g in groups if dupo.teaches(g)]
+        assert len(groups) >= 2
+        learn(rl, dupo.duplicated(groups, times * len(groups), np.random.default_rng(0)))
+        ends.append(weights_of(rl))
+    assert torch.allclose(*ends, atol=1e-5)
+
+
+def test_order_is_nothing_to_a_single_update(tiny, monkeypatch):
+    """and something to two: the second begins where the first one left the model"""
+    monkeypatch.setattr(order, "ROW", 64)
+    ends = {}
+    for updates in (1, 2):
+        for arm in order.ARMS:
+            rl, groups = tiny()
+            order.learn(rl, groups, arm, updates)
+            ends[arm, updates] = weights_of(rl)
+    for arm in order.ARMS:
+        assert torch.allclose(ends[arm, 1], ends["length", 1], atol=1e-4)
+    assert not torch.allclose(ends["right", 2], ends["wrong", 2], atol=1e-3)
+
+
+def test_order_puts_right_ones_first_last_or_in_between(tiny, monkeypatch):
+    monkeypatch.setattr(order, "ROW", 64)
+    rl, groups = tiny()
+    rows = {arm: [{s.reward for s in row.samples} for row in order.rows_in_order(rl, groups, arm)]
+            for arm in order.ARMS}
+    assert {1.0} in rows["right"] and {0.0} in rows["right"] and len(rows["right"]) > 3
+    assert rows["right"] == sorted(rows["right"], key=lambda found: found != {1.0})
+    assert rows["wrong"] == rows["right"][::-1] and {0.0, 1.0} in rows["mixed"]

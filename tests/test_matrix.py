@@ -31,12 +31,11 @@ from bench import kill
 from bench import opd as bench_opd
 from common import flags, hf, run
 from data import Problem
-from examples import darling
 from test_ttrl import Letters
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = dict(nanorl=nanorl, darling=darling, ttrl=ttrl, opd=opd, train_gpt=train_gpt, evaluate=evaluate,
-               rollout=rollout, opd_check=opd_check)
+SCRIPTS = dict(nanorl=nanorl, ttrl=ttrl, opd=opd, train_gpt=train_gpt, evaluate=evaluate, rollout=rollout,
+               opd_check=opd_check)
 NEEDED = dict(opd="--teacher x", evaluate="--model x", rollout="--model x --prompt y",
               opd_check="--student x --teacher y")
 
@@ -116,10 +115,6 @@ LIMITS = dict(
         stream=(["on", "off"], ["on --minibatch 1", "on --epochs 2", "on --cov clip", "on --grads sharded",
                                  "on --kl-coef 1 --reference-at sharded"]),
         dry_run=SWITCH, card=(["0", "24 --dry-run"], ["24", "-1"]), host=(["0", "64 --dry-run"], ["64"])),
-    darling=COMMON | ALGO | EVALS | dict(
-        same=(["classes", "ngrams"], ["x"]),
-        ngram=(["1 --same ngrams"], ["0 --same ngrams", "3"]), minibatch=(["0", "32"], ["33"]), steps=COUNT,
-        n=(["2"], ["1"]), problems=COUNT),
     ttrl=COMMON | ALGO | dict(
         name=(["", "a"], NAME[1][1:]), preset=(["", "aime --init DIR"], ["aime", "aimee"]),
         task=ANY, split=(["test", "valid", "train"], ["x", "train --data x.jsonl"]),
@@ -249,7 +244,7 @@ def commands():
              *ROOT.glob("records/*/commands.txt")]
     text = "\n".join(page.read_text() for page in pages)
     text += "\n".join(ast.get_docstring(ast.parse(p.read_text())) or ""
-                      for p in [*ROOT.glob("*.py"), *ROOT.glob("examples/*.py")])
+                      for p in ROOT.glob("*.py"))
     text = text.replace("\\\n", " ")
     for script, words in re.findall(r"\b(\w+)\.py((?: +(?:--)?[^\s`;|#]+)*)", text):
         words = re.split(r"  |\)| \(", words.strip())[0]                 # a comment beside it
@@ -519,7 +514,6 @@ def load(name, found=data.load):
 
 TINY = dict(
     nanorl=shlex.join(RL),
-    darling="--init base --task countdown " + shlex.join(RL[6:]),
     ttrl="--init base --task letters --device cpu --threads 1 --questions 4 --unseen-n 2 --prompts 4 "
          "--votes 6 --samples 4 --min-votes 2 --max-new 4 --passes 3 --eval-k 2 --row-tokens 128 "
          "--save-every 9 --lr 1e-2 --warmup 1 --patience 0 --scattered 0",
@@ -618,10 +612,6 @@ EFFECTS = dict(
         stream=("metrics", "--stream", "--no-deterministic"), dry_run=("files", "--dry-run"),
         card=("files", "of --dry-run, which writes none"),
         host=("files", "of --dry-run, which writes none")),
-    darling=COMMON_EFFECTS | ALGO_EFFECTS | EVAL_EFFECTS | LOOP_EFFECTS | dict(
-        same=("metrics", "--same ngrams --ngram 1", "--max-new 16"),
-        ngram=("metrics", "--ngram 1", "--same ngrams --max-new 16"),
-        minibatch=("metrics", "--minibatch 1")),
     ttrl=COMMON_EFFECTS | ALGO_EFFECTS | dict(
         preset=("metrics", "a set of flags: test_presets_are_the_papers"), task=("metrics", "--task numbers"),
         split=("metrics", "--split train"), data=("metrics", "--data golds.jsonl"),
@@ -710,8 +700,7 @@ EFFECTS = dict(
 )
 STANDARD = "--tokenizer numbers --n-layer 3 --n-head 6 --n-kv-head 2 --head-dim 16 --d-model 96 --d-ff 256"
 # a loop is run for the fields of its own; those that all loops share are seen in nanorl.py
-SHARED = {"darling": COMMON_EFFECTS | ALGO_EFFECTS | EVAL_EFFECTS | LOOP_EFFECTS,
-          "ttrl": COMMON_EFFECTS | ALGO_EFFECTS,
+SHARED = {"ttrl": COMMON_EFFECTS | ALGO_EFFECTS,
           "opd": COMMON_EFFECTS | EVAL_EFFECTS | LOOP_EFFECTS}
 SEEN = [(script, name) for script, rows in EFFECTS.items() for name, row in rows.items()
         if row[1].startswith("--") and row is not SHARED.get(script, {}).get(name)]

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,6 @@ import algos
 import data
 import nanorl
 from bench import algorithms
-from examples import darling
 from common import deal, run
 from common.metrics import repeats, warnings
 from common.run import newest
@@ -366,43 +364,7 @@ def test_dry_run_prints_the_budget_and_writes_nothing(own, capsys):
 
 
 # -----------------------------------------------------------------------------
-# the fork, and the benchmark of all rows
-
-
-def test_darling_pays_for_what_siblings_have_not(own):
-    """three times one answer, two others, one wrong; equal is what the task calls equal"""
-    task, config = data.load("countdown"), darling.Config(n=6)
-    texts = ["12*3=36,36+7=43", "3*12=36,36+7=43", "3*12=36,7+36=43", "12+7=19,19+24=43",
-             "7+3=10,10+33=43", "nothing"]
-    samples = [SimpleNamespace(tokens=list(text.encode())) for text in texts]
-    assert np.allclose(darling.distinctness(samples, task, texts, config), [3 / 5] * 3 + [1, 1, 1])
-    assert darling.right_ways(task, texts, [1, 1, 1, 1, 0, 0]) == 2
-    grams = darling.Config(same="ngrams", ngram=2)
-    samples = [SimpleNamespace(tokens=t) for t in ([1, 2, 3], [1, 2, 4], [5])]
-    assert np.allclose(darling.distinctness(samples, task, texts, grams), [0.5, 0.5, 1])
-
-
-@pytest.mark.parametrize("argv", [["--same", "classes"],
-                                  ["--same", "ngrams", "--minibatch", "3", "--algo", "gspo"]])
-def test_darling_runs(own, argv):
-    darling.main([*"--init base --task countdown --steps 2 --prompts 5 --n 4 --max-new 10 --eval-n 4 "
-                  "--eval-k 4 --eval-every 1 --threads 1 --device cpu --row-tokens 128".split(), *argv])
-    m = metrics("darling")
-    assert [row["step"] for row in m] == [0, 1, 2]
-    assert {"right_ways", "distinct", "reward", "test/pass@4"} <= set(m[-1])
-    assert weights("runs/darling/ckpt/step_2")
-
-
-def test_darling_raises_what_is_rare_and_right():
-    """four times the same right answer, one other, three wrong: all right ones go up, the rare one most"""
-    digits = SimpleNamespace(answer=lambda text: next((c for c in text if c in "0123456789"), None),
-                             canon=lambda a: a, same=lambda a, b: a == b)
-    config = darling.Config(n=8)
-    texts = ["1"] * 4 + ["2", "x", "x", "x"]
-    factor = darling.distinctness([SimpleNamespace(tokens=[1])] * 8, digits, texts, config)
-    reward = np.array([1.0] * 5 + [0] * 3) * factor
-    A = algos.BASELINES["mean"](reward)
-    assert A[4] > 2 * A[0] > 0 > A[7]
+# the benchmark of all rows
 
 
 def test_benchmark_of_all_rows_runs_resumes_and_repeats_nothing(own, capsys):

@@ -263,9 +263,9 @@ def test_the_diffs_apply_and_run(tmp_path):
 
 
 def test_the_fork_is_the_one_that_is_shown():
-    """what the README shows of examples/darling.py stands there, in this order"""
-    fork = next(d for d in re.findall(r"^```diff\n(.*?)^```", TEXT, re.M | re.S) if "distinctness" in d)
-    darling = "".join((ROOT / "examples/darling.py").read_text().split())
+    """what the README shows of ideas/darling.py stands there, in this order"""
+    fork = next(d for d in re.findall(r"^```diff\n(.*?)^```", TEXT, re.M | re.S) if "paid(" in d)
+    darling = "".join((ROOT / "ideas/darling.py").read_text().split())
     place = 0
     for line in fork.splitlines():
         place = darling.find("".join(line[1:].split()), place)
@@ -299,8 +299,7 @@ def described():
     cells = [line.split("|")[1]
              for line in TEXT.split("## Every metric")[1].split("## What fits")[0].splitlines()
              if line.startswith("| ")]
-    names = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
-    return names | set(re.findall(r"`([^`]+)`", TEXT.split("And `examples/darling.py`:")[1].split("\n")[0]))
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 
 def plain(key):
@@ -320,9 +319,7 @@ def test_every_metric_is_described(base):
                             "--n-kv-head 1 --d-ff 24 --steps 2 --batch 4 --eval-docs 4"),
             "rl": ("nanorl", f"{RL} --problems 16 --final-n 3 --row-tokens 256"),
             "vote": ("ttrl", "--init base --questions 4 --unseen-n 2 --votes 4 --samples 2 --min-votes 1 "
-                     "--prompts 2 --passes 2 --eval-k 2 --max-new 30 --workers 1 --row-tokens 512"),
-            "fork": ("examples.darling",
-                     "--init base --prompts 4 --n 4 --max-new 10 --steps 1 --eval-n 2 --eval-k 2")}
+                     "--prompts 2 --passes 2 --eval-k 2 --max-new 30 --workers 1 --row-tokens 512")}
     if "tail_batching" in Config.__dataclass_fields__:
         runs["tail"] = ("nanorl", f"{RL} --problems 16 --final-n 3 --row-tokens 256 --tail-batching prompt")
     if (ROOT / "opd.py").exists():

@@ -77,7 +77,7 @@ ROWS = [      # the bottom first; a row may name files that are not written yet
     ["ideas"],
 ]
 HEIGHT = {name: i for i, row in enumerate(ROWS) for name in row}
-ANYTHING = ("tests", "bench", "examples")
+ANYTHING = ("tests", "bench")
 
 
 def place(module):
@@ -163,7 +163,7 @@ def test_arrows_point_down():
         assert not up, f"{path} imports {', '.join(sorted(up))}, which is not below it"
 
 
-def test_nothing_below_imports_tests_bench_or_examples():
+def test_nothing_below_imports_tests_or_bench():
     for path in ours():
         named = {name.split(".")[0] for name in imports((ROOT / path).read_text(), path.stem)}
         assert not named & set(ANYTHING), f"{path} imports {named & set(ANYTHING)}"
