@@ -43,7 +43,7 @@ RECIPES = {
     "recall": "--preset recall",                 # keys, values and a question
 }
 # --smoke: the most that a size of an idea's Config may be then
-SMALL = dict(steps=2, asked=3, prompts=3, n=4, k=4, every=1)
+SMALL = dict(steps=2, asked=3, prompts=3, n=4, k=4, every=1, batch=1)
 # flags of an idea that mean the same in a loop
 SAME = ("seed", "threads", "task", "steps", "prompts", "n", "max_new", "lr")
 FEW = 30                                         # points of a curve that are drawn one by one

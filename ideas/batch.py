@@ -32,9 +32,9 @@ from train_gpt import evaluate, scratch, steps, trapezoid
 CLAIM = Claim(paper="2505.23971", says="batch warm-up: 43% fewer steps, a slightly lower loss, OLMo 1B",
               measured="what is left of an allowance of 0.02 nats, in 42% fewer steps", smallest=1.0,
               unit="0.01 nats")
-ARMS = {"small": (16, 16, 16), "warm-up": (16, 32, 64), "backwards": (64, 32, 16), "large": (64, 64, 64)}
+ARMS = {"small": (1, 1, 1), "warm-up": (1, 2, 4), "backwards": (4, 2, 1), "large": (4, 4, 4)}
 ALLOWED = 2.0                            # 0.01 nats
-LR = 3e-3                                # at batches of 16
+LR = 3e-3                                # of the smallest batches
 FORKS = (1, 2, 4, 8)
 SHARE = 12                               # a fork reads this part of the text: 50 steps of 16, 25 of 32, ...
 EQUAL = 0.01                             # nats that count as no difference between forks
@@ -43,7 +43,8 @@ PANEL = "CBS"
 
 @dataclass
 class Config(Idea):
-    steps: int = 600                     # of the arm `small`, 2,048 bytes each
+    steps: int = 600                     # of the arm `small`
+    batch: int = 16                      # windows of 128 bytes in its batches
     asked: int = 512                     # windows of 128 bytes for the losses
 
 
@@ -53,18 +54,20 @@ class Config(Idea):
 
 def thirds(config):
     """-> windows of a third of the text, a multiple of the largest batch"""
-    return max(1, config.steps * 16 // 3 // 64) * 64
+    return max(1, config.steps // 12) * 4 * config.batch
 
 
 def in_batches(document, batch):
     return Documents(document.read, replace(document.config, batch=batch), document.tok)
 
 
-def stretch(model, document, optimizer, batch, first, last, total):
-    """-> (windows read, loss) after each step over the windows first .. last of `total`. The rate follows the
-    text that was read, times the root of the batch."""
+def stretch(model, document, optimizer, k, batch, first, last, total):
+    """-> (windows read, loss) after each step over the windows first .. last of `total`, in batches k times
+    as large as `batch`. The rate follows the text that was read, times the root of k."""
+    batch *= k
+
     def rate(step):
-        return (batch / 16) ** 0.5 * trapezoid(step * batch, total, document.config)
+        return k**0.5 * trapezoid(step * batch, total, document.config)
 
     batches = in_batches(document, batch)
     for step, loss in steps(model, batches, optimizer, last // batch, begin=first // batch, schedule=rate):
@@ -96,7 +99,7 @@ def begun(config, weights=None):
 def fork(weights, k, config, first):
     """-> the loss after a fork's text"""
     model, document = begun(config, weights)
-    batch = 16 * k
+    batch = config.batch * k
     total = max(1, config.steps // SHARE // k)
     warmup = max(1, total // 5)
 
@@ -117,11 +120,12 @@ def train(arm, trial, config, keep=()):
     third = thirds(config)
     kept = {}
     taken = 0
-    for i, batch in enumerate(ARMS[arm]):
-        for read, loss in stretch(model, document, optimizer, batch, i * third, (i + 1) * third, 3 * third):
+    for i, k in enumerate(ARMS[arm]):
+        part = i * third, (i + 1) * third, 3 * third
+        for read, loss in stretch(model, document, optimizer, k, config.batch, *part):
             taken += 1
             trial.dot("", arm, read, loss)
-            trial.bar.update(batch)
+            trial.bar.update(k * config.batch)
             if read in keep:
                 kept[read] = {name: w.clone() for name, w in model.state_dict().items()}
     return dict(evaluate(model, document), steps=taken), kept
@@ -129,10 +133,11 @@ def train(arm, trial, config, keep=()):
 
 def main(argv=None):
     config = flags(Config, argv, __doc__)
-    positive(config, "steps asked")
+    positive(config, "steps asked batch")
     third = thirds(config)
     trial = begin(config, __file__, CLAIM, tuple(ARMS), 3 * third)
-    early, late = 3 * third // 10 // 16 * 16, third
+    early = max(1, config.steps // 10) * config.batch
+    late = third
     results = {}
     results["small"], kept = train("small", trial, config, keep=(early, late))
     for arm in list(ARMS)[1:]:
@@ -141,8 +146,8 @@ def main(argv=None):
     for when, weights in kept.items():
         losses = {k: fork(weights, k, config, when) for k in FORKS}
         for k, loss in losses.items():
-            trial.dot(PANEL, f"after {when} windows", 16 * k, loss - losses[1])
-        sizes.append(f"{16 * critical(losses)} after {when}")
+            trial.dot(PANEL, f"after {when} windows", config.batch * k, loss - losses[1])
+        sizes.append(f"{config.batch * critical(losses)} after {when}")
     cost = {arm: 100 * (results[arm]["loss"] - results["small"]["loss"]) for arm in ARMS}
     picture(trial, x="windows of 128 bytes read", y="loss, nats per byte",
             **{PANEL: ("batch of the fork", "loss above the fork of 16")})
