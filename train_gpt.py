@@ -235,7 +235,7 @@ def sample(model, prompt, max_new, stop=(), temperature=1.0, seed=0, problem=0, 
 class Config:
     name: str = "base"                   # the run: everything it writes lies in runs/NAME
     preset: Literal["base", "small", "tiny", "recall", "mixed100m", "gpt2"] = "base"  # flags; others win
-    data: str = "mixed"                  # a task, a text file, chats (.jsonl), or .bin shards
+    data: str = "mixed"                  # a task, stdlib, a text file, chats (.jsonl), .bin shards
     tokenizer: str = "numbers"           # chars, numbers, bytes, gpt2, a folder; --init has its own
     init: str = ""                       # a Hugging Face folder or a run; it brings its shape
     steps: int = 1500                    # optimizer steps

@@ -35,8 +35,8 @@ from train_gpt import evaluate, scratch, steps
 CLAIM = Claim(paper="2504.05295", says="Dion at a quarter of the rank is ahead of AdamW, 160M to 3B",
               measured="final loss below AdamW's", smallest=2.0, unit="0.01 nats")
 ARMS = ("AdamW", "Dion", "no feedback", "Muon")
-RATES = {"AdamW": 3e-3, "Dion": 2e-2, "no feedback": 2e-2, "Muon": 1.4e-2}
-LR = 3e-3                                # of everything else
+RATES = {"AdamW": 1e-2, "Dion": 2e-2, "no feedback": 2e-2, "Muon": 1.4e-2}
+LR = 1e-2                                # of everything else
 
 
 @dataclass

@@ -38,7 +38,7 @@ CLAIM = Claim(paper="2207.14255", says="filling in is free: as good left to righ
 ARMS = ("plain", "fim", "wrong suffix")
 PRE, SUF, MID = "<|user|>", "<|assistant|>", "<|system|>"        # their ids mean nothing else in this corpus
 ALLOWED = 3.0                            # 0.01 nats
-LR, MUON_LR = 3e-3, 1.4e-2
+LR, MUON_LR = 1e-2, 1.4e-2
 
 
 @dataclass

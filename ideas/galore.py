@@ -35,8 +35,8 @@ from train_gpt import evaluate, scratch, steps
 CLAIM = Claim(paper="2412.05270", says="random projections are enough: on par with AdamW, below GaLore",
               measured="final loss below GaLore's", smallest=1.0, unit="0.01 nats")
 ARMS = ("AdamW", "GaLore", "APOLLO", "unscaled")
-RATES = {"AdamW": 3e-3, "GaLore": 1.2e-2, "APOLLO": 3e-3, "unscaled": 3e-3}
-LR = 3e-3                                # of everything else
+RATES = {"AdamW": 1e-2, "GaLore": 4e-2, "APOLLO": 1e-2, "unscaled": 1e-2}
+LR = 1e-2                                # of everything else
 ALPHA = 0.25                             # GaLore's scale
 
 
@@ -79,9 +79,9 @@ class LowRank(Optimizer):
         G = (s.grad * scale).view(s.param.shape)
         tall = G.shape[0] > G.shape[1]
         G = G.t() if tall else G
-        state = self.kept.setdefault(s.name, {"P": None, "norm": 0.0})
+        state = self.kept.setdefault(s.name, {"P": None, "norm": 0.0, "seed": len(self.kept)})
         if state["P"] is None or (self.steps - 1) % self.gap == 0:
-            generator = torch.Generator().manual_seed(self.steps * 1000 + len(self.kept))
+            generator = torch.Generator().manual_seed(self.steps * 1000 + state["seed"])
             state["P"] = self.project(G, generator)
         low = state["P"] @ G                                     # (r, n)
         if "m" not in state:

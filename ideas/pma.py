@@ -32,7 +32,7 @@ from train_gpt import evaluate, scratch, steps
 CLAIM = Claim(paper="2505.12082", says="the mean of a plateau is as good as annealing, 411M to 200B",
               measured="loss of the mean below the last checkpoint's", smallest=2.0, unit="0.01 nats")
 ARMS = ("constant", "annealed", "pma", "shrunk")
-LR, MUON_LR = 3e-3, 1.4e-2
+LR, MUON_LR = 1e-2, 1.4e-2
 
 
 @dataclass

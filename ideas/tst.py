@@ -38,7 +38,7 @@ CLAIM = Claim(paper="2605.06546", says="bags of tokens first: 2.676 against 2.80
 ARMS = {"plain": (1, 0.0), "s=2 r=.2": (2, 0.2), "s=4 r=.3": (4, 0.3),          # s, r
         "no mean": (2, 0.2), "more data": (1, 0.0)}
 MORE = 1.2                               # 0.2 * 2 + 0.8: the bytes of s=2 r=.2 over plain training's
-LR, MUON_LR = 3e-3, 1.4e-2
+LR, MUON_LR = 1e-2, 1.4e-2
 
 
 @dataclass
