@@ -1,19 +1,20 @@
 """
-common/evidence.py: what every file of ideas/ needs and none should write again. One call of an idea is
-one seed: it trains its arms, prints a table and one line, and leaves a picture. The verdict over seeds
-is computed by `python -m bench ideas`, never written by hand.
+common/evidence.py: what every file of ideas/ needs and none should write again. One call of an
+idea is one seed: it trains its arms, prints a table and one line, and leaves a picture. The
+verdict over seeds is computed by `python -m bench ideas`, never written by hand.
 
-    config = flags(Config, argv, __doc__)                    # the flags of Idea, and two or three more
-    needs(config.task, "answer canon", "answers are compared")     # or one line: what is missing
-    trial = begin(config, __file__, CLAIM, ARMS, config.steps)     # one folder, one bar over all arms
-    folder = trial.base("base")                              # the run to start from; trained if missing
-    rl = setup(Settings(**trial.settings(decay=0.5)), reward=trial.reward)     # stages.py
-    trial.point(arm, x, y)                                   # of the picture, and a tick of the bar
+    config = flags(Config, argv, __doc__)                    # those of Idea, and a few more
+    needs(config.task, "answer canon", "it votes")           # or one line: what is missing
+    trial = begin(config, __file__, CLAIM, ARMS, steps)      # one folder, one bar over all arms
+    folder = trial.base("base")                              # where to start; trained if missing
+    rl = setup(Settings(**trial.settings(decay=0.5)), reward=trial.reward)       # stages.py
+    trial.point(arm, x, y)                                   # drawn, and a tick of the bar
     picture(trial, x="rollout", y="reward")
     finish(trial, (gain, se), {arm: {"avg": 0.5}})           # the table, one line, result.json
 
-Left out of the usual recipe: a trainer that ideas plug into, and sweeps. An idea is a script with the
-loop in it; what it shares with the others is where it starts, how it is judged, and how it is drawn.
+Left out of the usual recipe: a trainer that ideas plug into, and sweeps. An idea is a script with
+the loop in it; what it shares with the others is where it starts, how it is judged, and how it is
+drawn.
 """
 import fcntl
 import json
@@ -35,11 +36,12 @@ from common.flags import die, positive
 from common.run import progress, start
 from train_gpt import GPT, GPTConfig
 
-# the models that ideas start from: one per seed, shared by all ideas, trained once and not on their clock
+# the models that ideas start from: one per seed, shared by all, trained once, not on their clock
 RECIPES = {
     "base": "--preset base",
     "tiny": "--preset tiny",                     # bytes of Python's own library, 0.16M parameters
-    "formats": "--init {base} --data formats --steps 120",       # hints, siblings, peers, a calculator
+    # hints, siblings, peers, a calculator; at the base's own rates it forgets to solve without them
+    "formats": "--init {base} --data formats --steps 120 --lr 6e-3 --muon-lr 4e-3",
     "recall": "--preset recall",                 # keys, values and a question
 }
 # --smoke: the most that a size of an idea's Config may be then
@@ -58,10 +60,10 @@ class Claim:
     paper: str                           # arXiv number; "": no paper
     says: str                            # the claim, with the paper's own number, model and data
     measured: str                        # what the gain is, in words
-    smallest: float                      # a smaller gain would interest nobody; written before the first run
+    smallest: float                      # less would interest nobody; written before the first run
     unit: str = "points"                 # of the gain and of the smallest one
-    scale: str = ""                      # needs scale: the measured reason, "the base solves 0 of 400"
-    harness: bool = False                # no idea: a large, known effect, which shows what can be seen
+    scale: str = ""                      # needs scale: the reason, "the base solves 0 of 400"
+    harness: bool = False                # no idea: a known effect, which shows what can be seen
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Idea:
     seed: int = 0                        # base, problems and samples
     threads: int = 1                     # CPU threads
     init: str = ""                       # your model instead of the base
-    smoke: bool = False                  # two steps per arm on a random model: is everything connected?
+    smoke: bool = False                  # two steps per arm on a random model: does it all connect?
 
     def __post_init__(self):
         positive(self, "threads")
@@ -125,7 +127,7 @@ class Trial:
         return folder
 
     def settings(self, **more):
-        """-> flags of stages.Settings: those of the idea that mean the same there, the start, and more"""
+        """-> flags of stages.Settings: the idea's own of the same names, the start, and more"""
         own = {name: value for name, value in vars(self.config).items() if name in SAME}
         return {**own, "init": self.base(), "workers": 1, **more}
 
@@ -166,8 +168,8 @@ def cpu_seconds():
 
 @contextmanager
 def only_one(folder):
-    """Of two processes that want the same start one trains it, the other waits. A lock ends with its
-    process."""
+    """Of two processes that want the same start one trains it, the other waits. A lock ends with
+    its process."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as f:
         try:
@@ -198,7 +200,7 @@ def shared(kind, seed, threads=1):
         if not found or found[1] < config.steps:
             print(f"no {kind} of seed {seed} yet: training {folder}", flush=True)
             train_gpt.main(argv + ["--resume"] * bool(begun))
-            start(threads=threads)                               # again: the training had Threads of its own
+            start(threads=threads)                   # again: the training had Threads of its own
     return str(folder)
 
 
@@ -293,7 +295,7 @@ def draw(seeds, labels, title, path):
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    for dpi in (100, 80, 60, 45):                                # legible, and never too large to keep in git
+    for dpi in (100, 80, 60, 45):                    # legible, and never too large to keep in git
         figure.savefig(path, dpi=dpi)
         if path.stat().st_size < MOST:
             break

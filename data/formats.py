@@ -1,19 +1,20 @@
 """
-Countdown with more to read, and a calculator: what a small model must know before it can be asked to use a
-hint, a solved sibling, its peers, or a tool.
+Countdown with more to read, and a calculator: what a small model must know before it can be asked
+to use a hint, a solved sibling, its peers, or a tool.
 
     plain      C3 7 12=43:                        12*3=36,36+7=43
-    hint       H12*3=36|C3 7 12=43:               12*3=36,36+7=43        the first step of a solution
-    sibling    E12*3=36,36+7=43|C3 7 12=43:       12*3=36,36+7=43        a right answer to the same problem
-    peers      D7+3=10,10+12=22;...|C3 7 12=43:   12*3=36,36+7=43        two or three, a third of them right
-    posed      Q                                  3 7 12=43              a problem of its own
-    tool       T347*62=                           [347*62]21514#21514    "]" ends a turn, the tool answers
-                                                  #20914                 half without it: wrong in 60%
+    hint       H12*3=36|C3 7 12=43:               12*3=36,36+7=43       a solution's first step
+    sibling    E12*3=36,36+7=43|C3 7 12=43:       12*3=36,36+7=43       a right answer
+    peers      D7+3=10,10+12=22;...|C3 7 12=43:   12*3=36,36+7=43       2 or 3, a third right
+    posed      Q                                  3 7 12=43             a problem of its own
+    tool       T347*62=                           [347*62]21514#21514   the tool answers after "]"
+                                                  #20914                half without it: 60% wrong
 
-The corpus is made to tune the base of data/mixed.py for a hundred steps. What a model makes of these letters
-before it was tuned says nothing. Documents are of the base's half of the train problems, so that the other
-half is there to be solved; problem j of each Countdown format asks the same as problem j of countdown. Left
-out: wrong hints and wrong siblings, so a model that is shown one has no reason to doubt it.
+The corpus is made to tune the base of data/mixed.py for a hundred steps. What a model makes of
+these letters before it was tuned says nothing. Documents are of the base's half of the train
+problems, so that the other half is there to be solved; problem j of each Countdown format asks the
+same as problem j of countdown. Left out: wrong hints and wrong siblings, so a model that is shown
+one has no reason to doubt it.
 
     python -m data.formats             # or: python -m data.formats peers
 """

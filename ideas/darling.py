@@ -1,21 +1,22 @@
 """
 darling.py: be right in a way that the others of your group are not (DARLING, arXiv 2509.02534).
 
-RL for accuracy alone makes the samples of a group ever more alike: pass@1 rises and pass@k does not. Here
-a right answer is worth more when few of its group gave it: reward * (G - size of its class) / (G - 1).
+RL for accuracy alone makes the samples of a group ever more alike: pass@1 rises and pass@k does
+not. Here a right answer is worth more when few of its group gave it: reward * (G - size of its
+class) / (G - 1).
 
     a a a b c x        rewards 1 1 1 1 1 0, G = 6:    3/5 3/5 3/5 5/5 5/5 0
 
-If all of a group are one answer, every reward is 0, and so is every advantage: such a group teaches nothing.
-The deviation stays out of the advantage (dr_grpo): it would blow up a group whose right answers are nearly
-all one answer.
+If all of a group are one answer, every reward is 0, and so is every advantage: such a group
+teaches nothing. The deviation stays out of the advantage (dr_grpo): it would blow up a group whose
+right answers are nearly all one answer.
 
-Left out of the paper: its learned judge of what is "the same" (an embedding model of 4B), because the task
-can say it (3*12 is 12*3); several updates per rollout.
-The paper: higher pass@1 and higher pass@k than GRPO on competition math, Qwen3-4B-Base among the models; how
-much higher stands in tables that we could not read. Here: Countdown, which has many right ways. All arms
-share the base, the problems, the noise and the number of rollouts; the questions at the end were seen by
-none.
+Left out of the paper: its learned judge of what is "the same" (an embedding model of 4B), because
+the task can say it (3*12 is 12*3); several updates per rollout.
+The paper: higher pass@1 and higher pass@k than GRPO on competition math, Qwen3-4B-Base among the
+models; how much higher stands in tables that we could not read. Here: Countdown, which has many
+right ways. All arms share the base, the problems, the noise and the number of rollouts; the
+questions at the end were seen by none.
 
     python -m ideas.darling                              all arms, one seed
     python -m bench ideas --names darling                the verdict over seeds

@@ -1,22 +1,23 @@
 """
-dupo.py: what to put in the place of a group that teaches nothing (DUPO, of WebSailor, arXiv 2507.02592).
+dupo.py: what to put in the place of a group that teaches nothing (DUPO, arXiv 2507.02592).
 
-A group whose samples are all right, or all wrong, has no advantage and no gradient. Late in a run most are
-such groups.
+A group whose samples are all right, or all wrong, has no advantage and no gradient. Late in a run
+most are such groups.
 
     alone        + . - . . + . .      . teaches nothing and stays in the batch (nanorl.py's own)
     resampled    + - + + - + - +      thrown away, others sampled until the batch is full (DAPO)
-    duplicated   + - + + - + - +      thrown away, those of the same batch that teach repeated in their place
+    duplicated   + - + + - + - +      thrown away, others of the same batch repeated in their place
     dropped      + - +                the control: thrown away, and nothing put there
 
-Duplicating samples no token: the paper sees the batch of DAPO at a third to a half of its time. But a
-repeated group is the same gradient again. If every group were repeated as often, the update would be that of
-"dropped", exactly: only the divisor and the luck of the draw differ. So "dropped" says whether the copies do
-anything.
+Duplicating samples no token: the paper sees the batch of DAPO at a third to a half of its time.
+But a repeated group is the same gradient again. If every group were repeated as often, the update
+would be that of "dropped", exactly: only the divisor and the luck of the draw differ. So "dropped"
+says whether the copies do anything.
 
-Left out of the paper: the filter before RL, web search, many turns, tokens as the unit of the loss.
-The paper: 2 to 3 times faster than DAPO's dynamic sampling, Qwen2.5 3B to 72B as web agents.
-Here: Countdown, each arm until it has sampled as many tokens; the right panel is the same by CPU seconds.
+Left out of the paper (WebSailor): the filter before RL, web search, many turns, the mean over
+tokens. The paper: 2 to 3 times faster than DAPO's dynamic sampling, Qwen2.5 as web agents.
+Here: Countdown, each arm until it has sampled as many tokens; the right panel is the same by CPU
+seconds.
 
     python -m ideas.dupo
     python -m bench ideas --names dupo
@@ -26,7 +27,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.evidence import Claim, Idea, begin, finish, picture
+from common.evidence import Claim, Idea, begin, finish, needs, picture
 from common.flags import flags, positive
 from evaluate import evaluate, paired
 from stages import Settings, advantage, close, collect, learn, next_problems, setup
@@ -118,6 +119,7 @@ def train(arm, trial, config):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "tokens prompts n max_new asked")
+    needs(config.task, "reward", "learning needs one")
     trial = begin(config, __file__, CLAIM, ARMS, config.tokens)
     results = {arm: train(arm, trial, config) for arm in ARMS}
     table = {arm: {k: result[k] for k in ("avg", "pass@8", "updates", "seconds")}

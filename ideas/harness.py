@@ -2,10 +2,10 @@
 harness.py: is there anything to see at all? RL against the base it begins from.
 
 No paper. The verdicts of the other files are worth something only where the set-up that they share
-(Countdown, the base, 32 problems x 8 samples per rollout) shows a large effect that is known to be there.
-So this gain must be larger than the smallest gain of any other CLAIM in points, by its interval over seeds:
-`python -m bench ideas --check`. The control is RL on the same rewards, given to the wrong samples: what it
-gains is not learned from what was right.
+(Countdown, the base, 32 problems x 8 samples per rollout) shows a large effect that is known to be
+there. So this gain must be larger than the smallest gain of any other CLAIM in points, by its
+interval over seeds: `python -m bench ideas --check`. The control is RL on the same rewards, given
+to the wrong samples: what it gains is not learned from what was right.
 
     python -m ideas.harness
     python -m bench ideas --names harness
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.evidence import Claim, Idea, begin, finish, picture
+from common.evidence import Claim, Idea, begin, finish, needs, picture
 from common.flags import flags, positive
 from evaluate import evaluate, paired
 from stages import Settings, advantage, close, collect, learn, next_problems, setup
@@ -58,6 +58,7 @@ def train(arm, trial, config):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "steps prompts max_new asked")
+    needs(config.task, "reward", "learning needs one")
     trial = begin(config, __file__, CLAIM, ARMS[1:], config.steps)
     results = {arm: train(arm, trial, config) for arm in ARMS}
     control, control_se = paired(results["shuffled"], results["base"], "avg")

@@ -1,21 +1,21 @@
 """
 order.py: can right and wrong answers be batched apart? (A question from a reading list; no paper.)
 
-A rollout is packed into rows. With one update per rollout the order of the rows is nothing: sums commute.
-With four, the first update is a quarter of the rows, and the second begins where the first left the model.
-pack.plan(order=) has three orders, and the reverse of one is the control:
+A rollout is packed into rows. With one update per rollout the order of the rows is nothing: sums
+commute. With four, the first update is a quarter of the rows, and the second begins where the
+first left the model. pack.plan(order=) has three orders, and the reverse of one is the control:
 
     length     L L l l | l l s s | ...     long answers first, as nanorl.py packs them: the baseline
     right      + + + + | + + - - | - - - - right ones first, then wrong ones, each in rows of its own
     wrong      - - - - | - - + + | + + + + the control: apart just the same, the other way round
     mixed      + - - + | - + + - | ...     a row of many right ones beside a row of few
 
-Apart, an update only pushes up, or only pushes down, so that what should cancel does not: the parts of a
-sentence that right and wrong answers share are pushed far one way, and later back. The clip of the ratio then
-cuts what comes back.
+Apart, an update only pushes up, or only pushes down, so that what should cancel does not: the
+parts of a sentence that right and wrong answers share are pushed far one way, and later back. The
+clip of the ratio then cuts what comes back.
 
-All arms share the base, the problems, the noise and the number of rollouts and updates. The normaliser of an
-update is the number of its samples.
+All arms share the base, the problems, the noise and the number of rollouts and updates. The
+normaliser of an update is the number of its samples.
 
     python -m ideas.order
     python -m bench ideas --names order
@@ -27,7 +27,7 @@ import torch
 
 import pack
 from algos import aggregated, make_loss, predicting
-from common.evidence import Claim, Idea, begin, finish, picture
+from common.evidence import Claim, Idea, begin, finish, needs, picture
 from common.flags import flags, positive
 from evaluate import evaluate, paired
 from stages import Settings, advantage, close, collect, next_problems, old_logprobs, setup, step
@@ -108,6 +108,7 @@ def train(arm, trial, config):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "steps updates prompts n max_new asked")
+    needs(config.task, "reward", "learning needs one")
     trial = begin(config, __file__, CLAIM, ARMS, config.steps)
     results = {arm: train(arm, trial, config) for arm in ARMS}
     table = {arm: {k: result[k] for k in ("avg", "pass@8")} for arm, result in results.items()}

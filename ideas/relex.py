@@ -1,22 +1,22 @@
 """
 relex.py: watch the first part of an RL run, and jump to its end (RELEX, arXiv 2605.21468).
 
-The weights of an RL run move along one direction, and along it nearly at a constant speed. So a line that is
-fitted to the first checkpoints says where the weights will be much later. For each tensor by itself:
+The weights of an RL run move along one direction, and at a nearly constant speed. So a line fitted
+to the first checkpoints says where they will be much later. For each tensor by itself:
 
     M[t] = w_t - w_0          the moves so far, one row per checkpoint seen
     v    = top eigenvector    of the Gram matrix M M^T, carried to the weights: the one direction
     c_t  = M[t] . v           how far along it; a line a + b t is fitted by least squares
     w_T  = w_0 + (a + b T) v  the end of the run, which was never trained
 
-Read in the paper's own code (github.com/weizhepei/RELEX): the whole history is fitted, with an intercept.
-Left out: higher ranks and curved fits, which gained nothing there.
+In the paper's own code (github.com/weizhepei/RELEX) the whole history is fitted, with an
+intercept. Left out: higher ranks and curved fits, which gained nothing there.
 The paper: 15% of an RLVR run (75 of 500 steps) extrapolated matches or exceeds the whole run, with
 Qwen2.5-Math-1.5B, Qwen3-4B-Base and Qwen3-8B-Base on math.
-Here: Countdown, at a CONSTANT learning rate after the warm-up, since under decay the path could not be linear
-in the step. Controls: the last difference extended as far; a random direction of the same length, per tensor;
-and the path of fine-tuning on solutions, which is no RL. "late" leaves the warm-up, which bends the path, out
-of the fit.
+Here: Countdown, at a CONSTANT learning rate after the warm-up, since under decay the path could
+not be linear in the step. Controls: the last difference extended as far; a random direction of the
+same length, per tensor; and the path of fine-tuning, which is no RL. "late" fits from after the
+warm-up, which bends the path.
 
     python -m ideas.relex                              all arms, one seed
     python -m bench ideas --names relex                the verdict over seeds
@@ -40,14 +40,14 @@ SHARES = (0.15, 0.3, 0.5, 0.75, 1.0)     # of the run: the first two are seen, a
 
 @dataclass
 class Config(Idea):
-    task: str = "countdown"              # with a known solution to each problem, for the path of fine-tuning
+    task: str = "countdown"              # with a known solution to each problem, to be imitated
     steps: int = 200                     # of the run whose end is predicted
     every: int = 2                       # steps between the checkpoints that are seen
     prompts: int = 64                    # problems per step
     n: int = 4                           # samples of each
     max_new: int = 48                    # tokens of a sample, at most
     lr: float = 1e-3                     # AdamW, constant after the warm-up
-    asked: int = 400                     # test problems, 4 samples each, for every point of the picture
+    asked: int = 400                     # test problems, 4 samples each, per point of the picture
 
 
 # -----------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def solutions(rl, problems):
 
 
 def run(kind, trial, config):
-    """-> the run and its path, {step: weights}. kind: "rl", or "sft" on the solutions of its problems."""
+    """-> the run and its path, {step: weights}. kind: "rl", or "sft" on known solutions."""
     tis = 2.0 if kind == "rl" else 0.0                           # nobody sampled a known solution
     rl = setup(Settings(**trial.settings(warmup=WARMUP, decay=0.0, tis=tis)), reward=trial.reward)
     path = {0: weights(rl.model)}
@@ -156,7 +156,7 @@ def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "steps every prompts max_new asked")
     if config.steps % config.every or config.steps < 2 * config.every:
-        die(f"--steps {config.steps}: give a multiple of --every {config.every}, two times it at least")
+        die(f"--steps {config.steps}: give a multiple of --every {config.every}, twice it at least")
     needs(config.task, "solution", "the path of fine-tuning imitates one")
     trial = begin(config, __file__, CLAIM, ("rl", "sft"), config.steps)
     rl, path = run("rl", trial, config)

@@ -4,8 +4,10 @@ import json
 import math
 import multiprocessing
 import os
+import runpy
 import shutil
 import statistics
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -267,10 +269,15 @@ def test_bench_runs_what_is_missing_and_two_more_where_it_is_undecided(fakes, ca
     assert "| holds here | 1.5 |" in table and "accuracy against none: [+4 +-5" in table
     assert table.endswith("\n\nafter\n"), "what stands around the table stays"
 
+    ideas.main(["--seeds", "5", "--names", "thing"])
     capsys.readouterr()
     ideas.main([])
     assert len(made()) == 8 and "runs to make" not in capsys.readouterr().out, "nothing is run twice"
     assert checked(capsys) == (0, "2 records: verdicts, claims, pictures and the table agree\n")
+    Path("records/ideas/thing.json").unlink()
+    ideas.write_table()
+    code, out = checked(capsys)
+    assert code == 0 and out.endswith("the table agree; not measured yet: thing\n")
 
 
 def test_bench_continues_after_a_failure(fakes, capsys):
@@ -331,7 +338,14 @@ def test_an_unknown_idea_is_named(fakes, capsys):
     ("gone", "there is no ideas/thing.py"),
     ("harness", "its smallest gain, 2 points, is not below what harness shows here, 1 at least"),
 ])
-def test_check_finds_what_was_changed(fakes, capsys, what, said):
+def test_check_finds_what_was_changed(fakes, capsys, monkeypatch, what, said):
+    def run_here(jobs):
+        for name, seed in jobs:
+            monkeypatch.setattr(sys, "argv", ["x", "--seed", str(seed)])
+            runpy.run_path(f"ideas/{name}.py")
+        return []
+
+    monkeypatch.setattr(ideas, "run_all", run_here)              # without a process for each
     ideas.main([])
     path = Path("records/ideas/thing.json")
     record = json.loads(path.read_text())
@@ -400,6 +414,22 @@ def test_an_idea_runs(name, here):
     folder = here / f"runs/ideas/{name}/smoke_0"
     assert 1000 < (folder / "picture.png").stat().st_size <= evidence.MOST
     assert json.loads((folder / "result.json").read_text())["smoke"]
+
+
+@pytest.mark.parametrize("name, words, said", [
+    ("darling", "--task code", "--task code has no answer and no canon and no same: whoever pays"),
+    ("relex", "--task arith", "--task arith has no solution: the path of fine-tuning imitates one"),
+    ("relex", "--steps 15", "--steps 15: give a multiple of --every 2"),
+    ("dupo", "--tokens 0", "--tokens is 0: give at least 1"),
+    ("order", "--task countdwn", "did you mean 'countdown'"),
+])
+def test_bad_input_is_one_line_before_anything_is_trained(name, words, said, here, capsys, monkeypatch):
+    monkeypatch.setattr(evidence, "shared", lambda *args: pytest.fail("a start was trained"))
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"ideas.{name}").main(words.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+    assert not Path("runs").exists(), "nothing half-written"
 
 
 # --- darling
