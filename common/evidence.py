@@ -32,7 +32,7 @@ import data
 import train_gpt
 from common import machine, view
 from common.files import newest, write_whole
-from common.flags import die, positive
+from common.flags import die, positive, without_effect
 from common.run import progress, start
 from train_gpt import GPT, GPTConfig
 
@@ -98,6 +98,11 @@ def needs(name, words, why):
     if missing:
         die(f"--task {name} has no {' and no '.join(missing)}: {why}; countdown has all of it")
     return task
+
+
+def from_scratch(config):
+    """What is pretrained begins with new weights: a model of one's own is refused, in one line."""
+    without_effect(config, [("init", False, "this idea trains its own models, from the first step on")])
 
 
 # -----------------------------------------------------------------------------

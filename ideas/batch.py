@@ -23,7 +23,7 @@ text in the same order.
 """
 from dataclasses import dataclass, replace
 
-from common.evidence import Claim, Idea, begin, finish, picture
+from common.evidence import Claim, Idea, begin, finish, from_scratch, picture
 from common.flags import flags, positive
 from common.optim import Optimizer
 from data.documents import Documents
@@ -134,6 +134,7 @@ def train(arm, trial, config, keep=()):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "steps asked batch")
+    from_scratch(config)
     third = thirds(config)
     trial = begin(config, __file__, CLAIM, tuple(ARMS), 3 * third)
     early = max(1, config.steps // 10) * config.batch

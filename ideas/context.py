@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from common.evidence import Claim, Idea, begin, finish, picture
+from common.evidence import Claim, Idea, begin, finish, from_scratch, picture
 from common.flags import flags, positive
 from common.hf import find
 from common.optim import Optimizer
@@ -128,6 +128,7 @@ def constant(step):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "steps asked")
+    from_scratch(config)
     trial = begin(config, __file__, CLAIM, WAYS, 2 * config.steps)
     base = GPT.from_hf(find(trial.base("tiny")))
     _, document = scratch("tiny", config.seed)

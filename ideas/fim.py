@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from common.evidence import Claim, Idea, begin, finish, picture
+from common.evidence import Claim, Idea, begin, finish, from_scratch, picture
 from common.flags import flags, positive
 from common.optim import Optimizer
 from data import stream
@@ -136,6 +136,7 @@ def train(arm, trial, config):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "steps asked")
+    from_scratch(config)
     trial = begin(config, __file__, CLAIM, ARMS, config.steps)
     results = {arm: train(arm, trial, config) for arm in ARMS}
     cost = 100 * (results["fim"]["loss"] - results["plain"]["loss"])

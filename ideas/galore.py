@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.evidence import Claim, Idea, begin, finish, picture
+from common.evidence import Claim, Idea, begin, finish, from_scratch, picture
 from common.flags import flags, positive
 from common.optim import Optimizer
 from train_gpt import evaluate, scratch, steps
@@ -132,6 +132,7 @@ def train(arm, trial, config):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "steps asked rank")
+    from_scratch(config)
     trial = begin(config, __file__, CLAIM, ARMS, config.steps)
     results = {arm: train(arm, trial, config) for arm in ARMS}
     loss = {arm: 100 * results[arm]["loss"] for arm in ARMS}

@@ -21,7 +21,7 @@ p = 0.8.
 from dataclasses import dataclass
 from functools import partial
 
-from common.evidence import Claim, Idea, begin, finish, picture
+from common.evidence import Claim, Idea, begin, finish, from_scratch, picture
 from common.flags import flags, positive
 from common.optim import Optimizer
 from train_gpt import evaluate, scratch, steps
@@ -67,6 +67,7 @@ def train(arm, trial, config):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "steps asked")
+    from_scratch(config)
     trial = begin(config, __file__, CLAIM, tuple(POWERS), config.steps)
     results = {arm: train(arm, trial, config) for arm in POWERS}
     gain = 100 * (results["AdamW"]["loss"] - results["p = 1.2"]["loss"])

@@ -15,7 +15,7 @@ seed (RATES); embeddings, head and norms are AdamW's in all.
 """
 from dataclasses import dataclass
 
-from common.evidence import Claim, Idea, begin, finish, picture
+from common.evidence import Claim, Idea, begin, finish, from_scratch, picture
 from common.flags import flags, positive
 from common.optim import Optimizer
 from train_gpt import evaluate, scratch, steps
@@ -59,6 +59,7 @@ def train(arm, trial, config):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "steps asked")
+    from_scratch(config)
     trial = begin(config, __file__, CLAIM, ARMS, config.steps)
     results = {arm: train(arm, trial, config) for arm in ARMS}
     gain = 100 * (results["AdamW"]["loss"] - results["Muon"]["loss"])

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.evidence import Claim, Idea, begin, finish, picture
+from common.evidence import Claim, Idea, begin, finish, from_scratch, picture
 from common.flags import flags, positive
 from common.optim import Optimizer
 from train_gpt import evaluate, scratch, steps
@@ -122,6 +122,7 @@ def loss_of(weights, config):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "steps asked every")
+    from_scratch(config)
     fork = config.steps - max(1, int(config.share * config.steps))
     trial = begin(config, __file__, CLAIM, ARMS[:1], 2 * config.steps - fork)
     checkpoints, start = plateau(trial, config, fork)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.func import functional_call
 
-from common.evidence import Claim, Idea, begin, finish, picture
+from common.evidence import Claim, Idea, begin, finish, from_scratch, picture
 from common.flags import flags, positive
 from common.optim import Optimizer
 from data.documents import Documents
@@ -113,6 +113,7 @@ def train(arm, trial, config):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "steps asked")
+    from_scratch(config)
     trial = begin(config, __file__, CLAIM, tuple(ARMS), config.steps)
     results = {arm: train(arm, trial, config) for arm in ARMS}
     gain = {arm: 100 * (results["plain"]["loss"] - results[arm]["loss"]) for arm in ARMS}

@@ -1,5 +1,6 @@
 """the exact invariants of the ideas about pretraining: where each equals what it is compared with, a case
 worked by hand"""
+import importlib
 import math
 from functools import partial
 
@@ -9,6 +10,7 @@ import torch
 
 import data
 import train_gpt
+from common import evidence
 from common.optim import Optimizer
 from ideas import batch, context, dion, fim, galore, gradpower, muon, pma, tst
 from kernels import packed_attention
@@ -49,6 +51,23 @@ def moved(optimizer, s, G):
     s.grad = G.reshape(-1).clone()
     optimizer.update_matrix(s, 1.0, 1.0)
     return s.param.detach() - before
+
+
+@pytest.mark.parametrize("name", "muon gradpower context pma galore dion tst fim batch".split())
+def test_a_model_of_ones_own_is_refused(name, tmp_path, monkeypatch, capsys):
+    """all flags of Idea are parsed, and here --init would have been read by nobody"""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"ideas.{name}").main(["--init", "runs/mine"])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(error) == 1 and "--init runs/mine has no effect" in error[0]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind, data, layers", [("tiny", "stdlib", 3), ("recall", "recall", 2)])
+def test_the_shared_starts_are_presets(kind, data, layers):
+    config = train_gpt.configure(evidence.RECIPES[kind].split())
+    assert (config.data, config.n_layer, config.d_model) == (data, layers, 64)
 
 
 # -----------------------------------------------------------------------------
