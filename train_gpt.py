@@ -238,8 +238,8 @@ def sample(model, prompt, max_new, stop=(), temperature=1.0, seed=0, problem=0, 
 class Config(Machine):
     """pretraining"""
     name: str = "base"                   # the run: everything it writes lies in runs/NAME
-    preset: Literal["base", "small", "mixed100m", "gpt2"] = "base"  # a set of flags; other flags win
-    data: str = "mixed"                  # a task, a text file, chats (.jsonl), or .bin shards
+    preset: Literal["base", "small", "tiny", "recall", "mixed100m", "gpt2"] = "base"  # flags; others win
+    data: str = "mixed"                  # a task, stdlib, a text file, chats (.jsonl), .bin shards
     tokenizer: str = "numbers"           # chars, numbers, bytes, gpt2, a folder; --init has its own
     init: str = ""                       # a Hugging Face folder or a run; it brings its shape
     steps: int = 1200                    # optimizer steps
@@ -274,6 +274,10 @@ class Config(Machine):
 PRESETS = {
     "base": "",
     "small": "--name small --steps 800 --d-model 64 --n-head 4 --d-ff 192",
+    "tiny": "--name tiny --data stdlib --tokenizer bytes --d-model 64 --n-head 4 --n-kv-head 4 --d-ff 128 "
+            "--steps 900 --batch 16 --seq-len 128",
+    "recall": "--name recall --data recall --tokenizer chars --n-layer 2 --d-model 64 --n-head 4 "
+              "--n-kv-head 4 --d-ff 128 --steps 600 --batch 48 --lr 1e-2 --weight-decay 0 --decay 0.3",
     "mixed100m": "--name mixed100m --data mixed:4 --n-layer 12 --n-head 12 --n-kv-head 4 "
                  "--head-dim 64 --d-model 768 --d-ff 2048 --steps 4000 --batch 2048 --row-tokens "
                  "32768 --lr 2e-3 --muon-lr 1e-2 --weight-decay 0.1",
@@ -561,6 +565,8 @@ def main(argv=None):
     many = f"{count:,}" if count else "endless"
     run.log(f"{size:.2f}M parameters, vocabulary {document.tok.vocab_size}, {config.data}, {many} "
             f"documents, from step {begin} to {config.steps}")
+    if document.about:
+        run.log(document.about)
 
     # ---- the loop
     bar = progress(config.steps, "train", begin)

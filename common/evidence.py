@@ -32,7 +32,7 @@ import data
 import train_gpt
 from common import machine, view
 from common.files import newest, write_whole
-from common.flags import die, positive
+from common.flags import die, positive, without_effect
 from common.run import progress, start
 from train_gpt import GPT, GPTConfig
 
@@ -45,7 +45,7 @@ RECIPES = {
     "recall": "--preset recall",                 # keys, values and a question
 }
 # --smoke: the most that a size of an idea's Config may be then
-SMALL = dict(steps=2, asked=3, prompts=3, n=4, k=4, every=1)
+SMALL = dict(steps=2, asked=3, prompts=3, n=4, k=4, every=1, batch=1)
 # flags of an idea that mean the same in a loop
 SAME = ("seed", "threads", "task", "steps", "prompts", "n", "max_new", "lr")
 FEW = 30                                         # points of a curve that are drawn one by one
@@ -98,6 +98,11 @@ def needs(name, words, why):
     if missing:
         die(f"--task {name} has no {' and no '.join(missing)}: {why}; countdown has all of it")
     return task
+
+
+def from_scratch(config):
+    """What is pretrained begins with new weights: a model of one's own is refused, in one line."""
+    without_effect(config, [("init", False, "this idea trains its own models, from the first step on")])
 
 
 # -----------------------------------------------------------------------------

@@ -326,7 +326,7 @@ class Optimizer:
         scale = 1 / divide * clip
         for s in self.shards:
             if s.size:
-                update = self._muon if s.muon else self._adamw
+                update = self.update_matrix if s.muon else self._adamw
                 update(s, scale, factor)
                 self._write(s)
             s.grad = None
@@ -364,7 +364,9 @@ class Optimizer:
             root = (v / (1 - b2**self.steps)).sqrt_().add_(self.eps)
             master.addcdiv_(m, root, value=-lr / (1 - b1**self.steps))
 
-    def _muon(self, s, scale, factor):
+    def update_matrix(self, s, scale, factor):
+        """Muon, of one whole matrix of a block; s.grad * scale is its gradient, flat. An idea about
+        optimizers puts its own in this place."""
         lr = self.muon_lr * factor
         grad = s.grad * scale
         s.m.lerp_(grad, 1 - self.momentum)

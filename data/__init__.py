@@ -30,7 +30,8 @@ from .tokenizer import begun as begun
 from .tokenizer import tokenizer as tokenizer
 
 # every other file here is a task
-NOT_TASKS = {"__init__", "answers", "documents", "download", "fineweb", "own", "questions", "tokenizer"}
+NOT_TASKS = {"__init__", "answers", "documents", "download", "fineweb", "own", "questions", "stdlib",
+             "tokenizer"}
 __all__ = ["Problem", "classes", "distinct", "endless", "lines", "load",
            "show", "split_of", "stream", "tokenizer"]
 
@@ -167,12 +168,10 @@ def show(task, n=6, lengths=2000):
     """what a reader wants to see of a task, printed."""
     print("documents: prompt, completion")
     for i in range(n):
-        prompt, completion = task.document("train", 0, i)
-        print(f"  {prompt!r}  {completion!r}")
+        print(" ", *map(repr, task.document("train", 0, i)), sep="  ")
     print("test problems: prompt, gold")
     for problem in task.problems("test", n, 0):
         print(f"  {problem.prompt!r}  {problem.gold!r}")
-    size = sorted(len(prompt) + len(completion)
-                  for prompt, completion in (task.document("train", 0, i) for i in range(lengths)))
+    size = sorted(sum(map(len, task.document("train", 0, i))) for i in range(lengths))
     print(f"characters a document: median {size[lengths // 2]}, 99% {size[lengths * 99 // 100]}, "
           f"longest of {lengths:,} {size[-1]}")

@@ -4,9 +4,11 @@ documents.py: what a model is pretrained or tuned on, one document at a time.
 document(split, i) -> (tokens, trained) is a pure function of its address: resuming is one integer, and
 ranks never overlap. `trained` marks the tokens that are predicted. --data says where they are from:
 
-    a task              its corpus: a prompt and a completion, and only the completion is trained
+    a task              its corpus: a prompt and a completion (or more in turn), and only completions
+                        are trained
     chat.jsonl          {messages: [{role, content}]} per line; only the assistant's words are trained
     text.txt            windows of one text
+    stdlib              windows of the sources of Python's own library, a task to no other script
     a folder of .bin    windows of token shards, as the FineWeb speedruns write them
 """
 import json
@@ -15,16 +17,18 @@ from pathlib import Path
 import numpy as np
 
 import data
+from data import stdlib
 
 
 class Documents:
     """document(split, i) -> (tokens, trained), a pure function of both, cut to a packed row.
     `trained` marks the tokens that are predicted."""
 
-    def __init__(self, read, config, tok):
+    def __init__(self, read, config, tok, about=""):
         self.read = read
         self.config = config
         self.tok = tok
+        self.about = about                         # a line for the log: which corpus this is
 
     def __call__(self, split, i):
         tokens, trained = self.read(split, i)
@@ -38,7 +42,7 @@ def kind_of(name):
         return "chats"
     if path.is_dir() or path.suffix == ".bin":
         return "shards"
-    if path.is_file() or path.suffix:
+    if path.is_file() or path.suffix or name == "stdlib":
         return "text"
     return "shards" if "/" in name else "task"
 
@@ -48,6 +52,7 @@ def documents(config, tok):
     path = Path(config.data)
     kind = kind_of(config.data)
     count = None
+    about = ""
     if kind == "chats":
         read, count = _chats(path, tok, config)
     elif kind == "shards":
@@ -58,21 +63,45 @@ def documents(config, tok):
         read, count = _windows([tokens[:border]], [tokens[border:]], config)
     elif path.suffix:
         raise FileNotFoundError(f"--data {config.data}: no such file")
+    elif config.data == "stdlib":
+        read, about = _library(tok, config)
     else:
         read = _completions(data.load(config.data), tok, config)
-    return Documents(read, config, tok), count
+    return Documents(read, config, tok, about), count
 
 
 def _completions(task, tok, config):
     end = tok.encode(tok.end)
 
     def read(split, i):
-        prompt, completion = task.document(split, config.seed, i)
-        prompt = data.begun(tok.encode(prompt), tok)
-        completion = tok.encode(completion) + end
-        return prompt + completion, [config.prompts] * len(prompt) + [True] * len(completion)
+        prompt, *turns = task.document(split, config.seed, i)    # completion, prompt, completion, ...
+        tokens = data.begun(tok.encode(prompt), tok)
+        trained = [config.prompts] * len(tokens)
+        for k, text in enumerate(turns):
+            ids = tok.encode(text) + (end if k == len(turns) - 1 else [])
+            tokens += ids
+            trained += [k % 2 == 0 or config.prompts] * len(ids)
+        return tokens, trained
 
     return read
+
+
+def _library(tok, config):
+    """Windows of seq_len bytes and one more, from anywhere in Python's library."""
+    _fits_a_row(config)
+    about = stdlib.library().about
+
+    def read(split, i):
+        tokens = data.begun(tok.encode(stdlib.window(split, config.seed, i, config.seq_len + 1)), tok)
+        return tokens, [False] + [True] * (len(tokens) - 1)
+
+    return read, about
+
+
+def _fits_a_row(config):
+    if config.seq_len >= config.row_tokens:
+        raise ValueError(f"--seq-len {config.seq_len} and one token more would be cut to --row-tokens "
+                         f"{config.row_tokens}: raise it, or lower --seq-len")
 
 
 def _chats(path, tok, config):
@@ -153,9 +182,7 @@ def _windows(train, valid, config):
             tokens = sum(len(t) for t in splits[split])
             raise ValueError(f"--data {config.data}: its {split} part has {tokens:,} tokens, "
                              "shorter than one sequence; lower --seq-len")
-    if size >= config.row_tokens:
-        raise ValueError(f"--seq-len {size} and one token more would be cut to --row-tokens "
-                         f"{config.row_tokens}: raise it, or lower --seq-len")
+    _fits_a_row(config)
 
     def read(split, i):
         i %= sum(counts[split])
