@@ -139,7 +139,6 @@ def weigh(groups, config):
     return normaliser
 
 
-
 # axis 5, the regularisers: --kl-coef and the resets of its reference, --cov, --entropy-coef. They
 # add up, so they are flags
 

@@ -23,10 +23,9 @@ normaliser of an update is the number of its samples.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 import pack
-from algos import aggregated, make_loss, predicting
+from algos import make_loss, predicting, weigh
 from common.evidence import Claim, Idea, begin, finish, needs, picture
 from common.flags import flags, positive
 from evaluate import evaluate, paired
@@ -57,19 +56,17 @@ class Config(Idea):
 
 def rows_in_order(rl, groups, arm):
     """-> the packed rows of a rollout, those that teach, in the order of this arm."""
-    trained = [[s for s in group if s.advantage] for group in groups]
-    rows = pack.batches([group for group in trained if group], ROW, rl.model.config, order=ORDERS[arm])
+    weigh(groups, rl.config)                                     # those without an advantage weigh nothing
+    rows = pack.batches(groups, ROW, rl.model.config, order=ORDERS[arm])
     return rows[::-1] if arm == "wrong" else rows
 
 
 def gradient(rl, row, loss):
     """Adds the gradient of a row, as a sum, and its samples to what the step divides by."""
-    weights, shares = zip(*(aggregated(s, rl.config) for s in row.samples))
-    row.weight_N = torch.tensor(weights)[row.sample_N]
+    rl.normaliser += weigh([row.samples], rl.config)
     value, stats = loss(row, predicting(rl.model, row), rl.model.head_weight)
     value.backward()
     rl.optimizer.finish_micro_batch()
-    rl.normaliser += sum(shares)
     return float(stats["clipped"]) / stats["tokens"]
 
 
