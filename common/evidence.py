@@ -17,6 +17,7 @@ the loop in it; what it shares with the others is where it starts, how it is jud
 drawn.
 """
 import fcntl
+import io
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image                                # matplotlib brings it
 
 import data
 import train_gpt
@@ -300,8 +302,11 @@ def draw(seeds, labels, title, path):
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    for dpi in (100, 80, 60, 45):                    # legible, and never too large to keep in git
-        figure.savefig(path, dpi=dpi)
+    for dpi in (110, 90, 70, 50):                    # legible, and never too large to keep in git
+        whole = io.BytesIO()
+        figure.savefig(whole, dpi=dpi)
+        small = Image.open(whole).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE)
+        small.save(path, optimize=True)
         if path.stat().st_size < MOST:
             break
     plt.close(figure)
