@@ -23,6 +23,7 @@ Left out of the usual recipe, and why:
                                                            are trained
 """
 
+import json
 import math
 import time
 from dataclasses import asdict, dataclass, fields
@@ -619,15 +620,27 @@ def main(argv=None):
     run.close()
 
 
+def trained(folder):
+    """Is there a model, and not that of a run which was interrupted? --minutes may end one early."""
+    found = newest(folder)
+    if not found:
+        return False
+    try:
+        config = json.loads(Path(folder, "config.json").read_text())
+    except (OSError, ValueError):
+        return True                      # no run of ours
+    return config.get("minutes") is not None or found[1] >= config.get("steps", 0)
+
+
 def train_missing(folder, env, dry_run=False):
     """runs/base and its like are trained where a run that begins with one does not find it."""
     preset = folder.removeprefix("runs/")
-    if preset == folder or preset not in PRESETS or newest(folder):
+    if preset == folder or preset not in PRESETS or trained(folder):
         return
     if dry_run:
         die(f"--dry-run: {folder} is not trained yet; give a model by --init")
     if env.master:
-        print(f"no base in {folder} yet: training it first (python train_gpt.py --preset {preset})",
+        print(f"no whole base in {folder} yet: training it first (python train_gpt.py --preset {preset})",
               flush=True)
     begun = Path(folder, "config.json").exists()
     main(["--preset", preset] + ["--resume"] * begun)

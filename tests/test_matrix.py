@@ -334,6 +334,26 @@ def test_a_base_that_is_missing_is_trained_or_resumed(tmp_path, monkeypatch, cap
     assert "runs/small is not trained yet" in capsys.readouterr().err and len(asked) == 2
 
 
+def test_a_base_that_was_interrupted_is_no_base(tmp_path, monkeypatch):
+    """Ctrl-C in the middle of the first training left a checkpoint, and from then on every run began,
+    without a word, from a base of a few hundred steps."""
+    monkeypatch.chdir(tmp_path)
+    env = run.start("cpu", threads=1)
+    train_gpt.main("--preset small --steps 2 --batch 2 --eval-docs 2 --threads 1".split())
+    config = Path("runs/small/config.json")
+    saved = json.loads(config.read_text())
+    asked = []
+    monkeypatch.setattr(train_gpt, "main", asked.append)
+    train_gpt.train_missing("runs/small", env)
+    assert not asked
+    config.write_text(json.dumps(saved | {"steps": 900}))
+    train_gpt.train_missing("runs/small", env)
+    assert asked == [["--preset", "small", "--resume"]]
+    config.write_text(json.dumps(saved | {"steps": 900, "minutes": 1.0}))
+    train_gpt.train_missing("runs/small", env)
+    assert len(asked) == 1, "--minutes ended it, as it was told"
+
+
 def test_a_step_says_what_it_holds(tiny, capsys):
     """--prompts above the problems there are: a step was smaller, and no line said so"""
     nanorl.main([*RL, "--prompts", "9", "--problems", "4", "--steps", "1"])

@@ -262,16 +262,6 @@ def test_the_diffs_apply_and_run(tmp_path):
     assert done.returncode == 0 and "all four" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def test_the_fork_is_the_one_that_is_shown():
-    """what the README shows of ideas/darling.py stands there, in this order"""
-    fork = next(d for d in re.findall(r"^```diff\n(.*?)^```", TEXT, re.M | re.S) if "paid(" in d)
-    darling = "".join((ROOT / "ideas/darling.py").read_text().split())
-    place = 0
-    for line in fork.splitlines():
-        place = darling.find("".join(line[1:].split()), place)
-        assert place >= 0, line
-
-
 # --------------------------------------------------------------------------------------------------
 # metrics
 
