@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import kernels
-from common.flags import as_flag, die, without_effect
+from common.flags import as_flag, die, moved, without_effect
 from common.reward import varies
 from kernels import linear_logprob, packed_attention
 
@@ -379,3 +379,8 @@ def make_loss(config, done=0.0, old=None, marked=None, reference=None):
         return total, stats
 
     return loss
+
+
+# names that a fork may know from here -> where they are, and under which name
+MOVED = dict(aggregated="algos:weigh")
+__getattr__ = moved(__name__, MOVED)
