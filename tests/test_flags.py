@@ -276,7 +276,8 @@ def test_a_moved_name_says_where_it_is(monkeypatch):
         assert module.nothing
 
 
-@pytest.mark.parametrize("module", ["algos", "common.run", "nanorl", "opd_check", "pack", "rollout", "stages"])
+@pytest.mark.parametrize("module", ["algos", "common.run", "nanorl", "opd_check", "pack", "rollout",
+                                    "stages"])
 def test_what_left_a_file_is_where_it_says(module):
     """a fork of an older nanorl imports these names from there"""
     table = importlib.import_module(module).MOVED
