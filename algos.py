@@ -230,14 +230,13 @@ def with_algorithm(config):
         ("cov_share", c.cov, "it is the share that --cov marks, and --cov is not given"),
         ("cov_coef", c.cov == "kl", "it is the coefficient of --cov kl"),
     ])
-    several = c.epochs > 1 or 0 < c.minibatch < c.prompts
     for wrong, why in [
         (c.overlong > c.max_new, f"--overlong {c.overlong} is above --max-new {c.max_new}"),
         (c.clip_low and c.clip_low > 1,
          f"--clip-low {c.clip_low}: a ratio is never below 0, so give at most 1"),
         (c.cov and not 0 < c.cov_share < 1,
          f"--cov-share {c.cov_share} is a share of the tokens: give a number between 0 and 1"),
-        (c.cov == "kl" and not several,
+        (c.cov == "kl" and not several_updates(c),
          "--cov kl with one update per rollout: the old policy is the new one, so their KL has no "
          "gradient; give --epochs 2 or a --minibatch below --prompts, or --cov clip"),
     ]:
@@ -246,15 +245,19 @@ def with_algorithm(config):
     return c
 
 
+def several_updates(c):
+    """Is a rollout learned from in more than one update?"""
+    return c.epochs > 1 or 0 < c.minibatch < c.prompts
+
+
 def check_updates(c):
     """Refuses what only a second update of a rollout could feel. With one, every ratio is 1, whatever
     its form and wherever it is clipped. c: with the row filled in."""
     row = DEFAULTS | ALGORITHMS[c.algo]
-    several = c.epochs > 1 or 0 < c.minibatch < c.prompts
     for name in ("ratio", "power", "power_end", "trust", "clip_low", "clip_high"):
         value = getattr(c, name)
         first = row.get("power") if name == "power_end" else None
-        if not several and value is not None and value != row.get(name, first):
+        if not several_updates(c) and value is not None and value != row.get(name, first):
             die(f"{as_flag(name)} {value} has no effect with one update per rollout, where every "
                 "ratio is 1: it needs more (nanorl.py: --minibatch below --prompts, or --epochs 2)")
 

@@ -35,7 +35,7 @@ import algos
 import kernels
 import stages
 import tail
-from algos import Algo, check_updates, with_algorithm
+from algos import Algo, check_updates, several_updates, with_algorithm
 from common import memory
 from common.flags import die, flags, moved, positive, without_effect
 from common.metrics import sample_rows, status, summary, warnings
@@ -45,7 +45,7 @@ from stages import (Common, advantage, check_flags, close, collect, due, finish,
                     open_run, over, save, setup, share_visits, step, stop_here, test, update)
 from tail import Rounds, sample_step
 
-# what a fork imports from here
+# what a fork imports from here; some of it `main` itself does not need
 __all__ = ["Config", "advantage", "close", "collect", "learn", "main", "next_problems", "open_run",
            "setup", "share_visits", "step", "update"]
 
@@ -57,12 +57,12 @@ class Config(Algo, Common):
     reward: str = ""          # your own reward: my.py:score, a function (problem, text) -> float
     steps: int = 500                     # rollouts
     n: int = 16                          # samples per prompt
-    epochs: int = 1                      # times a rollout is learned from
+    epochs: int = 1                      # times each rollout is learned from
     minibatch: int = 0                   # prompts of one update; 0: all of the step
     dynamic: bool | None = None          # drop groups of equal rewards, sample others instead
     reset_every: int | None = None       # steps between resets of reference and optimizer; 0: never
-    reset_patience: int = 0  # the same after this many evaluations without a new best; 0: never
-    problems: int = 8192  # training problems, at most; the epochs repeat them with new noise
+    reset_patience: int = 0  # evaluations without a new best before such a reset; 0: never
+    problems: int = 8192  # training problems, at most; a long run meets them again, with new noise
     tail_batching: Literal["off", "race", "prompt", "continue"] = "off"  # see tail.py
     more_prompts: float = 1.25           # tail batching: prompts launched per prompt wanted
     more_samples: float = 1.25           # the same for samples; mode race only
@@ -93,8 +93,8 @@ RECIPES = {
 
 
 def recipe_of(config):
-    """-> the row of RECIPES that a run with this Config begins from, "" if it has a model or a
-    task of its own."""
+    """-> which row of RECIPES a run begins from; "" if it is told a model or a task of its own.
+    config: from the command line alone."""
     if config.init != Config.init or config.task != Config.task or config.data:
         return ""
     return "cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
@@ -111,11 +111,10 @@ def configure(argv):
               recipe=lambda config: f"on {recipe_of(config)}")
     positive(c, "steps prompts n max_new problems row_tokens eval_n eval_k final_n save_every workers "
                 "epochs")
-    recipe = recipe_of(c)
+    recipe = recipe_of(flags(Config, argv))      # of what was asked for: a recipe fills in a model, too
     c = with_algorithm(c)
     if c.data and not c.reward:
         die("--data needs --reward my.py:score: what is a good answer to your prompts?")
-    several = c.epochs > 1 or 0 < c.minibatch < c.prompts
     for wrong, why in [
         (c.n < 2, "--n is 1: a group of one has no baseline, so no advantage; give at least 2"),
         (c.minibatch > c.prompts,
@@ -130,7 +129,7 @@ def configure(argv):
         (c.tail_batching == "continue" and not c.tis,
          "--tail-batching continue with --tis 0: resumed tokens come from an older policy, and nothing would "
          "correct them"),
-        (c.stream and (several or c.cov),
+        (c.stream and (several_updates(c) or c.cov),
          "--stream learns before the rollout is whole: not with --cov, which chooses from all of it, nor "
          "with --minibatch or --epochs, whose first update would change what is still sampled"),
     ]:
@@ -180,7 +179,7 @@ def main(argv=None):
     # ---- config and init
     config, about = configure(argv)
     rl = setup(config, reward=config.reward, task=config.data)
-    config = rl.config                                           # with the row of --algo filled in
+    config = rl.config                                           # with the day that a chat may ask for
     if config.tail_batching != "off":
         rl.rounds = Rounds(config.tail_batching, config.prompts, config.n, config.more_prompts,
                            config.more_samples)
@@ -208,9 +207,10 @@ def main(argv=None):
         rl.step += 1
         start = time.perf_counter()
 
-        # rollout: n samples per prompt; a group arrives when all its rewards are in
+        # rollout: n samples per prompt; a group arrives when all its rewards are in. sample_step is
+        # collect(rl, next_problems(rl, config.prompts), config.n), and what tail.py has if asked for
         groups = []
-        for group in sample_step(rl):  # tail.py: resampling, rounds, streaming, if asked for
+        for group in sample_step(rl):
             advantage(group, config)                             # reward minus the group's baseline
             groups.append(group)
 

@@ -5,11 +5,12 @@ the trainer's own weights.
 Most of the time of RL is spent here. The model sees one flat row of tokens, as always: only `attend`
 knows that there is a cache. The way of a sample:
 
-    submit      a Sequence waits for each sample
-    step        _next_token        of all that run: the model's forward, the draw, written down
-                _collect_finished  those that ended leave, as Samples
-                _admit             those that wait enter: prefill, a prompt once for all its samples;
-                                   a slot; the first token
+    submit             a Sequence waits for each sample
+    step, again and again:
+    _admit             those that wait enter: prefill, a prompt once for all its samples; a slot; the
+                       first token
+    _next_token        of all that run, in each later step: the model's forward, the draw, written down
+    _collect_finished  those that ended leave, as Samples
 
 Left out of the usual recipe, and why:
 - no second engine and no weight sync: the tensors read here are the ones the optimizer writes;
@@ -410,13 +411,14 @@ class Sampler:
             self.kept.index_copy_(0, c.write_at, kept_B)
         c.token.copy_(token_B)
         c.advanced.add_(c.alive)
+        # a stop token ends its sequence here: the end becomes the count that it has now
         stops_B = self.is_stop.take(token_B).logical_or_(logp_B.isnan())
         torch.where(stops_B, torch.minimum(c.end, c.count), c.end, out=c.end)
 
     def _uniform(self, b):
         """Each sequence's own number for its next token; on a CPU those of AHEAD steps at once."""
         c = b.columns
-        if self.replayed or b.view is None:
+        if self.replayed or b.view is None:          # no view: the batch of first tokens, in _admit
             return uniform_at(c.address, c.count)
         if b.steps % AHEAD == 0:
             b.noise = uniform_at(c.address, c.count + self.ahead)

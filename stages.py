@@ -133,7 +133,7 @@ class RL:
     longest: int = 0                     # tokens of the longest prompt, and --max-new
 
     step: int = kept(0)                  # rollouts that were learned from
-    progress: float = kept(0.0)  # the same in fractions: schedules move within a rollout, too
+    progress: float = kept(0.0)  # rollouts and fractions of one: schedules move within a rollout, too
     cursor: int = kept(0)                # problems taken from the endless list
     spent: int = kept(0)                 # tokens sampled
     seconds: float = kept(0.0)           # of all steps, evaluations apart: the same on every rank
@@ -217,9 +217,9 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
             reference = GPT.from_hf(folder, dtype=env.dtype).requires_grad_(False)
             lodge(reference, config.reference_at, env)
         # who needs what of a GPU: the teacher, an update, and keys and values get what they leave
-        room = memory.hold(teacher, teacher_at, env, model.head_weight.element_size())
-        optimizer = memory.claim(model, reference, config, need, env)
-        sampler = memory.cache_what_is_left(model, tok, config, need, env)
+        room = memory.room_for(teacher, teacher_at, env, model.head_weight.element_size())
+        optimizer = memory.make_optimizer(model, reference, config, need, env)
+        sampler = memory.make_sampler(model, tok, config, need, env)
         del room                                                 # the teacher's own tensors take it
     except (ValueError, FileNotFoundError) as e:
         die(e)
@@ -351,7 +351,7 @@ def get_rewards(rl, problems, ended, unscored, wait=False):
     unscored: the samples that workers have. wait: until a reward comes."""
     ready = []
     for s in ended:
-        if not math.isnan(s.reward):                             # scored on the rank that it began on
+        if not math.isnan(s.reward):     # its group was handed over by another rank, with this reward
             ready.append(s)
             continue
         key = s.problem, s.index, s.visit
@@ -407,6 +407,7 @@ def update(rl, groups, loss, gathered=False):
     already; otherwise each rank passes its own."""
     if not gathered:
         groups = gather_groups(rl, groups)
+    # an advantage of 0 gives a weight of 0: such a sample counts here, and pack leaves it out
     rl.normaliser += weigh(groups, rl.config)
     if rl.config.stream:                 # what a rank has learned early counts in the normaliser alone
         learned = {k for part in gather(set(rl.early)) for k in part}

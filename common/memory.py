@@ -339,7 +339,7 @@ def compare(rl, run):
 # the trial update
 
 
-def hold(folder, where, env, width):
+def room_for(folder, where, env, width):
     """-> room on a GPU for a second model that is loaded later: kept until the cache has its size,
     then forgotten, so that the allocator has it ready. folder "": none."""
     if not folder or env.device.type != "cuda":
@@ -353,7 +353,7 @@ def new_optimizer(model, config, grads):
                      clip=config.clip, grads=grads, offload=config.offload)
 
 
-def claim(model, reference, config, longest, env):
+def make_optimizer(model, reference, config, longest, env):
     """-> the optimizer, after a trial update on a GPU: what it needs is then held by the allocator."""
     on_gpu = env.device.type == "cuda"
     grads = config.grads
@@ -367,7 +367,7 @@ def claim(model, reference, config, longest, env):
     return optimizer
 
 
-def cache_what_is_left(model, tok, config, longest, env):
+def make_sampler(model, tok, config, longest, env):
     """-> the sampler: on a GPU its keys and values get what the trial update left."""
     sampler = rollout.Sampler(model, tok.stop, tok, slots=config.slots or None, max_len=longest,
                               deterministic=env.deterministic)

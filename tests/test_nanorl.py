@@ -407,3 +407,14 @@ def test_benchmark_refuses(own, capsys, argv, words):
         algorithms.main(["--init", "base", *argv])
     error = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(error) == 1 and words in error[0]
+
+
+def test_a_recipe_says_what_it_is_for(monkeypatch):
+    """The row for GPUs fills in a model and a task, so that a look at the finished flags found a run with a
+    model of its own, and its line never reached the log."""
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        config, about = nanorl.configure([])
+        assert about == nanorl.RECIPES["cuda" if there else "cpu"]["about"]
+        assert nanorl.configure(["--init", "somewhere"])[1] == ""
+    assert config.init == "runs/mixed100m"
