@@ -35,8 +35,8 @@ from train_gpt import evaluate, scratch, steps
 CLAIM = Claim(paper="2412.05270", says="random projections are enough: on par with AdamW, below GaLore",
               measured="final loss below GaLore's", smallest=1.0, unit="0.01 nats")
 ARMS = ("AdamW", "GaLore", "APOLLO", "unscaled")
-# at seed 100. AdamW: of 3e-3, 1e-2, 3e-2, 600 steps; GaLore: of 1.5e-2, 4e-2, 1e-1, 200 steps; APOLLO: of 3e-3,
-# 1e-2, 3e-2, 200 steps; unscaled: APOLLO's
+# at seed 100. AdamW: of 3e-3, 1e-2, 3e-2, 600 steps; GaLore: of 1.5e-2, 4e-2, 1e-1, 200 steps; APOLLO: of
+# 3e-3, 1e-2, 3e-2, 200 steps; unscaled: APOLLO's
 RATES = {"AdamW": 1e-2, "GaLore": 1e-1, "APOLLO": 3e-2, "unscaled": 3e-2}
 LR = 1e-2                                # of everything else
 ALPHA = 0.25                             # GaLore's scale
