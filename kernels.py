@@ -28,15 +28,16 @@ of e^(x - m), `rescale` what a new maximum makes of it; e such an exponential, p
 """
 
 import functools
-import importlib.util
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
 from common import cpu
-from common.backend import (INTERPRET, PROBED_ROW, PROBES, choose, chosen, expect, expect_dense, expect_heads,
-                            expect_ids, flash, flash_decode, jit, report, tl, to_device, triton, varlen)
+from common.backend import (PROBED_ROW, PROBES, candidates, choose, chosen, expect, expect_dense,
+                            expect_heads, expect_ids, flash, flash_decode, in_one_call, jit, longest,
+                            packages_take, report, tl, triton, varlen)
+from common.backend import to_device as to_device  # callers know it from here
 
 
 def fused(x):
@@ -54,10 +55,6 @@ def fused(x):
 #   cu_seqlens  0     5        12   15     segment i owns the rows cu_seqlens[i] .. cu_seqlens[i+1]
 #   row         aaaaa bbbbbbb ccc          it sees itself causally, and its parent's keys and theirs
 #   parent      -1    0       0            b and c both continue a: a prompt stored once for two responses
-
-
-def longest(cu_seqlens):
-    return max((b - a for a, b in pairwise(cu_seqlens)), default=0)
 
 
 def causal_attention(q, k, v):
@@ -97,92 +94,43 @@ def packed_attention_torch(cu_seqlens, max_len, parent=None):
     return ranges_attention(cu_seqlens, ancestry(cu_seqlens, parent))
 
 
-class _Gather(torch.autograd.Function):
-    """x[take], rows used many times. A prompt's keys collect the gradients of all its responses,
-    summed in fp32 and rounded once."""
-
-    @staticmethod
-    def forward(ctx, x, take):
-        ctx.save_for_backward(take)
-        ctx.rows = x.shape[0]
-        return x.index_select(0, take)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (take,) = ctx.saved_tensors
-        total = torch.zeros(ctx.rows, *grad.shape[1:], dtype=torch.float32, device=grad.device)
-        return total.index_add_(0, take, grad.float()).to(grad.dtype), None
-
-
-def _in_one_call(run, cu_q, ranges):
-    """ranges_attention by a package. Each segment's keys are gathered behind its ancestors': extra
-    copies of a prompt's keys, but one exact softmax. (Attending to prompt and response apart and
-    merging by log-sum-exp copies nothing, and torch's backward would silently ignore the gradient
-    that flows through it.)"""
-    cu_k = [0, *accumulate(sum(b - a for a, b in seen) for seen in ranges)]
-    pieces = [piece for seen in ranges for piece in seen]
+def _by_backend(cu_q, ranges, keys, twin):
+    """-> attend() over ranges of that many keys, made once for the backend that its q go to, and used
+    by all layers. twin: makes it in plain torch."""
 
     @functools.cache
-    def plan(device):
-        take = None
-        if pieces != list(pairwise(cu_k)):
-            take = to_device(torch.cat([torch.arange(a, b) for a, b in pieces]), torch.long, device)
-        cu = [to_device(x, torch.int32, device) for x in (cu_q, cu_k)]
-        return take, *cu, longest(cu_q), longest(cu_k)
-
-    def attend(layer, q, k, v):
-        if len(q) == 0:
-            return torch.zeros_like(q)
-        take, *ends = plan(q.device)
-        if take is not None:
-            k, v = _Gather.apply(k, take), _Gather.apply(v, take)
-        return run(q, k, v, *ends)
-
-    return attend
-
-
-def _by_backend(cu_q, keys, make):
-    """-> attend(), made once for the backend that its q go to, and used by all layers."""
-    make = functools.cache(make)
+    def made(name):
+        run = RUNS["train"][name]
+        return in_one_call(run, cu_q, ranges) if run else twin()
 
     def attend(layer, q, k, v):
         expect("q", q, (cu_q[-1], q.shape[1], q.shape[2]))
         expect("k", k, (keys, k.shape[1], q.shape[2]), (q.dtype,))
         expect("v", v, k.shape, (q.dtype,))
         assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads"
-        # the packages take half precision, and heads of 8, 16, ... 256
-        half = q.dtype in (torch.bfloat16, torch.float16) or not q.is_cuda
-        fits = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-        name = picked("train", q.device.type)
-        return make(name if fits else "torch")(layer, q, k, v)
+        name = picked("train", q.device.type) if packages_take(q) else "torch"
+        return made(name)(layer, q, k, v)
 
     return attend
-
-
-def _packed(name, cu_seqlens, max_len, parent):
-    if run := RUNS["train"][name]:
-        return _in_one_call(run, cu_seqlens, ancestry(cu_seqlens, parent))
-    if cpu.ON and cpu.stands_for(cpu.packed_attention, packed_attention_torch):
-        return cpu.packed_attention(cu_seqlens, max_len, parent)
-    return packed_attention_torch(cu_seqlens, max_len, parent)
 
 
 def packed_attention(cu_seqlens, max_len, parent=None):
     """-> attend(layer, q, k, v) for model(tokens_T, positions_T, attend). Lists of ints."""
     assert max_len >= longest(cu_seqlens), "max_len is below the longest segment"
-    return _by_backend(cu_seqlens, cu_seqlens[-1], lambda name: _packed(name, cu_seqlens, max_len, parent))
+
+    def twin():
+        if cpu.ON and cpu.stands_for(cpu.packed_attention, packed_attention_torch):
+            return cpu.packed_attention(cu_seqlens, max_len, parent)
+        return packed_attention_torch(cu_seqlens, max_len, parent)
+
+    return _by_backend(cu_seqlens, ancestry(cu_seqlens, parent), cu_seqlens[-1], twin)
 
 
 def continued_attention(cu_q, cu_k):
     """-> attend(layer, q, k, v), for prompts that continue from a cache: segment i's queries are the
     last of its keys."""
     ranges = [[piece] for piece in pairwise(cu_k)]
-
-    def make(name):
-        run = RUNS["train"][name]
-        return _in_one_call(run, cu_q, ranges) if run else ranges_attention(cu_q, ranges)
-
-    return _by_backend(cu_q, cu_k[-1], make)
+    return _by_backend(cu_q, ranges, cu_k[-1], lambda: ranges_attention(cu_q, ranges))
 
 
 # -----------------------------------------------------------------------------
@@ -651,10 +599,8 @@ def qk_norm_rope_torch(q, k, q_weight, k_weight, cos_T, sin_T, eps):
 
 
 @jit
-def _load_heads(pid, x, weight, cos, sin, T, stride, eps, HEADS, HALF, BLOCK_R, BLOCK_D):
-    """BLOCK_R heads, counted through all tokens: the two halves x1 and x2 of each, normalised but not
-    yet weighted; the angles; the halves w1 and w2 of the weight; 1 / rms; and where the same heads
-    lie in a contiguous tensor."""
+def _norm_rope_rows(pid, x, grad, out, dw, weight, cos, sin, T, stride, eps, HEADS, HALF, BLOCK_R, BLOCK_D):
+    """BLOCK_R heads, counted through all tokens: x1 and x2 are the two halves of each, normalised."""
     rows = pid * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.arange(0, BLOCK_D)
     tokens = rows // HEADS
@@ -668,7 +614,6 @@ def _load_heads(pid, x, weight, cos, sin, T, stride, eps, HEADS, HALF, BLOCK_R, 
 
     w1 = 1.0
     w2 = 1.0
-    inv_rms = 1.0
     if weight is not None:
         inv_rms = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * HALF) + eps)[:, None]
         x1 = x1 * inv_rms
@@ -676,108 +621,78 @@ def _load_heads(pid, x, weight, cos, sin, T, stride, eps, HEADS, HALF, BLOCK_R, 
         w1 = tl.load(weight + cols, mask=cols < HALF, other=0.0).to(tl.float32)[None, :]
         w2 = tl.load(weight + HALF + cols, mask=cols < HALF, other=0.0).to(tl.float32)[None, :]
 
-    offsets = rows[:, None].to(tl.int64) * 2 * HALF + cols[None, :]
-    return x1, x2, cos_RD, sin_RD, w1, w2, inv_rms, offsets, mask
+    offsets = rows[:, None].to(tl.int64) * 2 * HALF + cols[None, :]  # grad and out are contiguous
+    if grad is None:
+        x1 = x1 * w1
+        x2 = x2 * w2
+        tl.store(out + offsets, x1 * cos_RD - x2 * sin_RD, mask=mask)
+        tl.store(out + offsets + HALF, x2 * cos_RD + x1 * sin_RD, mask=mask)
+    else:
+        g1 = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
+        g2 = tl.load(grad + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
+        g1, g2 = g1 * cos_RD + g2 * sin_RD, g2 * cos_RD - g1 * sin_RD  # the rotation turned back
+        if weight is not None:
+            # the caller sums dw over programs
+            tl.store(dw + pid * 2 * HALF + cols, tl.sum(g1 * x1, 0), mask=cols < HALF)
+            tl.store(dw + pid * 2 * HALF + HALF + cols, tl.sum(g2 * x2, 0), mask=cols < HALF)
+            g1 = g1 * w1
+            g2 = g2 * w2
+            along = ((tl.sum(g1 * x1, 1) + tl.sum(g2 * x2, 1)) / (2 * HALF))[:, None]
+            g1 = (g1 - x1 * along) * inv_rms
+            g2 = (g2 - x2 * along) * inv_rms
+        tl.store(out + offsets, g1, mask=mask)
+        tl.store(out + offsets + HALF, g2, mask=mask)
 
 
 @jit
-def _norm_rope_rows(pid, x, out, weight, cos, sin, T, stride, eps, HEADS, HALF, BLOCK_R, BLOCK_D):
-    x1, x2, cos_RD, sin_RD, w1, w2, inv_rms, offsets, mask = _load_heads(
-        pid, x, weight, cos, sin, T, stride, eps, HEADS, HALF, BLOCK_R, BLOCK_D)
-    x1 = x1 * w1
-    x2 = x2 * w2
-    tl.store(out + offsets, x1 * cos_RD - x2 * sin_RD, mask=mask)
-    tl.store(out + offsets + HALF, x2 * cos_RD + x1 * sin_RD, mask=mask)
-
-
-@jit
-def _norm_rope_rows_back(pid, x, grad, dx, dw, weight, cos, sin, T, stride, eps,
-                         HEADS, HALF, BLOCK_R, BLOCK_D):
-    x1, x2, cos_RD, sin_RD, w1, w2, inv_rms, offsets, mask = _load_heads(
-        pid, x, weight, cos, sin, T, stride, eps, HEADS, HALF, BLOCK_R, BLOCK_D)
-    g1 = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
-    g2 = tl.load(grad + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
-    g1, g2 = g1 * cos_RD + g2 * sin_RD, g2 * cos_RD - g1 * sin_RD  # the rotation turned back
-    if weight is not None:
-        cols = tl.arange(0, BLOCK_D)  # the caller sums dw over programs
-        tl.store(dw + pid * 2 * HALF + cols, tl.sum(g1 * x1, 0), mask=cols < HALF)
-        tl.store(dw + pid * 2 * HALF + HALF + cols, tl.sum(g2 * x2, 0), mask=cols < HALF)
-        g1 = g1 * w1
-        g2 = g2 * w2
-        along = ((tl.sum(g1 * x1, 1) + tl.sum(g2 * x2, 1)) / (2 * HALF))[:, None]
-        g1 = (g1 - x1 * along) * inv_rms
-        g2 = (g2 - x2 * along) * inv_rms
-    tl.store(dx + offsets, g1, mask=mask)
-    tl.store(dx + offsets + HALF, g2, mask=mask)
-
-
-@jit
-def _norm_rope_kernel(q, k, q_out, k_out, q_weight, k_weight, cos, sin, T, q_stride, k_stride, eps,
-                      H: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr,
+def _norm_rope_kernel(q, k, q_grad, k_grad, q_out, k_out, dw_q, dw_k, q_weight, k_weight, cos, sin,
+                      T, q_stride, k_stride, eps, H: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr,
                       BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """x / sqrt(mean x^2 + eps) * weight (arXiv 1910.07467), then the rotation of arXiv 2104.09864,
-    read once and written once. The first programs take the query heads, the rest the key heads.
-    Rounded once, at the store."""
+    read once and written once. Given the gradients of that, it writes those of x and of the weight
+    instead; with x^ = x / rms:
+        dw = sum g x^,   dx = (g w - x^ mean(g w x^)) / rms
+    The first programs take the query heads, the rest the key heads. Rounded once, at the store."""
     pid = tl.program_id(0)
     first = tl.cdiv(T * H, BLOCK_R)
     if pid < first:
-        _norm_rope_rows(pid, q, q_out, q_weight, cos, sin, T, q_stride, eps,
+        _norm_rope_rows(pid, q, q_grad, q_out, dw_q, q_weight, cos, sin, T, q_stride, eps,
                         H, HALF, BLOCK_R, BLOCK_D)
     else:
-        _norm_rope_rows(pid - first, k, k_out, k_weight, cos, sin, T, k_stride, eps,
+        _norm_rope_rows(pid - first, k, k_grad, k_out, dw_k, k_weight, cos, sin, T, k_stride, eps,
                         KV, HALF, BLOCK_R, BLOCK_D)
 
 
-@jit
-def _norm_rope_back_kernel(q, k, q_grad, k_grad, dq, dk, dw_q, dw_k, q_weight, k_weight, cos, sin,
-                           T, q_stride, k_stride, eps,
-                           H: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr,
-                           BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """With x^ = x / rms:  dw = sum g x^,  dx = (g w - x^ mean(g w x^)) / rms.  The norm is recomputed:
-    q and k are kept anyway."""
-    pid = tl.program_id(0)
-    first = tl.cdiv(T * H, BLOCK_R)
-    if pid < first:
-        _norm_rope_rows_back(pid, q, q_grad, dq, dw_q, q_weight, cos, sin, T, q_stride, eps,
-                             H, HALF, BLOCK_R, BLOCK_D)
-    else:
-        _norm_rope_rows_back(pid - first, k, k_grad, dk, dw_k, k_weight, cos, sin, T, k_stride, eps,
-                             KV, HALF, BLOCK_R, BLOCK_D)
-
-
-def _rope_launch(q, k):
-    """-> programs for q and for k, and the constants. Tiles of 2,048 pairs, 16 per thread: 72 registers
-    forward and 123 backward; 4,096 take 164 and 206. (Reported, not timed.)"""
+def _norm_rope(q, k, weights, cos, sin, eps, grads=(None, None)):
+    """-> q and k turned; or, given the gradients of those, dq and dk, and the parts of each dw. Tiles
+    of 2,048 pairs, 16 per thread: 72 registers forward and 123 backward; 4,096 take 164 and 206.
+    (Reported, not timed.)"""
     half = q.shape[2] // 2
     block_d = triton.next_power_of_2(half)
     block_r = max(1, 2048 // block_d)
-    constants = dict(H=q.shape[1], KV=k.shape[1], HALF=half, BLOCK_R=block_r, BLOCK_D=block_d)
-    return [-(-x.shape[0] * x.shape[1] // block_r) for x in (q, k)], constants
+    programs = [-(-x.shape[0] * x.shape[1] // block_r) for x in (q, k)]
+    outs = [x.new_empty(x.shape) for x in (q, k)]
+    dws = [None, None]
+    if grads[0] is not None:
+        dws = [q.new_empty(n, 2 * half, dtype=torch.float32) for n in programs]
+    _norm_rope_kernel[(sum(programs),)](
+        q, k, *grads, *outs, *dws, *weights, cos, sin, len(q), q.stride(0), k.stride(0), eps,
+        H=q.shape[1], KV=k.shape[1], HALF=half, BLOCK_R=block_r, BLOCK_D=block_d)
+    return *outs, *dws
 
 
 class _NormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps):
-        q_out = q.new_empty(q.shape)
-        k_out = k.new_empty(k.shape)
-        programs, constants = _rope_launch(q, k)
-        _norm_rope_kernel[(sum(programs),)](
-            q, k, q_out, k_out, q_weight, k_weight, cos, sin, len(q), q.stride(0), k.stride(0), eps,
-            **constants)
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
         ctx.eps = eps
-        return q_out, k_out
+        return _norm_rope(q, k, (q_weight, k_weight), cos, sin, eps)[:2]
 
     @staticmethod
-    def backward(ctx, q_grad, k_grad):
+    def backward(ctx, *grads):  # the norm is recomputed: q and k are kept anyway
         q, k, *weights, cos, sin = ctx.saved_tensors
-        dq = q.new_empty(q.shape)
-        dk = k.new_empty(k.shape)
-        programs, constants = _rope_launch(q, k)
-        dws = [q.new_empty(n, q.shape[2], dtype=torch.float32) for n in programs]
-        _norm_rope_back_kernel[(sum(programs),)](
-            q, k, q_grad.contiguous(), k_grad.contiguous(), dq, dk, *dws, *weights, cos, sin,
-            len(q), q.stride(0), k.stride(0), ctx.eps, **constants)
+        grads = [grad.contiguous() for grad in grads]
+        dq, dk, *dws = _norm_rope(q, k, weights, cos, sin, ctx.eps, grads)
         dws = [None if w is None else dw.sum(0).to(w.dtype) for w, dw in zip(weights, dws)]
         return dq, dk, *dws, None, None, None
 
@@ -1175,17 +1090,11 @@ RUNS = {
 }
 
 
-def candidates(what, kind):
-    """What could run on this kind of device, best first."""
-    flash = ["flash"] if kind == "cuda" and importlib.util.find_spec("flash_attn") else []
-    if what == "train":
-        return flash + (["varlen"] if kind == "cuda" else [])
-    ours = ["triton"] if triton and (kind == "cuda" or INTERPRET) else []
-    return flash + ours if what == "decode" else ours
-
-
 def outcome(what, name, kind, low, dtype):
-    run = _packed(name, *PROBED_ROW) if what == "train" else RUNS[what][name]
+    run = RUNS[what][name]
+    if what == "train":
+        cu, max_len, parent = PROBED_ROW
+        run = in_one_call(run, cu, ancestry(cu, parent)) if run else packed_attention_torch(*PROBED_ROW)
     return PROBES[what](run, kind, low, dtype)
 
 

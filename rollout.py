@@ -2,11 +2,14 @@
 rollout.py: the sampler. A KV cache, continuous batching, the log-prob of every token kept; it reads
 the trainer's own weights.
 
-Most of the time of RL is spent here. A step appends one token to every running sequence; finished
-sequences leave at once, waiting ones enter. The model sees one flat row of tokens, as always: only
-`attend` knows that there is a cache.
+Most of the time of RL is spent here. The model sees one flat row of tokens, as always: only `attend`
+knows that there is a cache. The way of a sample:
 
-    submit -> waiting -> prefill (a prompt once, for all its samples) -> running -> step, step -> Sample
+    submit      a Sequence waits for each sample
+    step        _next_token        of all that run: the model's forward, the draw, written down
+                _collect_finished  those that ended leave, as Samples
+                _admit             those that wait enter: prefill, a prompt once for all its samples;
+                                   a slot; the first token
 
 Left out of the usual recipe, and why:
 - no second engine and no weight sync: the tensors read here are the ones the optimizer writes;
@@ -31,7 +34,7 @@ import torch
 from common import cpu, machine
 from common.deal import Feed
 from common.flags import die, flags, moved, positive, truncation, without_effect
-from common.pages import Pages, PagesView, Pool
+from common.pages import Pages, PagesView, Pool, recorded
 from common.run import progress, start
 from common.slabs import Slabs
 from data import begun
@@ -145,7 +148,6 @@ SLOTS = 256              # sequences at a time; on a CPU, 1M parameters: twice a
 
 FAR = 1 << 40            # the end of padding, which has none
 AHEAD = 8                # on a CPU uniform numbers are made for that many steps at once
-M32 = 0xFFFFFFFF
 
 
 class Columns:
@@ -264,6 +266,7 @@ class Sampler:
             self.sizes = graph_sizes(self.slots)
         else:
             self.sizes = list(range(self.multiple, self.slots + self.multiple, self.multiple))
+        self.ahead = torch.arange(AHEAD, device=self.device).unsqueeze(1)
         self.steps_done = 0
         self.entries = count()
         self._allocate(pages)
@@ -308,6 +311,34 @@ class Sampler:
 
     # --- in
 
+    def submit(self, problem_id, prompt, n, max_new, *, seed=0, visit=0, temperature=1.0, top_p=1.0,
+               top_k=0, resume=(), stop_strings=()):
+        """n samples of a prompt join the queue. resume: what to continue; its tokens count in
+        max_new. A Sample continues under its own index, with its log-probs; a list of tokens is
+        forced on the sample of its place in the list. If n is more, the rest start fresh."""
+        self._check(problem_id, prompt, n, max_new, temperature, top_p, top_k, stop_strings)
+        who = f"problem {problem_id}: "
+        if len(resume) > n:
+            raise ValueError(who + f"{len(resume)} samples to resume, n = {n}")
+        limit = min(max_new, self.max_len - len(prompt))
+        settings = seed, visit, temperature, top_p, top_k, tuple(stop_strings)
+        group = Group(problem_id, list(prompt), limit, *settings, waiting=n)
+        sequences = {}                   # by index
+        for place, old in enumerate(resume):
+            if isinstance(old, Sample):
+                kept = old.kept or [0.0] * len(old.tokens)
+                s = Sequence(group, old.index, list(old.tokens), list(old.logprobs), list(kept))
+            else:
+                s = Sequence(group, place, list(old), [NAN] * len(old), [0.0] * len(old))
+            if len(s.tokens) >= limit:
+                raise ValueError(who + f"a sample to resume has {len(s.tokens)} tokens already, max_new is "
+                                 f"{limit}")
+            if s.index in sequences:
+                raise ValueError(who + f"two samples to resume have index {s.index}, and so the same noise")
+            sequences[s.index] = s
+        fresh = [Sequence(group, i) for i in range(n) if i not in sequences]
+        self.waiting.extend([*sequences.values(), *fresh][:n])
+
     def _check(self, problem, prompt, n, max_new, temperature, top_p, top_k, stop_strings=()):
         def refuse(why):
             raise ValueError(f"problem {problem}: {why}")
@@ -338,76 +369,40 @@ class Sampler:
         if "" in stop_strings:
             refuse("an empty stop string would stop everything")
 
-    def submit(self, problem_id, prompt, n, max_new, *, seed=0, visit=0, temperature=1.0, top_p=1.0,
-               top_k=0, resume=(), stop_strings=()):
-        """n samples of a prompt join the queue. resume: what to continue; its tokens count in
-        max_new. A Sample continues under its own index, with its log-probs; a list of tokens is
-        forced on the sample of its place in the list. If n is more, the rest start fresh."""
-        self._check(problem_id, prompt, n, max_new, temperature, top_p, top_k, stop_strings)
-        who = f"problem {problem_id}: "
-        if len(resume) > n:
-            raise ValueError(who + f"{len(resume)} samples to resume, n = {n}")
-        limit = min(max_new, self.max_len - len(prompt))
-        settings = seed, visit, temperature, top_p, top_k, tuple(stop_strings)
-        group = Group(problem_id, list(prompt), limit, *settings, waiting=n)
-        sequences = {}                   # by index
-        for place, old in enumerate(resume):
-            if isinstance(old, Sample):
-                kept = old.kept or [0.0] * len(old.tokens)
-                s = Sequence(group, old.index, list(old.tokens), list(old.logprobs), list(kept))
-            else:
-                s = Sequence(group, place, list(old), [NAN] * len(old), [0.0] * len(old))
-            if len(s.tokens) >= limit:
-                raise ValueError(who + f"a sample to resume has {len(s.tokens)} tokens already, max_new is "
-                                 f"{limit}")
-            if s.index in sequences:
-                raise ValueError(who + f"two samples to resume have index {s.index}, and so the same noise")
-            sequences[s.index] = s
-        fresh = [Sequence(group, i) for i in range(n) if i not in sequences]
-        self.waiting.extend([*sequences.values(), *fresh][:n])
-
     # --- one step
 
     @torch.inference_mode()
     def step(self):
-        """One token for every running sequence; then waiting ones take the free slots and get their
-        first. -> Samples that ended"""
+        """A token for every running sequence, then waiting ones enter. -> Samples that ended"""
         machine.follow()                             # fewer threads while other processes are busy
         if self.running:
             if self.batch is None or self.batch.steps >= self.batch.valid_for:
                 self._rebuild_batch()
-            self._decode(self.batch)
-            self.batch.steps += 1
+            b = self.batch
+            if self.replayed:
+                self.graphs[b.size, b.truncated].replay()        # of _next_token
+            else:
+                self._next_token(b)
+            b.steps += 1
             self.steps_done += 1
-            if self.batch.steps % self.storage.check_every == 0:
-                self._collect_finished(self.batch)
+            if b.steps % self.storage.check_every == 0:
+                self._collect_finished()
         if self.waiting and self.free.left:
             self._admit()
         ended = self.ended
         self.ended = []
         return ended
 
-    def _decode(self, b):
-        if self.replayed:
-            self.graphs[b.size, b.truncated].replay()
-            return
-        if b.steps % AHEAD == 0:
-            ahead = torch.arange(AHEAD, device=self.device).unsqueeze(1)
-            b.noise = uniform_at(b.columns.address, b.columns.count + ahead)
-        self._eager(b)
-
-    def _eager(self, b):
-        b.view.advance(b.columns.position)
-        self._token(b.forward(b.columns.token, b.columns.position, b.view.attend), b)
-
-    def _token(self, hidden_BD, b):
-        """A token per sequence from the hidden state of its last: drawn, written, and made the next
-        input."""
+    def _next_token(self, b, hidden_BD=None):
+        """The model reads the last token of each sequence, unless its hidden state is known already; the
+        next one is drawn, written down, and read in the next step."""
         c = b.columns
+        if hidden_BD is None:
+            b.view.advance(c.position)
+            hidden_BD = b.forward(c.token, c.position, b.view.attend)
         logits_BV = linear_logits(hidden_BD, self.model.head_weight)
-        uniform_B = uniform_at(c.address, c.count) if b.noise is None else b.noise[b.steps % AHEAD]
         truncation = (c.top_k, c.top_p) if b.truncated else ()
-        token_B, logp_B, kept_B = draw(logits_BV, uniform_B, c.temperature, *truncation)
+        token_B, logp_B, kept_B = draw(logits_BV, self._uniform(b), c.temperature, *truncation)
         self.tokens.index_copy_(0, c.write_at, token_B)
         self.logprobs.index_copy_(0, c.write_at, logp_B)
         if b.truncated:
@@ -417,27 +412,43 @@ class Sampler:
         stops_B = self.is_stop.take(token_B).logical_or_(logp_B.isnan())
         torch.where(stops_B, torch.minimum(c.end, c.count), c.end, out=c.end)
 
+    def _uniform(self, b):
+        """Each sequence's own number for its next token; on a CPU those of AHEAD steps at once."""
+        c = b.columns
+        if self.replayed or b.view is None:
+            return uniform_at(c.address, c.count)
+        if b.steps % AHEAD == 0:
+            b.noise = uniform_at(c.address, c.count + self.ahead)
+        return b.noise[b.steps % AHEAD]
+
+    # --- the batch
+
     def _rebuild_batch(self):
         """After sequences left or entered, and where the storage has to grow."""
         self._write_back()
         for s in sorted(self.running.values(), key=lambda s: s.entered):
             while s.slot in self.running and not self.storage.grow(s):
                 self._preempt()
-        groups = [s.group for s in self.running.values()]
-        truncated = any(g.truncated for g in groups)
-        if self.replayed and (self.sizes[0], truncated) not in self.graphs:
-            self._capture(truncated)
-        B = len(self.running)
-        size = next(size for size in self.sizes if size >= B)
-        order, view, valid_for = self.storage.decode(list(self.running.values()), size)
-        slots = torch.tensor(order + [self.slots] * (size - B), device=self.device)
+        sequences = list(self.running.values())
+        size = next(size for size in self.sizes if size >= len(sequences))
+        if self.replayed:
+            self._capture(truncated=any(s.group.truncated for s in sequences))
+        order, view, valid_for = self.storage.decode(sequences, size)
+        self.batch = self._gather(order, size)
+        self.batch.view = view
+        self.batch.valid_for = valid_for
+        if self.alone and size == 1:
+            self.batch.forward = self.model.lone_row(*self.storage.row(order[0]))
+
+    def _gather(self, order, size):
+        """-> a Batch of the sequences in these slots, and padding up to its size."""
+        slots = torch.tensor(order + [self.slots] * (size - len(order)), device=self.device)
         columns = self.in_batch[:size]
         columns.fill(self.by_slot[slots])
-        forward = self.model
-        if self.alone and size == 1:
-            forward = self.model.lone_row(*self.storage.row(order[0]))
+        groups = [self.running[slot].group for slot in order]
+        truncated = any(g.truncated for g in groups)
         strings = any(g.stop_strings for g in groups)
-        self.batch = Batch(columns, order, truncated, strings, slots[:B], view, forward, valid_for)
+        return Batch(columns, order, truncated, strings, slots[: len(order)], forward=self.model)
 
     def _write_back(self):
         """The batch's columns to their slots; the batch is over."""
@@ -448,117 +459,81 @@ class Sampler:
             for slot in b.order:
                 self.running[slot].count += b.steps
 
-    def _preempt(self):
-        """No page is left: a prefix that only waits goes first, then the youngest sequence.
-        Computed again later."""
-        for s in reversed(self.waiting):
-            for owner in (s, s.group):
-                if owner.prefix is not None:
-                    self._close(owner)
-                    return
-        youngest = max(self.running.values(), key=lambda s: s.entered)
-        self._remove(youngest, youngest.count)
-        youngest.group.waiting += 1
-        self.waiting.appendleft(youngest)
-
-    def _close(self, owner):
-        if owner.prefix is not None:
-            self.storage.close(owner.prefix)
-            owner.prefix = None
-
-    def _remove(self, s, end):
-        """A sequence leaves the batch, and takes along the tokens it got there."""
-        self._take_along(s, end)
-        del self.running[s.slot]
-        self.storage.leave(s.slot)
-        self.free.free(s.slot)
-        s.slot = -1
-
-    def _take_along(self, s, end):
-        first = s.slot * self.width
-        got = slice(first + len(s.tokens), first + end)
-        s.tokens += self.tokens[got].tolist()
-        s.logprobs += self.logprobs[got].tolist()
-        s.kept += self.kept[got].tolist()        # without truncation nobody reads it
-
-    def _sample(self, s, finished):
-        g = s.group
-        kept = s.kept if g.truncated else None
-        return Sample(g.prompt, s.tokens, s.logprobs, finished, g.problem, s.index, g.visit, kept)
-
-    # --- out, at the end
-
-    def _collect_finished(self, b):
-        """Which sequences have ended? The only place where the host waits for the device."""
-        c = b.columns
-        if not b.strings and not (c.count >= c.end).any():
-            return
-        finished = []
-        for slot, tokens, end in zip(b.order, c.count.tolist(), c.end.tolist()):
-            s = self.running[slot]
-            string_end = self._string_end(s, min(tokens, end))
-            end = min(end, string_end)
-            if tokens >= end:
-                finished.append((s, end, end == string_end))
-        if not finished:
-            return
-        self._write_back()
-        for s, end, by_string in finished:
-            self._remove(s, end)
-            if math.isnan(s.logprobs[-1]):
-                place = f"problem {s.group.problem}, sample {s.index}, token {end - 1}"
-                self.reset()
-                raise ValueError(f"step {self.steps_done}: the logits of {place} are not finite: the "
-                                 "weights have diverged, or overflow on this prompt")
-            stopped = by_string or s.tokens[-1] in self.stop
-            self.ended.append(self._sample(s, "stop" if stopped else "length"))
-
-    def _string_end(self, s, n):
-        """-> after which of its first n tokens the text holds a stop string, or FAR. Only the tail of
-        each new token is decoded; what matched stays."""
-        strings = s.group.stop_strings
-        if not strings:
-            return FAR
-        # a token is a byte or more, and 3 more bytes may be half a character
-        reach = max(len(x.encode()) for x in strings) + 4
-        first = s.slot * self.width
-        start = max(0, s.searched - reach)
-        tokens = self.tokens[first + start : first + n].tolist()
-        for end in range(max(s.searched, len(s.tokens)) + 1, n + 1):
-            text = self.tok.decode(tokens[max(0, end - start - reach) : end - start])
-            if any(x in text for x in strings):
-                return end
-        s.searched = n
-        return FAR
+    def _end_batch(self):
+        """Finished sequences leave, and nothing is in the batch alone: slots may change hands."""
+        if self.batch is not None:
+            self._collect_finished()
+            self._write_back()
 
     # --- waiting sequences enter
 
     def _admit(self):
+        """The prefixes of those next in line are computed, a chunk in each step. A sequence whose prefix
+        is whole gets a slot, and its first token from the prefix's last hidden state."""
         pieces = self._next_pieces()
         if pieces:
             self._prefill(pieces)
-        entering, hiddens = self._enter()
+        entering = self._take_slots()
         if not entering and not pieces and not self.running:
             self._make_way()
-            entering, hiddens = self._enter()    # at once, or prefixes further back take the pages again
-        if entering:
-            self._first_token(entering, hiddens)
+            entering = self._take_slots()    # at once, or prefixes further back take the pages again
+        if not entering:
+            return
+        self._end_batch()
+        self._write_columns(entering)
+        hiddens = list(entering.values())
+        hiddens += hiddens[:1] * (-len(hiddens) % self.multiple)
+        self.batch = self._gather([s.slot for s in entering], len(hiddens))
+        self._next_token(self.batch, torch.stack(hiddens))
+        self.batch.steps = 1
+        self._end_batch()
 
-    def _make_way(self):
-        """Nothing runs, and the first sequence cannot enter: prefixes that it does not need hold its
-        pages. Computed again later."""
-        first = self.waiting[0]
-        needed = first.prefix or first.group.prefix
-        for s in self.waiting:
-            for owner in (s, s.group):
-                if owner.prefix is not needed:
-                    self._close(owner)
-        if first.tokens and first.prefix is None:
-            whole = Prefix(first.group.prompt + first.tokens)
-            if needed is None or not self.storage.open(whole, needed):
-                self._close(first.group)         # there are not enough pages for both, even so
-                self.storage.open(whole)
-            first.prefix = whole
+    def _take_slots(self):
+        """The first in line take free slots, while their prefix is whole and the storage has room.
+        -> {Sequence: the hidden state it continues from}"""
+        entering = {}
+        while self.waiting and self.free.left:
+            s = self.waiting[0]
+            g = s.group
+            prefix = s.prefix if s.tokens else g.prefix
+            if prefix is None or prefix.hidden is None:
+                break
+            slot = self.free.take()
+            if not self.storage.enter(prefix, slot, len(self.running)):
+                self.free.free(slot)
+                break
+            self.waiting.popleft()
+            self.running[slot] = s
+            s.slot = slot
+            s.entered = next(self.entries)
+            s.count = len(s.tokens)
+            s.searched = 0
+            entering[s] = prefix.hidden
+            g.waiting -= 1
+            self._close(s)
+            if not g.waiting:
+                self._close(g)
+        return entering
+
+    def _write_columns(self, entering):
+        """Those of sequences that enter; and the tokens they have, where a stop string may begin."""
+        slots = torch.tensor([s.slot for s in entering], device=self.device)
+        words = [(s.group.seed, s.group.visit, s.group.problem, s.index) for s in entering]
+        words = torch.tensor([[word & 0xFFFFFFFF for word in four] for four in words])
+        numbers = []
+        for s, noise in zip(entering, address(*words.t()).tolist()):
+            g = s.group
+            first = s.slot * self.width
+            if s.tokens:
+                self.tokens[first : first + s.count] = torch.tensor(s.tokens, device=self.device)
+            numbers.append(dict(
+                position=len(g.prompt) + s.count - 1, count=s.count, write_at=first + s.count,
+                token=0, alive=1, end=g.max_new, address=noise,
+                top_k=g.top_k, top_p=g.top_p, temperature=g.temperature,
+            ))
+        for names, table in (Columns.INTS, self.by_slot.ints), (Columns.REALS, self.by_slot.reals):
+            values = [[of[name] for of in numbers] for name in names]
+            table[:, slots] = torch.tensor(values, device=self.device)
 
     def _next_pieces(self):
         """-> (prefix, begin, end): what is computed in this step for those that enter next."""
@@ -614,92 +589,119 @@ class Sampler:
             if end == len(prefix.tokens):
                 prefix.hidden = hidden_TD[i].clone()
 
-    def _enter(self):
-        """Sequences whose prefix is computed get a slot. -> these, and the hidden states they
-        continue from"""
-        entering, hiddens = [], []
-        while self.waiting and self.free.left:
-            s = self.waiting[0]
-            g = s.group
-            prefix = s.prefix if s.tokens else g.prefix
-            if prefix is None or prefix.hidden is None:
-                break
-            slot = self.free.take()
-            if not self.storage.enter(prefix, slot, len(self.running)):
-                self.free.free(slot)
-                break
-            self.waiting.popleft()
-            self.running[slot] = s
-            s.slot = slot
-            s.entered = next(self.entries)
-            s.count = len(s.tokens)
-            s.searched = 0
-            entering.append(s)
-            hiddens.append(prefix.hidden)
-            g.waiting -= 1
-            self._close(s)
-            if not g.waiting:
-                self._close(g)
-        return entering, hiddens
+    def _make_way(self):
+        """Nothing runs, and the first sequence cannot enter: prefixes that it does not need hold its
+        pages. Computed again later."""
+        first = self.waiting[0]
+        needed = first.prefix or first.group.prefix
+        for s in self.waiting:
+            for owner in (s, s.group):
+                if owner.prefix is not needed:
+                    self._close(owner)
+        if first.tokens and first.prefix is None:
+            whole = Prefix(first.group.prompt + first.tokens)
+            if needed is None or not self.storage.open(whole, needed):
+                self._close(first.group)         # there are not enough pages for both, even so
+                self.storage.open(whole)
+            first.prefix = whole
 
-    def _first_token(self, entering, hiddens):
-        """Of sequences that enter: from their prefix's last hidden state, each with its own
-        noise."""
-        self._settle()
-        slots = torch.tensor([s.slot for s in entering], device=self.device)
-        self._set_columns(entering, slots)
-        for s in entering:
-            if s.tokens:                 # so that a stop string may begin in them
-                first = s.slot * self.width
-                self.tokens[first : first + s.count] = torch.tensor(s.tokens, device=self.device)
-        pad = -len(entering) % self.multiple
-        padded = torch.cat((slots, slots.new_full((pad,), self.slots)))
-        columns = self.by_slot[padded]
-        groups = [s.group for s in entering]
-        truncated = any(g.truncated for g in groups)
-        strings = any(g.stop_strings for g in groups)
-        b = Batch(columns, [s.slot for s in entering], truncated, strings)
-        self._token(torch.stack(hiddens + hiddens[:1] * pad), b)
-        self.by_slot.ints[:, slots] = columns.ints[:, : len(entering)]
-        for s in entering:
-            s.count += 1
-        self._collect_finished(b)
+    def _preempt(self):
+        """No page is left: a prefix that only waits goes first, then the youngest sequence.
+        Computed again later."""
+        for s in reversed(self.waiting):
+            for owner in (s, s.group):
+                if owner.prefix is not None:
+                    self._close(owner)
+                    return
+        youngest = max(self.running.values(), key=lambda s: s.entered)
+        self._remove(youngest, youngest.count)
+        youngest.group.waiting += 1
+        self.waiting.appendleft(youngest)
 
-    def _set_columns(self, entering, slots):
-        words = [(s.group.seed, s.group.visit, s.group.problem, s.index) for s in entering]
-        words = torch.tensor([[word & M32 for word in four] for four in words])
-        numbers = []
-        for s, noise in zip(entering, address(*words.t()).tolist()):
-            g = s.group
-            numbers.append(dict(
-                position=len(g.prompt) + s.count - 1, count=s.count, write_at=s.slot * self.width + s.count,
-                token=0, alive=1, end=g.max_new, address=noise,
-                top_k=g.top_k, top_p=g.top_p, temperature=g.temperature,
-            ))
-        ints = [[of[name] for of in numbers] for name in Columns.INTS]
-        reals = [[of[name] for of in numbers] for name in Columns.REALS]
-        self.by_slot.ints[:, slots] = torch.tensor(ints, device=self.device)
-        self.by_slot.reals[:, slots] = torch.tensor(reals, device=self.device)
+    def _close(self, owner):
+        if owner.prefix is not None:
+            self.storage.close(owner.prefix)
+            owner.prefix = None
+
+    # --- out, at the end
+
+    def _collect_finished(self):
+        """Which sequences have ended? The only place where the host waits for the device."""
+        b = self.batch
+        c = b.columns
+        if not b.strings and not (c.count >= c.end).any():
+            return
+        finished = []
+        for slot, tokens, end in zip(b.order, c.count.tolist(), c.end.tolist()):
+            s = self.running[slot]
+            string_end = self._string_end(s, min(tokens, end))
+            end = min(end, string_end)
+            if tokens >= end:
+                finished.append((s, end, end == string_end))
+        if not finished:
+            return
+        self._write_back()
+        for s, end, by_string in finished:
+            self._remove(s, end)
+            if math.isnan(s.logprobs[-1]):
+                place = f"problem {s.group.problem}, sample {s.index}, token {end - 1}"
+                self.reset()
+                raise ValueError(f"step {self.steps_done}: the logits of {place} are not finite: the "
+                                 "weights have diverged, or overflow on this prompt")
+            stopped = by_string or s.tokens[-1] in self.stop
+            self.ended.append(self._sample(s, "stop" if stopped else "length"))
+
+    def _string_end(self, s, n):
+        """-> after which of its first n tokens the text holds a stop string, or FAR. Only the tail of
+        each new token is decoded; what matched stays."""
+        strings = s.group.stop_strings
+        if not strings:
+            return FAR
+        # a token is a byte or more, and 3 more bytes may be half a character
+        reach = max(len(x.encode()) for x in strings) + 4
+        first = s.slot * self.width
+        start = max(0, s.searched - reach)
+        tokens = self.tokens[first + start : first + n].tolist()
+        for end in range(max(s.searched, len(s.tokens)) + 1, n + 1):
+            text = self.tok.decode(tokens[max(0, end - start - reach) : end - start])
+            if any(x in text for x in strings):
+                return end
+        s.searched = n
+        return FAR
+
+    def _remove(self, s, end):
+        """A sequence leaves the batch, and takes along the tokens it got there."""
+        self._take_along(s, end)
+        del self.running[s.slot]
+        self.storage.leave(s.slot)
+        self.free.free(s.slot)
+        s.slot = -1
+
+    def _take_along(self, s, end):
+        first = s.slot * self.width
+        got = slice(first + len(s.tokens), first + end)
+        s.tokens += self.tokens[got].tolist()
+        s.logprobs += self.logprobs[got].tolist()
+        s.kept += self.kept[got].tolist()        # without truncation nobody reads it
+
+    def _sample(self, s, finished):
+        g = s.group
+        kept = s.kept if g.truncated else None
+        return Sample(g.prompt, s.tokens, s.logprobs, finished, g.problem, s.index, g.visit, kept)
 
     # --- out, before the end
-
-    def _settle(self):
-        """Finished sequences leave, and nothing is in the batch alone: slots may change hands."""
-        if self.batch is not None:
-            self._collect_finished(self.batch)
-            self._write_back()
 
     @torch.inference_mode()
     def finished(self):
         """-> the problems of samples that have ended and that the next step() hands back."""
         if self.batch is not None:
-            self._collect_finished(self.batch)
+            self._collect_finished()
         return {sample.problem for sample in self.ended}
 
     @torch.inference_mode()
     def abort(self, problem_id):
         """A problem's unfinished samples leave with the tokens they have. -> Samples: aborted"""
-        self._settle()
+        self._end_batch()
         everyone = [*self.running.values(), *self.waiting]
         sequences = [s for s in everyone if s.group.problem == problem_id]
         for s in sequences:
@@ -719,7 +721,7 @@ class Sampler:
         ends = {}                        # between two looks a sequence runs on behind its stop
         if b is not None:
             ends = dict(zip(b.order, b.columns.end.tolist()))
-        for s in {id(s): s for s in (*self.running.values(), *self.waiting)}.values():
+        for s in dict.fromkeys([*self.running.values(), *self.waiting]):
             if s.slot in self.running:
                 steps = b.steps if s.slot in ends else 0
                 self._take_along(s, min(s.count + steps, ends.get(s.slot, FAR)))
@@ -729,27 +731,20 @@ class Sampler:
         self.reset()
         return samples
 
-    # --- CUDA graphs: a decode step of a small model is all launches; replayed, it is one
+    # --- CUDA graphs
 
     def _capture(self, truncated):
-        """A graph per batch size, the largest first, so that the smaller ones live in its
-        memory."""
-        pool = torch.cuda.graph_pool_handle()
-        aside = torch.cuda.Stream()      # one: libraries keep a workspace for each stream
+        """A graph of _next_token per batch size. Once, with and without truncation."""
+        if (self.sizes[0], truncated) in self.graphs:
+            return
         self.in_batch.fill(self.by_slot[-1:])    # all of it padding, which writes into page 0
         self.storage.table.zero_()
-        for size in reversed(self.sizes):
+
+        def next_token(size):
             columns, view = self.in_batch[:size], PagesView(self.storage, size)
-            b = Batch(columns, [], truncated, strings=False, view=view, forward=self.model)
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):   # compiles kernels, and libraries take their workspace
-                for _ in range(2):
-                    self._eager(b)
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            # "thread_local": the process group's thread keeps asking meanwhile
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._eager(b)
+            self._next_token(Batch(columns, [], truncated, strings=False, view=view, forward=self.model))
+
+        for size, graph in recorded(next_token, self.sizes):
             self.graphs[size, truncated] = graph
 
     # --- many prompts
@@ -772,40 +767,36 @@ class Sampler:
             bar = sys.stderr.isatty() and n * sum(limits) > 50_000
         settings = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
                         stop_strings=stop_strings)
-        return self._stream(ids, prompts, n, limits, visits, settings, bar)
+        prompts, limits, visits = (dict(zip(ids, values)) for values in (prompts, limits, visits))
+        return self._stream(prompts, n, limits, visits, settings, bar)
 
-    def _stream(self, ids, prompts, n, limits, visits, settings, bar):
-        place = {id: i for i, id in enumerate(ids)}
+    def _stream(self, prompts, n, limits, visits, settings, bar):
+        place = {id: i for i, id in enumerate(prompts)}
+        feed = Feed(self, prompts, n, limits, visits=visits, ahead=int(self.deterministic), **settings)
         bar = progress(None, "rollout") if bar else None
-        feed = Feed(self, dict(zip(ids, prompts)), n, dict(zip(ids, limits)), visits=dict(zip(ids, visits)),
-                    ahead=int(self.deterministic), **settings)
+        if bar is not None:
+            bar.unit = " tokens"
+        ended = 0
         with feed:
             try:
-                for group in self._groups(feed, bar):
-                    yield place[group[0].problem], group
+                while feed.busy:
+                    before = len(self.running)
+                    samples = feed.step()
+                    ended += len(samples)
+                    for group in feed.complete(samples):
+                        yield place[group[0].problem], group
+                    if bar is not None:
+                        bar.update(max(before, len(self.running)))
+                        bar.set_postfix(live=len(self.running), finished=ended, refresh=False)
             except KeyboardInterrupt:
                 found = feed.interrupt()
                 for id in sorted(found, key=place.get):
-                    i = place[id]
                     rest = set(range(n)) - {s.index for s in found[id]}
-                    empty = [Sample(list(prompts[i]), [], [], "aborted", id, j, visits[i]) for j in rest]
-                    yield i, sorted(found[id] + empty, key=lambda s: s.index)
+                    empty = [Sample(list(prompts[id]), [], [], "aborted", id, j, visits[id]) for j in rest]
+                    yield place[id], sorted(found[id] + empty, key=lambda s: s.index)
             finally:
                 if bar is not None:
                     bar.close()
-
-    def _groups(self, feed, bar):
-        ended = 0
-        if bar is not None:
-            bar.unit = " tokens"
-        while feed.busy:
-            before = len(self.running)
-            samples = feed.step()
-            ended += len(samples)
-            yield from feed.complete(samples)
-            if bar is not None:
-                bar.update(max(before, len(self.running)))
-                bar.set_postfix(live=len(self.running), finished=ended, refresh=False)
 
     def generate(self, prompts, n=8, max_new=256, temperature=1.0, top_p=1.0, top_k=0, seed=0, ids=None,
                  visits=None, stop_strings=(), bar=None):

@@ -19,9 +19,11 @@ This file imports nothing of ours.
 """
 
 import functools
+import importlib.util
 import inspect
 import os
 import types
+from itertools import accumulate, pairwise
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -51,6 +53,15 @@ picks = {}  # (what, kind of device) -> name
 def chosen(what, kind):
     """What was picked before, or None."""
     return picks.get((what, kind))
+
+
+def candidates(what, kind):
+    """What could run on this kind of device, best first."""
+    flash = ["flash"] if kind == "cuda" and importlib.util.find_spec("flash_attn") else []
+    if what == "train":
+        return flash + (["varlen"] if kind == "cuda" else [])
+    ours = ["triton"] if triton and (kind == "cuda" or INTERPRET) else []
+    return flash + ours if what == "decode" else ours
 
 
 def choose(what, kind, candidates, probe):
@@ -141,6 +152,60 @@ def flash_decode(q, k_new, v_new, k_pages, v_pages, block_table, lengths):
         cache_seqlens=lengths, block_table=block_table, causal=True,
         num_splits=1)  # its own choice of splits has given nan
     return o.squeeze(1)
+
+
+def longest(cu_seqlens):
+    return max((b - a for a, b in pairwise(cu_seqlens)), default=0)
+
+
+def packages_take(q):
+    """Half precision, and heads of 8, 16, ... 256."""
+    half = q.dtype in (torch.bfloat16, torch.float16) or not q.is_cuda
+    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+class Gather(torch.autograd.Function):
+    """x[take], rows used many times. A prompt's keys collect the gradients of all its responses,
+    summed in fp32 and rounded once."""
+
+    @staticmethod
+    def forward(ctx, x, take):
+        ctx.save_for_backward(take)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, take)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (take,) = ctx.saved_tensors
+        total = torch.zeros(ctx.rows, *grad.shape[1:], dtype=torch.float32, device=grad.device)
+        return total.index_add_(0, take, grad.float()).to(grad.dtype), None
+
+
+def in_one_call(run, cu_q, ranges):
+    """-> attend(). Segment i's queries see ranges[i] of the keys, gathered behind each other: extra
+    copies of a prompt's keys, but one exact softmax. (Attending to prompt and response apart and
+    merging by log-sum-exp copies nothing, and torch's backward would silently ignore the gradient
+    that flows through it.)"""
+    cu_k = [0, *accumulate(sum(b - a for a, b in seen) for seen in ranges)]
+    pieces = [piece for seen in ranges for piece in seen]
+
+    @functools.cache
+    def plan(device):
+        take = None
+        if pieces != list(pairwise(cu_k)):
+            take = to_device(torch.cat([torch.arange(a, b) for a, b in pieces]), torch.long, device)
+        cu = [to_device(x, torch.int32, device) for x in (cu_q, cu_k)]
+        return take, *cu, longest(cu_q), longest(cu_k)
+
+    def attend(layer, q, k, v):
+        if len(q) == 0:
+            return torch.zeros_like(q)
+        take, *ends = plan(q.device)
+        if take is not None:
+            k, v = Gather.apply(k, take), Gather.apply(v, take)
+        return run(q, k, v, *ends)
+
+    return attend
 
 
 # -----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import functools
 import os
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,8 +62,8 @@ def stands_for(trick, definition, *more):
     if pair not in _verdicts:
         problem = _difference(trick, definition, more)
         if problem:
-            problem = f"it differs from {definition.__name__}: {problem}"
-            print(f"cpu: its {trick.__name__} is not used, {problem}", flush=True)
+            print(f"cpu: its {trick.__name__} is not used, it differs from {definition.__name__}: {problem}",
+                  flush=True)
         _verdicts[pair] = not problem
     return _verdicts[pair]
 
@@ -175,8 +176,6 @@ def linear(x, weight, bias=None, strided=False):
         return matmul_t(weight, x).t() if strided and len(x) in TURNED else matmul_t(x, weight)
     if x.ndim != 2 or (x.shape[0] < FEW and torch.is_grad_enabled()):
         return F.linear(x, weight, bias)
-    if bias is None and not torch.is_grad_enabled():
-        return matmul_t(x, weight)
     return Linear.apply(x, weight, bias)
 
 
@@ -257,15 +256,14 @@ def bucket(n):
 
 
 def plan_buckets(cu_seqlens, parent, device):
-    """Segments of one prefix length and one bucket share a call. -> calls [(B, P, L)]; take_q, take_k:
-    the rows of all calls; back: where each row of the packed row went."""
+    """Segments of one prefix length and one bucket share a call. -> calls [(B, rows of q, of k, mask)];
+    take_q, take_k: the rows of all calls; back: where each row of the packed row went."""
     members = {}
     prefixes = []  # the rows of each segment's ancestors, oldest first
-    for i in range(len(cu_seqlens) - 1):
-        length = cu_seqlens[i + 1] - cu_seqlens[i]
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
+    for i, length in enumerate(lengths):
         p = parent[i] if parent else -1
-        assert p < i, f"segment {i} has parent {p}: a parent must stand before its children"
-        prefixes.append(prefixes[p] + list(range(cu_seqlens[p], cu_seqlens[p + 1])) if p >= 0 else [])
+        prefixes.append(prefixes[p] + [*range(cu_seqlens[p], cu_seqlens[p + 1])] if p >= 0 else [])
         if length:
             members.setdefault((len(prefixes[i]), bucket(length)), []).append(i)
 
@@ -274,21 +272,22 @@ def plan_buckets(cu_seqlens, parent, device):
     take_k = []
     back = [0] * cu_seqlens[-1]
     for (P, _), segments in members.items():
-        L = max(cu_seqlens[i + 1] - cu_seqlens[i] for i in segments)
+        L = max(lengths[i] for i in segments)
         for i in segments:
             start, end = cu_seqlens[i], cu_seqlens[i + 1]
-            own = list(range(start, end)) + [end - 1] * (L - (end - start))
-            back[start:end] = range(len(take_q), len(take_q) + end - start)
+            own = [*range(start, end)] + [end - 1] * (L - lengths[i])
+            back[start:end] = range(len(take_q), len(take_q) + lengths[i])
             take_q += own
             take_k += prefixes[i] + own
-        calls.append((len(segments), P, L))
+        mask = dict(is_causal=True)
+        if P:  # (L, P+L): the prefix whole, its own keys causally
+            mask = dict(attn_mask=torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P))
+        B = len(segments)
+        calls.append((B, B * L, B * (P + L), mask))
 
     if list(range(cu_seqlens[-1])) == take_q == take_k:
         return calls, None, None, None
-
-    def tensor(rows):
-        return torch.tensor(rows, dtype=torch.long, device=device)
-
+    tensor = functools.partial(torch.tensor, device=device)
     return calls, tensor(take_q), None if take_k == take_q else tensor(take_k), tensor(back)
 
 
@@ -298,12 +297,10 @@ def packed_attention(cu_seqlens, max_len, parent=None):
     def plan(device):
         return plan_buckets(cu_seqlens, parent, device)
 
-    @functools.cache
-    def mask(P, L, device):  # (L, P+L): the prefix whole, its own keys causally
-        return torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)
-
     def attend(layer, q, k, v):
         calls, take_q, take_k, back = plan(q.device)
+        if not calls:
+            return torch.zeros_like(q)
         if take_q is not None:
             if take_k is None:
                 k = Take.apply(k, take_q, back)
@@ -312,19 +309,13 @@ def packed_attention(cu_seqlens, max_len, parent=None):
                 k = k.index_select(0, take_k)
                 v = v.index_select(0, take_k)
             q = Take.apply(q, take_q, back)
-        q_rows = [B * L for B, P, L in calls]
-        k_rows = [B * (P + L) for B, P, L in calls]
+        sizes, q_rows, k_rows, masks = zip(*calls)
         outs = []
-        for (B, P, L), q_c, k_c, v_c in zip(calls, q.split(q_rows), k.split(k_rows), v.split(k_rows)):
-            q_BHLD = q_c.view(B, L, *q.shape[1:]).transpose(1, 2)
-            k_BHLD = k_c.view(B, P + L, *k.shape[1:]).transpose(1, 2)
-            v_BHLD = v_c.view(B, P + L, *v.shape[1:]).transpose(1, 2)
-            seen = dict(attn_mask=mask(P, L, q.device)) if P else dict(is_causal=True)
+        for B, mask, *rows in zip(sizes, masks, q.split(q_rows), k.split(k_rows), v.split(k_rows)):
+            q_BHLD, k_BHLD, v_BHLD = (x.view(B, -1, *x.shape[1:]).transpose(1, 2) for x in rows)
             shared = q.shape[1] != k.shape[1]
-            o = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, enable_gqa=shared, **seen)
-            outs.append(o.transpose(1, 2).reshape(B * L, *q.shape[1:]))
-        if not outs:
-            return torch.zeros_like(q)
+            o = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, enable_gqa=shared, **mask)
+            outs.append(o.transpose(1, 2).flatten(0, 1))
         o = outs[0] if len(outs) == 1 else torch.cat(outs)
         return o if back is None else PutBack.apply(o, back)
 
@@ -333,9 +324,8 @@ def packed_attention(cu_seqlens, max_len, parent=None):
 
 def used_pages(block_table, lengths, page):
     """The columns of a table of pages that some row uses. A GPU would wait for their number."""
-    if ON and block_table.is_cpu:
-        return block_table[:, :int(lengths.max()) // page + 1]
-    return block_table
+    used = int(lengths.max()) // page + 1 if ON and block_table.is_cpu else None
+    return block_table[:, :used]
 
 
 # -----------------------------------------------------------------------------
@@ -451,7 +441,7 @@ def lone_row(model, keys, values, ours, attention, namespaces):
         problem = disproof(model, ours, attention)
         if problem:
             why = f"since the copy of it in numpy {problem}"
-            print(f"cpu: a single row is left to the model, {why}", flush=True)
+            print("cpu: a single row is left to the model,", why, flush=True)
         agrees = not problem
         _proofs.append((code, agrees))
         del _proofs[:-8]

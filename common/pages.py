@@ -208,3 +208,25 @@ class PagesView:
     def attend(self, layer, q, k, v):
         k_pages, v_pages = self.pool.k[layer], self.pool.v[layer]
         return decode_attention(q, k, v, k_pages, v_pages, self.table_B, self.lengths_B)
+
+
+# -----------------------------------------------------------------------------
+# CUDA graphs: a decode step of a small model is all launches; replayed, it is one
+
+
+def recorded(step, sizes):
+    """-> an iterator over (size, CUDA graph of step(size)), the largest first, so that the smaller
+    ones live in its memory."""
+    pool = torch.cuda.graph_pool_handle()
+    aside = torch.cuda.Stream()          # one: libraries keep a workspace for each stream
+    for size in reversed(sizes):
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):   # compiles kernels, and libraries take their workspace
+            for _ in range(2):
+                step(size)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": the process group's thread keeps asking meanwhile
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            step(size)
+        yield size, graph

@@ -162,7 +162,7 @@ def test_packed_attention(name, cu, parent, H, KV, hd):
     if name == "flash":
         pytest.importorskip("flash_attn")
     longest = max(b - a for a, b in zip(cu, cu[1:]))
-    ours = kernels._packed(name, cu, longest, parent)
+    ours = backend.in_one_call(kernels.RUNS["train"][name], cu, kernels.ancestry(cu, parent))
     twin = kernels.packed_attention_torch(cu, longest, parent)
     inputs = [rand(cu[-1], H, hd), rand(cu[-1], KV, hd, seed=1), rand(cu[-1], KV, hd, seed=2)]
     compare(lambda q, k, v: (ours(0, q, k, v),), lambda q, k, v: (twin(0, q, k, v),), inputs, HALF)
@@ -273,15 +273,14 @@ def test_a_decode_step_waits_for_nothing():
     sampler = Sampler(model, (), slots=12)
     for i in range(12):
         sampler.submit(i, [1 + i, 2, 3], 1, 100, top_p=0.9 if i % 2 else 1.0)
-    while len(sampler.rows) < 12 or sampler.batch is None:
+    while len(sampler.running) < 12 or sampler.batch is None:
         sampler.step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.inference_mode():
             for _ in range(3):
-                sampler._advance(sampler.batch)
-                sampler._eager(sampler.batch)
+                sampler._next_token(sampler.batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -32,6 +32,7 @@ triton = pytest.importorskip("triton")
 
 POINTERS = {"b": "*bf16", "f": "*fp32", "l": "*i64", "i": "*i32", "I": "i32", "F": "fp32"}
 ROPE = dict(H=16, KV=8, HALF=64, BLOCK_R=32, BLOCK_D=64)
+FORWARD = dict(q_grad=None, k_grad=None, dw_q=None, dw_k=None)
 NO_NORM = dict(q_weight=None, k_weight=None)
 DECODE = dict(PAGE=256, KV=8, GROUP=4, HD=128, BLOCK_G=16, BLOCK_D=128, BLOCK_N=64)
 DRAW = dict(SLICE=8192, BLOCK_S=32, BLOCK=4096)
@@ -42,10 +43,10 @@ KERNELS = [
     ("_online_kernel", "flffffIIIF", dict(BLOCK_V=1024, BLOCK_K=16), 4, 3),
     ("_dlogits_kernel", "fblfffffIIIF", dict(BLOCK_V=2048, BLOCK_K=16), 4, 3),
     ("_dlogits_kernel", "fblfffffIIIF", dict(BLOCK_V=2048, BLOCK_K=64), 4, 3),
-    ("_norm_rope_kernel", "bbbbbbffIIIF", ROPE, 4, 3),
-    ("_norm_rope_kernel", "bbbbffIIIF", ROPE | NO_NORM, 4, 3),
-    ("_norm_rope_back_kernel", "bbbbbbffbbffIIIF", ROPE, 4, 3),
-    ("_norm_rope_back_kernel", "bbbbbbffffIIIF", ROPE | NO_NORM, 4, 3),
+    ("_norm_rope_kernel", "bbbbbbffIIIF", ROPE | FORWARD, 4, 3),
+    ("_norm_rope_kernel", "bbbbffIIIF", ROPE | FORWARD | NO_NORM, 4, 3),
+    ("_norm_rope_kernel", "bbbbbbffbbffIIIF", ROPE, 4, 3),
+    ("_norm_rope_kernel", "bbbbbbffffIIIF", ROPE | NO_NORM, 4, 3),
     ("_swiglu_kernel", "bbI", dict(BLOCK=1024), 4, 3),
     ("_swiglu_back_kernel", "bbbI", dict(BLOCK=1024), 4, 3),
     ("_uniform_kernel", "fllI", dict(BLOCK=256), 4, 3),
@@ -133,7 +134,7 @@ def plain_logprob(hidden, weight, ids, temperature):
 @pytest.fixture(autouse=True)
 def kernels_whatever_they_compute(monkeypatch):
     """The picker would drop a wrong kernel and quietly compare the twin with itself."""
-    if kernels.INTERPRET:
+    if backend.INTERPRET:
         monkeypatch.setattr(backend, "picks", {("decode", "cpu"): "triton",
                                                ("fused", "cpu"): "triton", ("train", "cpu"): "torch"})
 

@@ -746,7 +746,7 @@ def test_interrupt(model, kind):
     and nothing stays taken. A GPU is looked at every few steps only: rows that had ended since
     the last look came back with what was drawn behind their stop token."""
     sampler = Sampler(model, {STOP}, slots=4, **kind)
-    was, kinds = sampler._token, set()
+    was, kinds = sampler._next_token, set()
     for at in range(24, 40, 1 if kind.get("paged") else 6):
         calls, whole = [], sampler.generate(PROMPTS, 2, LIMITS, seed=at)
 
@@ -755,9 +755,9 @@ def test_interrupt(model, kind):
             if len(calls) == at:  # noqa: B023
                 raise KeyboardInterrupt
             return was(*args)
-        sampler._token = interrupted
+        sampler._next_token = interrupted
         groups = sampler.generate(PROMPTS, 2, LIMITS, seed=at)
-        sampler._token = was
+        sampler._next_token = was
         assert len(groups) == 10 and all(len(g) == 2 for g in groups)
         assert "aborted" in {s.finished for g in groups for s in g}
         kinds |= {s.finished for g in groups for s in g}
@@ -807,7 +807,7 @@ def test_graphs_replay_what_eager_does():
     for B in (1, 2, 3, 4, 5, 8, 9, 16, 17, 32):
         graphs = Sampler(model, {STOP}, slots=32)
         eager = Sampler(model, {STOP}, slots=32)
-        eager._decode = eager._eager
+        eager.replayed = False
         for top_p in (1.0, 0.9):
             a, b = (s.generate([[1 + i, 2, 3] for i in range(B)], 1, 90, top_p=top_p)
                     for s in (graphs, eager))

@@ -84,7 +84,7 @@ class Load:
         return True
 
     def preempt(self):
-        self.sampler._settle()           # as where no page is left: nothing is in the batch alone
+        self.sampler._end_batch()        # as where no page is left: nothing is in the batch alone
         if not self.sampler.running:
             return False
         self.sampler._preempt()
