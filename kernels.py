@@ -305,10 +305,30 @@ CHUNK = 1 << 22  # logits alive at a time: 16 MB of fp32 stay in a CPU's last-le
 TILE = 1 << 27   # and on a GPU, where a product wants thousands of rows: 512 MB
 
 
+def _budget(rows_ND):
+    return CHUNK if rows_ND.device.type == "cpu" else TILE
+
+
 def _slices(rows_ND, vocab):
     """Chunks of rows whose logits are so many numbers together."""
-    rows = max(16, (CHUNK if rows_ND.device.type == "cpu" else TILE) // vocab)
+    rows = max(16, _budget(rows_ND) // vocab)
     return [slice(a, a + rows) for a in range(0, len(rows_ND), rows)]
+
+
+MANY = 1024  # rows
+
+
+def _blocks(rows_ND, vocab):
+    """(rows, columns) of the backward: chunks of rows, where they are of MANY. Of a large vocabulary
+    they would be of few, and each adds to all of dW, which costs more than its products. So then it is
+    MANY rows and a tile of the vocabulary at a time: a tile adds to its own part of dW."""
+    numbers = _budget(rows_ND)
+    if vocab <= numbers // MANY:
+        return [(rows, slice(0, vocab)) for rows in _slices(rows_ND, vocab)]
+    rows = min(MANY, max(1, len(rows_ND)))
+    width = max(16, numbers // rows // 4)  # a quarter: such a tile stays in the core's own cache
+    return [(slice(a, a + rows), slice(low, low + width))
+            for a in range(0, len(rows_ND), rows) for low in range(0, vocab, width)]
 
 
 def _product(a, b):
@@ -336,6 +356,7 @@ class _LogprobAt(torch.autograd.Function):
         entropy_N = torch.empty_like(lse_N)
         ctx.last = None
 
+        keep = len(weight_VD) <= _budget(ids_NK) // MANY
         for s in _slices(ids_NK, weight_VD.shape[0]):
             z = linear_logits(hidden_ND[s], weight_VD, temperature)  # (n, V)
             at = z.gather(1, ids_NK[s])
@@ -344,9 +365,10 @@ class _LogprobAt(torch.autograd.Function):
             p = z.exp()  # not yet divided by its sum
             total = p.sum(1)
             lse = total.log()
-            ctx.last = z  # so that the backward need not compute the last chunk again
             entropy_N[s] = lse - torch.linalg.vecdot(p, z).div_(total)
-            z.sub_(lse.unsqueeze(1))
+            if keep:  # so that the backward need not compute the last chunk again
+                ctx.last = z.sub_(lse.unsqueeze(1))
+            del z, p  # before the next chunk takes as much memory
             lse_N[s] = lse.add_(top.squeeze(1))
             logp_NK[s] = at.sub_(lse.unsqueeze(1))
 
@@ -360,17 +382,17 @@ class _LogprobAt(torch.autograd.Function):
         hidden_ND, weight_VD, ids_NK, lse_N, entropy_N = ctx.saved_tensors
         if grad_logp_NK is None:
             grad_logp_NK = lse_N.new_zeros(ids_NK.shape)
-        grad_h = torch.empty_like(hidden_ND)
+        grad_h = torch.zeros_like(hidden_ND, dtype=lse_N.dtype)
         grad_w = None
         if ctx.needs_input_grad[1]:
             grad_w = torch.zeros_like(weight_VD, dtype=lse_N.dtype)
 
-        for s in _slices(ids_NK, weight_VD.shape[0]):
-            if s.stop >= len(ids_NK) and ctx.last is not None:
+        for s, v in _blocks(ids_NK, len(weight_VD)):
+            if ctx.last is not None and s.stop >= len(ids_NK):
                 z = ctx.last
                 ctx.last = None
             else:
-                z = linear_logits(hidden_ND[s], weight_VD, ctx.temperature)
+                z = linear_logits(hidden_ND[s], weight_VD[v], ctx.temperature)
                 z.sub_(lse_N[s].unsqueeze(1))
 
             g = grad_logp_NK[s].to(z.dtype)
@@ -380,18 +402,20 @@ class _LogprobAt(torch.autograd.Function):
             else:                     # -p (sum_k g_k + g_H (z - lse + H))
                 p = z.exp()
                 g_H = grad_entropy_N[s].unsqueeze(1)
-                z.mul_(g_H).add_(g_H * entropy_N[s].unsqueeze(1) + flat).mul_(p).neg_()
-            z.scatter_add_(1, ids_NK[s], g)
+                z.mul_(-g_H).sub_(g_H * entropy_N[s].unsqueeze(1) + flat).mul_(p)
+            cols = ids_NK[s] - v.start
+            inside = (cols >= 0) & (cols < z.shape[1])
+            z.scatter_add_(1, cols.clamp_(0, z.shape[1] - 1), torch.where(inside, g, 0.0))
 
             if ctx.temperature != 1.0:
                 z.div_(ctx.temperature)
             z = z.to(hidden_ND.dtype)
-            grad_h[s] = cpu.matmul_t(z, weight_VD.t())
+            grad_h[s] += cpu.matmul_t(z, weight_VD[v].t())
             if grad_w is not None:
-                grad_w += cpu.weight_gradient(z, hidden_ND[s])
+                grad_w[v] += cpu.weight_gradient(z, hidden_ND[s])
         if grad_w is not None:
             grad_w = grad_w.to(weight_VD.dtype)
-        return grad_h, grad_w, None, None
+        return grad_h.to(hidden_ND.dtype), grad_w, None, None
 
 
 # On a GPU the product stays with cuBLAS and the kernels do the rest, tile by tile of the vocabulary.

@@ -2,7 +2,8 @@
 What every benchmark shares. The rule: the real peer, in the same run, on the same weights; what
 both sides compute is compared before anything is timed; sides alternate; medians and the spread;
 one JSON line last. Times are CPU seconds of this process, because the wall clock of a shared
-machine measures its other users.
+machine measures its other users. With each table stands how fast a core is here, for a time alone
+says nothing on another machine.
 
     python -m bench NAME [flags]    one benchmark: a file of this folder
     python -m bench all             those that fit in a few minutes each, and all ratios in one table
@@ -67,7 +68,11 @@ def ratio(slow, fast):
 
 
 def finish(name, **numbers):
-    """The last line of every benchmark, for scripts to read."""
+    """The last two lines of every benchmark: how fast a core is here, and the numbers for scripts."""
+    from common import machine           # it imports numpy: not before OPENBLAS_NUM_THREADS is set
+    speed = machine.gflops(seconds=2.0)
+    numbers["gflops_per_core"] = speed
+    print(f"this machine: {speed:.0f} GFLOP/s per core (torch, fp32, 1,024^3, one thread, best of 5)")
     print(json.dumps({"bench": name,
                       **{k: round(v, 4) if isinstance(v, float) else v for k, v in numbers.items()}}))
     return numbers

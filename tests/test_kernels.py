@@ -300,12 +300,18 @@ def test_decode_is_attention_over_what_was_appended(heads, kv):
 # log-probs
 
 
-@pytest.mark.parametrize("N, V, K, temperature, chunk",
-                         [(1, 5, 1, 1.0, 1 << 22), (40, 33, 1, 0.7, 33 * 16), (40, 33, 4, 1.5, 33 * 16)])
-def test_linear_logprob_is_log_softmax(N, V, K, temperature, chunk, monkeypatch):
-    """One chunk and several; forward and backward, with a gradient into the log-probs and into
+@pytest.mark.parametrize("N, V, K, temperature, chunk, many, blocks", [
+    (1, 5, 1, 1.0, 1 << 22, 1024, 1),
+    (40, 33, 1, 0.7, 33 * 16, 16, 3),            # chunks of rows
+    (40, 33, 4, 1.5, 33 * 16, 1024, 3),          # tiles of the vocabulary, for all rows
+    (40, 33, 4, 0.7, 128, 8, 15),                # and for some of them
+])
+def test_linear_logprob_is_log_softmax(N, V, K, temperature, chunk, many, blocks, monkeypatch):
+    """One block and several; forward and backward, with a gradient into the log-probs and into
     the entropy, and into one of them only."""
     monkeypatch.setattr(kernels, "CHUNK", chunk)
+    monkeypatch.setattr(kernels, "MANY", many)
+    assert len(kernels._blocks(torch.zeros(N, 1), V)) == blocks
     hidden = rand(N, 12, dtype=torch.float64).requires_grad_()
     weight = rand(V, 12, dtype=torch.float64).requires_grad_()
     ids = torch.randint(V, (N, K), generator=torch.Generator().manual_seed(0))
