@@ -16,7 +16,8 @@ the task can say it (3*12 is 12*3); several updates per rollout.
 The paper: higher pass@1 and higher pass@k than GRPO on competition math, Qwen3-4B-Base among the
 models; how much higher stands in tables that we could not read. Here: Countdown, which has many
 right ways. All arms share the base, the problems, the noise and the number of rollouts; the
-questions at the end were seen by none.
+questions at the end were seen by none. RL itself makes samples alike, so whatever slows it down
+keeps pass@16 high: the gain counts only while accuracy is not down by more than ALLOWED.
 
     python -m ideas.darling                              all arms, one seed
     python -m bench ideas --names darling                the verdict over seeds
@@ -35,8 +36,11 @@ from rollout import completion
 from stages import Settings, advantage, close, collect, learn, next_problems, setup
 
 CLAIM = Claim(paper="2509.02534", says="right and rare rewarded: pass@k up, accuracy not down",
-              measured="pass@16 against plain RL", smallest=2.0)
-ARMS = ("plain", "darling", "shuffled")  # baseline; idea; control: the same weights for the wrong samples
+              measured="pass@16 against plain RL, or what is left of 1 point of accuracy if that is less",
+              smallest=1.0)
+# baseline; idea; control: the same weights, dealt out among the right samples of the group
+ARMS = ("plain", "darling", "shuffled")
+ALLOWED = 1.0                            # points of accuracy
 
 
 @dataclass
@@ -77,7 +81,10 @@ def paid(group, arm, rl, rng):
     if arm == "plain":
         return np.ones(len(group))
     weights = rarity(group, rl)
-    return rng.permutation(weights) if arm == "shuffled" else weights
+    if arm == "shuffled":
+        right = [i for i, s in enumerate(group) if s.reward > 0.5]
+        weights[right] = rng.permutation(weights[right])
+    return weights
 
 
 def train(arm, trial, config):
@@ -108,12 +115,14 @@ def main(argv=None):
     needs(config.task, "answer canon same", "whoever pays for a rare answer must see when two are the same")
     trial = begin(config, __file__, CLAIM, ARMS, config.steps)
     results = {arm: train(arm, trial, config) for arm in ARMS}
-    gain = paired(results["darling"], results["plain"], "pass@16")
+    more, more_se = paired(results["darling"], results["plain"], "pass@16")
     cost, cost_se = paired(results["darling"], results["plain"], "avg")
+    gain = min((more, more_se), (cost + ALLOWED, cost_se))
     table = {arm: {k: result[k] for k in ("avg", "pass@16", "maj")} for arm, result in results.items()}
     picture(trial, x="rollout", y="share of right samples",
             ways=("rollout", "different right answers per group"))
-    return finish(trial, gain, table, note=f"(accuracy {cost:+.1f} +-{cost_se:.1f})")
+    return finish(trial, gain, table,
+                  note=f"(pass@16 {more:+.1f} +-{more_se:.1f}, accuracy {cost:+.1f} +-{cost_se:.1f})")
 
 
 if __name__ == "__main__":

@@ -478,7 +478,11 @@ def test_darling_raises_what_is_rare_and_right(rl):
     A = algos.BASELINES["mean"](paid)
     assert A[4] > 2 * A[0] > 0 > A[7]
     rng = np.random.default_rng(1)
-    assert sorted(darling.paid(group, "shuffled", rl, rng)) == sorted(darling.paid(group, "darling", rl, rng))
+    for s, right in zip(group, [1.0] * 5 + [0.0] * 3):
+        s.reward = right
+    dealt = darling.paid(group, "shuffled", rl, rng)
+    own = darling.paid(group, "darling", rl, rng)
+    assert sorted(dealt[:5]) == sorted(own[:5]) and (dealt[5:] == own[5:]).all(), "among the right ones"
     assert (darling.paid(group, "plain", rl, rng) == 1).all()
 
 
@@ -502,8 +506,9 @@ def test_relex_finds_the_end_of_a_straight_path():
         assert torch.allclose(w, path[20][name], atol=1e-5)
     assert fit.fits["a"][1] == pytest.approx(1) and fit.fits["a"][4] == pytest.approx(1)
     assert torch.equal(fit.at(20)["still"], path[0]["still"]) and fit.fits["still"][1] == 0.0
-    for name, w in relex.last_difference(path, 6, 2, 20).items():
-        assert torch.allclose(w, path[20][name], atol=1e-5), "there the control is as good"
+    for first in (0, 4):
+        for name, w in relex.extended(path, first, 6, 20).items():
+            assert torch.allclose(w, path[20][name], atol=1e-5), "there the controls are as good"
 
 
 def test_relex_by_hand():
