@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench import ROOT, finish
-from common.evidence import MOST, draw, interval, verdict
+from common.evidence import MOST, draw, interval, source, verdict
 from common.files import write_whole
 from common.flags import die, flags, positive
 
@@ -44,7 +44,7 @@ README = ROOT / "ideas" / "README.md"
 BEGIN = "<!-- the table: written by python -m bench ideas -->"
 END = "<!-- the end of the table -->"
 HEAD = "| idea | paper | lines | command | claim | measured, 95% interval | verdict | CPU minutes per seed |"
-OF_A_SEED = ("seed", "gain", "se", "table", "note", "minutes", "gflops", "commit")
+OF_A_SEED = ("seed", "gain", "se", "table", "note", "minutes", "gflops", "commit", "source")
 
 
 @dataclass
@@ -82,12 +82,14 @@ def folder_of(name, seed):
 
 
 def result(name, seed):
-    """-> result.json of a seed; None where it is missing, or was made with another CLAIM or model."""
+    """-> result.json of a seed; None where it is missing, or was made by another text of the idea, with
+    another CLAIM or with flags of the user's."""
     path = folder_of(name, seed) / "result.json"
     if not path.exists():
         return None
     row = json.loads(path.read_text())
-    return row if row["claim"] == asdict(claim_of(name)) and not row["init"] else None
+    same = row["claim"] == asdict(claim_of(name)) and row.get("source") == source(name)
+    return row if same and not row.get("changed") else None
 
 
 def wanted(name, seeds):
@@ -154,6 +156,8 @@ def last_words(name, seed, code):
     if code:
         return f"failed with {code}, see {folder_of(name, seed)}.txt"
     row = result(name, seed)
+    if row is None:
+        return f"ideas/{name}.py was changed while it ran: run it again"
     return f"{row['gain']:+.2f} {row['claim']['unit']} {row['note']}, {row['minutes']:.1f} CPU minutes"
 
 
@@ -244,7 +248,7 @@ def faults_of(name, record, names):
     said = word(claim, gains)
     checks = [
         (record["claim"] == asdict(claim), f"the CLAIM of ideas/{name}.py was changed after its record"),
-        (len(set(seeds)) == len(seeds), "a seed is in it twice"),
+        (sorted(seeds) == list(range(len(seeds))), f"its seeds are {seeds}: 0, 1, 2, ..., each once"),
         (len(seeds) >= LEAST, f"{len(seeds)} seeds; {LEAST} at least"),
         (record["verdict"] == said, f"it says {record['verdict']!r}, its seeds say {said!r}"),
         (said != "undecided" or len(seeds) >= LEAST + MORE, f"undecided: {MORE} more seeds are to be run"),
@@ -259,7 +263,12 @@ def unseen(found):
     claims = {name: claim_of(name) for name in known()}
     lines = []
     for name, harness in claims.items():
-        if not harness.harness or name not in found:
+        if not harness.harness:
+            continue
+        if name not in found:
+            lines += [f"records/ideas/{other}.json: what can be seen in {harness.unit} is not known: no "
+                      f"record of the harness {name}"
+                      for other in found if claims[other].unit == harness.unit]
             continue
         mean, half = interval([row["gain"] for row in found[name]["seeds"]])
         lines += [f"ideas/{other}.py: its smallest gain, {claim.smallest:g} {claim.unit}, is not below what "

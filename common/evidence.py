@@ -17,6 +17,7 @@ the loop in it; what it shares with the others is where it starts, how it is jud
 drawn.
 """
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -24,7 +25,7 @@ import os
 import statistics
 import subprocess
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -121,6 +122,7 @@ class Trial:
     bar: object
     gflops: float                                    # of one core, when the trial began
     started: float                                   # CPU seconds
+    commit: str                                      # the version of the repo, when the trial began
     reward: str = ""                                 # for stages.setup; "": the task's own
     panels: dict = field(default_factory=dict)       # panel -> arm -> [(x, y)]; "" is the first
 
@@ -158,7 +160,7 @@ def begin(config, file, claim, arms, steps):
     (folder / "result.json").unlink(missing_ok=True)             # of an earlier call
     gflops = 0.0 if config.smoke else machine.gflops()
     bar = progress(steps * len(arms), name)
-    trial = Trial(name, config, claim, arms, folder, bar, gflops, cpu_seconds())
+    trial = Trial(name, config, claim, arms, folder, bar, gflops, cpu_seconds(), commit())
     if config.smoke:
         trial.reward = easy_reward(folder)
     return trial
@@ -366,13 +368,26 @@ def finish(trial, gain, table, note=""):
     claim = trial.claim
     row = dict(idea=trial.name, seed=trial.config.seed, claim=asdict(claim), gain=mean, se=se,
                table=table, note=note, minutes=round(minutes, 2), gflops=round(trial.gflops, 1),
-               commit=commit(), smoke=trial.config.smoke, init=trial.config.init)
+               commit=trial.commit, source=source(trial.name), smoke=trial.config.smoke,
+               changed=changed(trial.config))
     text = json.dumps(row, indent=1) + "\n"
     write_whole(trial.folder / "result.json", lambda f: f.write(text.encode()))
     noise = f" +-{se:.2f}" if se else ""
     print(f"{claim.says} | here, seed {trial.config.seed}: {claim.measured} {mean:+.2f}{noise} {claim.unit} "
           f"{note} | {minutes:.1f} CPU minutes at {trial.gflops:.0f} GFLOP/s | {trial.folder}/picture.png")
     return row
+
+
+def changed(config):
+    """-> the flags that are not the idea's own: a record takes no such run."""
+    return [f.name for f in fields(config)
+            if f.name not in ("seed", "threads") and getattr(config, f.name) != f.default]
+
+
+def source(name):
+    """What ideas/NAME.py says, in twelve letters: a number belongs to the text that made it."""
+    path = Path(__file__).parent.parent / "ideas" / f"{name}.py"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else ""
 
 
 def commit():

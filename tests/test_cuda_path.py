@@ -108,7 +108,7 @@ def taped(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     # a CPU is a GPU here, whose numbers no BLAS of numpy reads
     monkeypatch.setattr("common.cpu.ONE_THREAD", False)
-    for module, name in (pages, "decode_attention"), (rollout, "draw"), (rollout, "uniform_at"):
+    for module, name in (pages, "decode_attention"), (kernels, "draw"), (rollout, "uniform_at"):
         monkeypatch.setattr(module, name, one_kernel(getattr(module, name)))
 
     def make(model, **kw):

@@ -218,7 +218,7 @@ gain = GAINS[seed]
 folder = Path(f"runs/ideas/NAME/seed_{seed}")
 folder.mkdir(parents=True, exist_ok=True)
 row = dict(idea="NAME", seed=seed, claim=CLAIM, gain=gain, se=0.5, table={"none": {"avg": 0.5}}, note="",
-           minutes=1.5, gflops=50.0, commit="abc", smoke=False, init="")
+           minutes=1.5, gflops=50.0, commit="abc", smoke=False, source="text", changed=[])
 (folder / "result.json").write_text(json.dumps(row))
 points = dict(labels={"": ["step", "accuracy"]}, panels={"": {"none": [[0, 0.1], [1, 0.1 * gain]]}})
 (folder / "points.json").write_text(json.dumps(points))
@@ -244,6 +244,7 @@ def fakes(here, monkeypatch):
     monkeypatch.setattr(ideas, "RECORDS", here / "records/ideas")
     monkeypatch.setattr(ideas, "README", here / "ideas/README.md")
     monkeypatch.setattr(ideas, "claim_of", claims.get)
+    monkeypatch.setattr(ideas, "source", lambda name: "text")
     return claims
 
 
@@ -260,7 +261,7 @@ def checked(capsys):
 def test_bench_runs_what_is_missing_and_two_more_where_it_is_undecided(fakes, capsys):
     numbers = ideas.main([])
     assert made() == [f"harness {i}" for i in range(3)] + [f"thing {i}" for i in range(5)]
-    assert numbers == dict(verdicts=dict(harness="holds here", thing="undecided"), failed=0)
+    assert numbers["verdicts"] == dict(harness="holds here", thing="undecided") and not numbers["failed"]
     record = json.loads(Path("records/ideas/thing.json").read_text())
     assert record["verdict"] == "undecided" and [row["gain"] for row in record["seeds"]] == [9, -1, 1, 5, 6]
     assert {"minutes", "gflops", "commit", "table", "se"} <= set(record["seeds"][0])
@@ -283,7 +284,7 @@ def test_bench_runs_what_is_missing_and_two_more_where_it_is_undecided(fakes, ca
 def test_bench_continues_after_a_failure(fakes, capsys):
     Path("stop1").touch()
     numbers = ideas.main(["--names", "harness"])
-    assert numbers == dict(verdicts={}, failed=1) and made() == ["harness 0", "harness 2"]
+    assert not numbers["verdicts"] and numbers["failed"] == 1 and made() == ["harness 0", "harness 2"]
     assert "harness, seed 1: failed with 3, see runs/ideas/harness/seed_1.txt" in capsys.readouterr().out
     assert Path("runs/ideas/harness/seed_1.txt").read_text() == "something is wrong\n"
     assert not Path("records/ideas/harness.json").exists(), "a record has its three seeds"
@@ -321,6 +322,17 @@ def test_a_result_of_another_claim_is_run_again(fakes):
     assert ideas.result("harness", 0)["gain"] == 20.0
 
 
+@pytest.mark.parametrize("other", [{"changed": ["steps"]}, {"source": "another"}])
+def test_a_result_of_other_flags_or_of_another_text_is_no_seed(fakes, other):
+    """`python -m ideas.thing --steps 5` for a look, or an edit of the file: its number stood as seed 0 of the
+    record from then on."""
+    ideas.main(["--names", "harness"])
+    path = Path("runs/ideas/harness/seed_0/result.json")
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps(row | other))
+    assert ideas.result("harness", 0) is None and ideas.result("harness", 1)["gain"] == 21.0
+
+
 def test_an_unknown_idea_is_named(fakes, capsys):
     with pytest.raises(SystemExit) as stopped:
         ideas.main(["--names", "thin"])
@@ -333,9 +345,11 @@ def test_an_unknown_idea_is_named(fakes, capsys):
     ("gain", "it says 'undecided', its seeds say 'holds here'"),
     ("seeds", "undecided: 2 more seeds are to be run"),
     ("two", "2 seeds; 3 at least"),
+    ("chosen", "its seeds are [0, 1, 2, 3, 9]: 0, 1, 2, ..., each once"),
     ("picture", "no thing.png beside it"),
     ("table", "the table of ideas/README.md is not what the records say"),
     ("gone", "there is no ideas/thing.py"),
+    ("none", "what can be seen in points is not known: no record of the harness harness"),
     ("harness", "its smallest gain, 2 points, is not below what harness shows here, 1 at least"),
 ])
 def test_check_finds_what_was_changed(fakes, capsys, monkeypatch, what, said):
@@ -358,6 +372,8 @@ def test_check_finds_what_was_changed(fakes, capsys, monkeypatch, what, said):
             row["gain"] = 4.0 + row["seed"]
     if what == "seeds":
         record["seeds"] = record["seeds"][:3]
+    if what == "chosen":
+        record["seeds"][4]["seed"] = 9
     if what == "two":
         record["seeds"] = record["seeds"][:2]
     path.write_text(json.dumps(record))
@@ -365,6 +381,8 @@ def test_check_finds_what_was_changed(fakes, capsys, monkeypatch, what, said):
         Path("records/ideas/thing.png").unlink()
     if what == "table":
         Path("ideas/README.md").write_text(Path("ideas/README.md").read_text().replace("+4 +-", "+40 +-"))
+    if what == "none":
+        Path("records/ideas/harness.json").unlink()
     if what == "gone":
         Path("ideas/thing.py").unlink()
     if what == "harness":
