@@ -36,7 +36,7 @@ ARMS = {"small": (1, 1, 1), "warm-up": (1, 2, 4), "backwards": (4, 2, 1), "large
 ALLOWED = 2.0                            # 0.01 nats
 LR = 1e-2                                # of the smallest batches
 FORKS = (1, 2, 4, 8)
-SHARE = 12                               # a fork reads this part of the text: 50 steps of 16, 25 of 32, ...
+SHARE = 12                               # a fork reads this part of the text: 48 steps of 16, 24 of 32, ...
 EQUAL = 0.01                             # nats that count as no difference between forks
 PANEL = "CBS"
 
@@ -52,9 +52,10 @@ class Config(Idea):
 # the idea
 
 
-def thirds(config):
-    """-> windows of a third of the text, a multiple of the largest batch"""
-    return max(1, config.steps // 12) * 4 * config.batch
+def windows(steps, config):
+    """-> what so many of the smallest batches hold, rounded to the largest fork's: read whole by all"""
+    most = FORKS[-1]
+    return max(1, steps // most) * most * config.batch
 
 
 def in_batches(document, batch):
@@ -100,7 +101,7 @@ def fork(weights, k, config, first):
     """-> the loss after a fork's text"""
     model, document = begun(config, weights)
     batch = config.batch * k
-    total = max(1, config.steps // SHARE // k)
+    total = windows(config.steps // SHARE, config) // batch
     warmup = max(1, total // 5)
 
     def rate(step):
@@ -117,7 +118,7 @@ def train(arm, trial, config, keep=()):
     """-> the result, and the weights after each number of windows in `keep`"""
     model, document = begun(config)
     optimizer = Optimizer(model, lr=LR)
-    third = thirds(config)
+    third = windows(config.steps // 3, config)
     kept = {}
     taken = 0
     for i, k in enumerate(ARMS[arm]):
@@ -135,9 +136,9 @@ def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "steps asked batch")
     from_scratch(config)
-    third = thirds(config)
+    third = windows(config.steps // 3, config)
     trial = begin(config, __file__, CLAIM, tuple(ARMS), 3 * third)
-    early = max(1, config.steps // 10) * config.batch
+    early = windows(config.steps // 10, config)
     late = third
     results = {}
     results["small"], kept = train("small", trial, config, keep=(early, late))

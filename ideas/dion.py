@@ -17,8 +17,8 @@ Left out: its distributed form, which is why it exists (only P and R travel), an
 Embeddings, head and norms are AdamW's, as in the paper. The paper: models of 160M to 3B; Dion at
 rank 1/4 keeps up with Muon, better the larger the model, and is ahead of AdamW. Here: 0.16M
 parameters, the bytes of Python's own library, rank 16 of 64. The control is Dion without error
-feedback (M = mu B): what it gains is not due to it. Muon is shown beside them. The matrices' rates
-were tried on another seed, RATES says which.
+feedback (M = mu B): what it gains is not due to it. Muon is shown beside them. Rates were tried on
+another seed, RATES says which: AdamW's for all weights together, the others' for the matrices alone.
 
     python -m ideas.dion
     python -m bench ideas --names dion
@@ -70,6 +70,8 @@ class Dion(Optimizer):
         if s.name not in self.Q:
             self.Q[s.name] = self.start(s)
         B = (s.m + s.grad * scale).view(m, n)
+        if not B.any():                                          # Q = 0 / |0| would lose the random start
+            return
         P = torch.linalg.qr(B @ self.Q[s.name]).Q
         R = B.t() @ P
         if self.feedback:

@@ -15,9 +15,9 @@ would be that of "dropped", exactly: only the divisor and the luck of the draw d
 says whether the copies do anything.
 
 Left out of the paper (WebSailor): the filter before RL, web search, many turns, the mean over
-tokens. The paper: 2 to 3 times faster than DAPO's dynamic sampling, Qwen2.5 as web agents.
-Here: Countdown, each arm until it has sampled as many tokens; the right panel is the same by CPU
-seconds.
+tokens, the deviation in the advantage, a clip that is higher above than below. The paper: 2 to 3
+times faster than DAPO's dynamic sampling, Qwen2.5 as web agents. Here: Countdown, each arm until it
+has sampled as many tokens; the right panel is the same by CPU seconds.
 
     python -m ideas.dupo
     python -m bench ideas --names dupo

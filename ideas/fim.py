@@ -10,11 +10,12 @@ The loss is on everything, as it was. The paper calls this free: at 50M to 6.9B 
 100B tokens moved, the loss left to right is the one of a model that saw no such document. Here:
 0.16M parameters, Muon, windows of 128 bytes of Python's own library, three of the four special ids
 as sentinels (a moved window is three bytes shorter, so that all arms read as many tokens). Left
-out: cuts between lines or tokens, which are the same for bytes. "Free" is a claim that nothing is
-lost, so the gain is what is left of an allowance of 0.03 nats. What is won is in the note: the
-share of a middle's bytes that is right, given what is on both sides, against the plain model given
-the left side. The control is moved the same, with the suffix of another window: what it wins of the
-middle is not due to seeing what follows.
+out: the end token after the middle (nothing here asks where a middle stops), and cuts between lines
+or tokens, which are the same for bytes. "Free" is a claim that nothing is lost, so the gain is what
+is left of an allowance of 0.03 nats. What is won is in the note: the share of a middle's bytes that
+is right, given what is on both sides, against the plain model given the left side. The control is
+moved the same, with the suffix of another window: what it wins of the middle is not due to seeing
+what follows.
 
     python -m ideas.fim
     python -m bench ideas --names fim

@@ -77,9 +77,10 @@ def learn(rl, groups, arm, updates):
     loss = make_loss(rl.config, old=old_logprobs(rl, groups))
     rows = rows_in_order(rl, groups, arm)
     cut = []
-    for part in np.array_split(np.arange(len(rows)), min(updates, len(rows))):
+    parts = np.array_split(np.arange(len(rows)), min(updates, len(rows)))
+    for part in parts:
         cut.append(np.mean([gradient(rl, rows[i], loss) for i in part]))
-        step(rl, 1 / updates)
+        step(rl, 1 / len(parts))
     return cut
 
 

@@ -8,9 +8,11 @@ arXiv 2505.12082).
 
 At a constant rate weights jump around in a valley; their mean lies closer to its floor, and so does
 a run whose rate goes down. All arms have read the same bytes at the end. The mean is the simple one
-(SMA), which the paper recommends over its weighted ones. The control: a mean of points that scatter
-is also shorter than each of them, so the last checkpoint is shrunk, matrix by matrix, to the norms
-of the mean.
+(SMA), which the paper recommends over its weighted ones. "As good as annealing" is a claim that
+nothing is lost: the gain is what is left of an allowance of 0.02 nats above the annealed run; the
+note has the last checkpoint above it, which is all that there was to lose. The control: a mean of
+points that scatter is also shorter than each of them, so the last checkpoint is shrunk, matrix by
+matrix, to the norms of the mean.
 
 The paper: dense and mixture models of 411M to over 200B parameters; about ten checkpoints, merged
 at a constant rate, are as good as annealing and predict it, with 15% less compute. Left out:
@@ -30,8 +32,10 @@ from common.optim import Optimizer
 from train_gpt import evaluate, scratch, steps
 
 CLAIM = Claim(paper="2505.12082", says="the mean of a plateau is as good as annealing, 411M to 200B",
-              measured="loss of the mean below the last checkpoint's", smallest=2.0, unit="0.01 nats")
+              measured="what is left of an allowance of 0.02 nats above the annealed run", smallest=1.0,
+              unit="0.01 nats")
 ARMS = ("constant", "annealed", "pma", "shrunk")
+ALLOWED = 2.0                            # 0.01 nats
 LR, MUON_LR = 1e-2, 1.4e-2
 
 
@@ -133,10 +137,10 @@ def main(argv=None):
     table = {arm: {"loss": loss_of(weights, config)} for arm, weights in ends.items()}
     for arm in ("constant", "annealed", "pma"):
         trial.dot("held out", arm, config.steps, table[arm]["loss"])
-    gain, annealed, control = (100 * (table["constant"]["loss"] - table[arm]["loss"])
-                               for arm in ("pma", "annealed", "shrunk"))
+    above = {arm: 100 * (table[arm]["loss"] - table["annealed"]["loss"]) for arm in ends}
     picture(trial, x="step", y="loss, nats per byte", **{"held out": ("step", "loss, nats per byte")})
-    return finish(trial, (gain, 0.0), table, note=f"(annealing {annealed:+.1f}, shrunk {control:+.1f})")
+    note = f"(above annealing: the last checkpoint {above['constant']:+.1f}, shrunk {above['shrunk']:+.1f})"
+    return finish(trial, (ALLOWED - above["pma"], 0.0), table, note=note)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ LR, MUON_LR = 1e-2, 1.4e-2
 
 @dataclass
 class Config(Idea):
-    steps: int = 900                     # per arm, 2,048 positions each
+    steps: int = 500                     # per arm, 2,048 positions each
     asked: int = 512                     # windows of 128 bytes for the loss at the end
 
 

@@ -628,6 +628,16 @@ def test_order_is_nothing_to_a_single_update(tiny, monkeypatch):
     assert not torch.allclose(ends["right", 2], ends["wrong", 2], atol=1e-3)
 
 
+def test_order_counts_one_rollout_however_few_its_rows(tiny, monkeypatch):
+    """with fewer rows than updates each update counted as 1 / updates of a rollout, and the schedule fell
+    behind"""
+    monkeypatch.setattr(order, "ROW", 4096)
+    rl, groups = tiny()
+    before = rl.progress
+    cut = order.learn(rl, groups, "length", 4)
+    assert len(cut) < 4 and rl.progress - before == pytest.approx(1.0)
+
+
 def test_order_puts_right_ones_first_last_or_in_between(tiny, monkeypatch):
     monkeypatch.setattr(order, "ROW", 64)
     rl, groups = tiny()

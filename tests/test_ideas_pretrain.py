@@ -148,6 +148,27 @@ def test_galore_sees_only_its_directions():
     assert int(torch.linalg.matrix_rank(step, rtol=1e-4)) == 2
     assert torch.linalg.matrix_rank(torch.cat([step, G], dim=1), rtol=1e-4) == 2
     assert optimizer.numbers() == 2 * 64 + 2 * 2 * 128, "the projection and two moments"
+    optimizer.arm = "APOLLO"
+    assert optimizer.numbers() == 2 * 2 * 128 + 2, "R is drawn again from its seed; the last norm is kept"
+
+
+def test_galore_waits_for_a_gradient(few):
+    """`out` and `down` begin at zero, so that the first gradients of qkv and gate_up are zero. GaLore took
+    the directions of that first gradient, which were rows of the identity, and kept them for 200 of 600
+    steps; APOLLO's random R was not hurt"""
+    model, document = scratch("tiny", 1)
+    optimizer = galore.LowRank(model, "GaLore", 4, 1e-3, 1e-2)
+    matrices = [s for s in optimizer.shards if s.muon]
+    late = {s.name for s in matrices if s.param.any()}           # behind a matrix of zeros
+    before = {s.name: s.param.detach().clone() for s in matrices}
+    list(steps(model, document, optimizer, 1))
+    assert len(late) == len(matrices) // 2 and optimizer.kept.keys() == before.keys() - late
+    assert all(torch.equal(s.param, before[s.name]) == (s.name in late) for s in matrices)
+    list(steps(model, document, optimizer, 2, begin=1))
+    assert optimizer.kept.keys() == before.keys()
+    for state in optimizer.kept.values():
+        assert torch.allclose(state["P"] @ state["P"].t(), torch.eye(4), atol=1e-5)
+        assert state["P"].abs().max() < 0.99, "no row of the identity"
 
 
 def test_apollo_moves_along_the_gradient_channel_by_channel():
@@ -210,6 +231,19 @@ def test_dion_keeps_what_it_did_not_apply():
     for seed in range(60):
         moved(optimizer, s, torch.randn(192, 64, generator=torch.Generator().manual_seed(seed)))
     assert float(s.m.norm()) < 60 * float(G.norm()) and torch.isfinite(s.m).all()
+
+
+def test_dion_keeps_its_random_start_until_there_is_a_gradient():
+    """the first gradients of qkv and gate_up are zero (`out` and `down` begin at zero): R was zero, Q became
+    0 / |0| = 0, and the directions of the next step were those that QR gives a matrix of zeros"""
+    model, _ = scratch("tiny", 1)
+    late, early = (dion.Dion(model, 4, 1e-3, 1e-2) for _ in range(2))
+    s, G = a_matrix(late, 192, 64)
+    assert not moved(late, s, torch.zeros_like(G)).any()
+    assert torch.allclose(late.Q[s.name].std(), torch.tensor(1.0), atol=0.2), "the random start"
+    waited = moved(late, s, G)
+    s, _ = a_matrix(early, 192, 64)
+    assert torch.allclose(moved(early, s, G), waited, atol=1e-6) and waited.any()
 
 
 # -----------------------------------------------------------------------------
@@ -423,7 +457,7 @@ def test_every_arm_reads_the_same_text_in_42_percent_fewer_steps(monkeypatch):
 
     monkeypatch.setattr(batch, "steps", count)
     config = batch.Config()
-    third = batch.thirds(config)
+    third = batch.windows(config.steps // 3, config)
     assert 3 * third == 16 * config.steps
     _, document = scratch("tiny", 1)
     for arm, batches in batch.ARMS.items():
@@ -435,6 +469,28 @@ def test_every_arm_reads_the_same_text_in_42_percent_fewer_steps(monkeypatch):
     assert read["small"] == (600, 1.0) and read["large"] == (150, 2.0)
     assert read["warm-up"][0] == read["backwards"][0] == 350
     assert read["warm-up"][1] == 2**0.5, "the decay has begun when batches are largest"
+
+
+def test_every_fork_reads_the_same_windows(monkeypatch):
+    """forks began 64 windows early or read 768 windows instead of 800 where a batch did not divide them"""
+    read = {}
+
+    def count(model, document, optimizer, total, begin, schedule):
+        size = document.config.batch
+        read[size] = range(begin * size, total * size)
+        yield total, 0.0
+
+    monkeypatch.setattr(batch, "steps", count)
+    monkeypatch.setattr(batch, "evaluate", lambda model, document: dict(loss=0.0))
+    for config in (batch.Config(), batch.Config(steps=500, batch=8), batch.Config(smoke=True)):
+        for first in (batch.windows(config.steps // 10, config), batch.windows(config.steps // 3, config)):
+            read.clear()
+            for k in batch.FORKS:
+                batch.fork(None, k, config, first)
+            most = max(batch.FORKS) * config.batch
+            assert len(read) == 4 and len(set(read.values())) == 1
+            found = read[config.batch]
+            assert found.start == first and len(found) >= most and len(found) % most == 0
 
 
 def test_small_batches_are_plain_training_to_the_bit(few):
