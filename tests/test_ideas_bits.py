@@ -1,0 +1,153 @@
+"""the exact invariants of the ideas about few numbers and few bits: where each equals what it is compared
+with, a case worked by hand"""
+import importlib
+
+import pytest
+import torch
+
+import train_gpt
+from common.optim import Optimizer
+from ideas import limit, qsgd
+from train_gpt import scratch, steps
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """steps of two windows of 16 bytes, one block: what is exact is exact at any size"""
+    small = train_gpt.PRESETS["tiny"].replace("--batch 16 --seq-len 128", "--batch 2 --seq-len 16")
+    monkeypatch.setitem(train_gpt.PRESETS, "tiny", f"{small} --n-layer 1")
+
+
+@pytest.mark.parametrize("name", "limit qsgd".split())
+def test_a_model_of_ones_own_is_refused(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"ideas.{name}").main(["--init", "runs/mine"])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(error) == 1 and "--init runs/mine has no effect" in error[0]
+    assert not (tmp_path / "runs").exists()
+
+
+# -----------------------------------------------------------------------------
+# limit
+
+
+def test_the_papers_own_extrapolations_of_its_cubic():
+    """500k, 1.7m, 4m, 107m, 250m documents stand in its text"""
+    said = {512: 500e3, 768: 1.7e6, 1024: 4e6, 3072: 107e6, 4096: 250e6}
+    for d, n in said.items():
+        assert limit.cubic(d) == pytest.approx(n, rel=0.04)
+
+
+def test_every_pair_is_found_or_not():
+    wanted = limit.relevance(3)
+    assert wanted.tolist() == [[1, 1, 0], [1, 0, 1], [0, 1, 1]]
+    documents = torch.eye(3)
+    assert limit.all_found(wanted, documents, wanted)
+    assert not limit.all_found(wanted[:, [1, 0, 2]], documents, wanted), "two queries exchanged"
+    assert not limit.all_found(torch.ones(3, 3), documents, wanted), "a tie finds nothing"
+
+
+def test_limits_gradient_against_autograd():
+    wanted = limit.relevance(5).double()
+    vectors = torch.randn(15, 4, dtype=torch.float64, requires_grad=True)
+    queries, documents = vectors[:10], vectors[10:]
+    logp = (queries @ documents.t() / 0.1).log_softmax(1)
+    loss = -torch.stack([logp[i, j] for i, j in wanted.nonzero()]).mean()
+    loss.backward()
+    found, gradient = limit.loss_and_gradient(vectors.detach(), wanted)
+    assert found == pytest.approx(loss.item()) and torch.allclose(gradient, vectors.grad)
+
+
+def test_four_numbers_find_every_pair_on_a_circle():
+    """and no more can be had in the plane: there a pair is found only if the two are neighbors"""
+    for n in (3, 10, 100):
+        queries, documents = limit.circle(n)
+        assert queries.shape[1] == documents.shape[1] == 4
+        assert torch.allclose(documents.norm(dim=1), torch.full((n,), 2.0**0.5, dtype=torch.float64))
+        assert limit.all_found(queries, documents, limit.relevance(n))
+    queries, documents = limit.circle(5)
+    t, (a, b) = 2 * torch.pi * torch.arange(5) / 5, (0.0, 2 * torch.pi / 5)
+    product = (1 - torch.cos(t - a)) * (1 - torch.cos(t - b))
+    scores = documents @ queries[0]
+    assert torch.allclose(scores[0] - scores, product.double(), atol=1e-6)
+    assert not limit.all_found(queries[:, :2], documents[:, :2], limit.relevance(5))
+
+
+def test_few_documents_are_solved_and_many_in_a_plane_are_not():
+    config = limit.Config(steps=400)
+    assert limit.solved("free", 4, 4, config) and limit.solved("frozen", 3, 4, config)
+    assert not limit.solved("free", 8, 2, config)
+
+
+# -----------------------------------------------------------------------------
+# qsgd
+
+
+def test_a_quantised_gradient_is_right_on_average():
+    """between its two levels; the mean of many draws is v; each number's variance is that of a coin"""
+    v = torch.linspace(-1, 1, 600).view(20, 30)                  # two buckets, the second cut short
+    g = torch.Generator().manual_seed(0)
+    for levels in (1, 7):
+        draws = torch.stack([qsgd.quantise(v, levels, g) for _ in range(4000)])
+        x = v.abs() * levels                                     # both scales are 1
+        coin = (x - x.floor()) * (1 - x + x.floor()) / levels**2
+        assert ((draws * levels).round() - draws * levels).abs().max() < 1e-4
+        assert ((draws - v).abs() <= 1 / levels + 1e-6).all()
+        assert ((draws.mean(0) - v).abs() < 5 * (coin / 4000).sqrt() + 1e-6).all()
+        assert torch.allclose(draws.var(0), coin, atol=0.03 / levels**2)
+
+
+def test_the_papers_bound_of_the_variance():
+    """with the 2-norm for scale: min(n / s^2, sqrt(n) / s) |v|^2"""
+    v = torch.randn(512, generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(0)
+    for levels in (1, 7, 60):
+        draws = torch.stack([qsgd.quantise(v, levels, g, two_norm=True) for _ in range(400)])
+        variance = (draws - v).square().sum(1).mean() / v.square().sum()
+        assert variance < min(512 / levels**2, 512**0.5 / levels)
+
+
+def test_levels_stay_levels_and_nearest_is_nearest():
+    v = torch.tensor([0.0, 1.0, -3.0, 7.0, -7.0])
+    g = torch.Generator().manual_seed(0)
+    assert torch.equal(qsgd.quantise(v, 7, g), v), "numbers that are levels arrive as they are"
+    assert torch.equal(qsgd.quantise(torch.zeros(3), 7, g), torch.zeros(3))
+    near = qsgd.quantise(torch.tensor([0.4, 0.6, -0.6, 7.0]), 7)
+    assert near.tolist() == [0.0, 1.0, -1.0, 7.0]
+
+
+def test_workers_that_send_everything_are_the_optimizer_of_the_core(few):
+    """two halves of a batch, each sent by itself: at 32 bits their sum is the gradient, to the bit; SGD's
+    first step is the rate times the mean gradient"""
+    ends = []
+    for make in (lambda model: Optimizer(model, lr=1e-2, clip=0),
+                 lambda model: qsgd.Sent(model, "AdamW", "32 bits", 0),
+                 lambda model: qsgd.Sent(model, "AdamW", "4 bits", 0)):
+        model, document = scratch("tiny", 1)
+        list(steps(model, qsgd.halves(document), make(model), 3))
+        ends.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+
+    model, document = scratch("tiny", 1)
+    before = model.head.weight.detach().clone()
+    list(steps(model, qsgd.halves(document), qsgd.Sent(model, "SGD", "32 bits", 0), 1,
+               schedule=lambda step: 1.0))
+    other, document = scratch("tiny", 1)
+    docs = [document("train", i) for i in range(2)]
+    for row in train_gpt.packed_rows(docs, 64, "cpu"):
+        train_gpt.forward(other, row).backward()
+    mean = other.head.weight.grad / train_gpt.targets_of(docs)
+    assert torch.allclose(model.head.weight - before, -0.1 * mean, atol=1e-7)
+
+
+def test_each_worker_is_quantised_by_itself(few):
+    seen = []
+
+    class Look(qsgd.Sent):
+        def finish_micro_batch(self):
+            seen.append(self.model.head.weight.grad.clone())
+            super().finish_micro_batch()
+    model, document = scratch("tiny", 1)
+    list(steps(model, qsgd.halves(document), Look(model, "SGD", "4 bits", 0), 2))
+    assert len(seen) == 2 * qsgd.WORKERS
