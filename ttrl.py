@@ -83,7 +83,7 @@ class Config(Algo, Common):
     abstain_entropy: float = 0.8         # or the votes' entropy a higher share of its maximum
     prompts: int = 25                    # questions per step, over all ranks
     passes: int = 18                     # over the questions, at most
-    scattered: float = 0.4  # learn nothing if the first votes' largest class holds less of them; 0: learn
+    scattered: float = 0.45  # learn nothing if the first votes' largest class holds less of them; 0: learn
     patience: int = 3                    # stop after this many passes without change; 0: never
     settled: float = 0.02                # that is: at most this share of the majorities flipped
     lr: float = 1e-3                     # AdamW
