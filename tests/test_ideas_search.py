@@ -10,7 +10,7 @@ import torch
 import algos
 import data
 from common import evidence
-from ideas import chunks, treepo
+from ideas import chunks, evol, treepo
 from rollout import Sample
 from stages import Settings, close, collect, next_problems, setup
 
@@ -200,3 +200,43 @@ def test_treepo_grows_what_its_paths_say(small):
         new += sum(parts.values())
     # a leaf that was cut again is no more than its own new part: its path says where it was cut
     assert tokens["decoded"] == new < sum(len(s.tokens) for group in groups for s in group)
+
+
+# --- evol
+
+
+def test_evol_by_hand():
+    """two that agree in one text, one that agrees in other words, one that does not, one without answer"""
+    texts = ["abcd", "abcd", "wxyz", "abcx", ""]
+    agrees = [True, True, True, False, None]
+    similar = evol.similarity(texts[:4])
+    assert similar[0, 1] == pytest.approx(1) and similar[0, 2] == 0
+    assert similar[0, 3] == pytest.approx(1 / 2), "one of two grams"
+    places = evol.novelty(similar, np.array(agrees[:4]))
+    assert places == pytest.approx([0, 0, 1, 0.5]), "a set of one stands in the middle"
+    paid = evol.evolved(texts, agrees, "evol", None)
+    assert paid == pytest.approx([0.5, 0.5, 1.0, -0.75, -1.0])
+    assert evol.evolved(texts, agrees, "signs", None) == pytest.approx([0.75] * 3 + [-0.75, -1.0])
+    mixed = evol.evolved(texts, agrees, "shuffled", np.random.default_rng(0))
+    assert sorted(mixed) == pytest.approx(sorted(paid)) and mixed[3:] == pytest.approx(paid[3:])
+
+
+def test_evol_where_all_are_equally_novel_is_the_vote():
+    """what is equal in every way gets equal rewards, so a group that all agrees teaches nothing"""
+    assert len(set(evol.evolved(["abc"] * 4, [True] * 4, "evol", None))) == 1
+    paid = evol.evolved(["abc", "abc", "xyz", "xyz"], [True, True, False, False], "evol", None)
+    A = algos.BASELINES["group"](paid)
+    assert A == pytest.approx(algos.BASELINES["group"](np.array([1.0, 1, 0, 0])), abs=1e-5)
+    assert evol.evolved(["a", "b"], [None, None], "evol", None).tolist() == [-1, -1]
+
+
+def test_evol_never_sees_a_label(small):
+    """the vote of all samples is the label, whatever is right; only n of them are trained"""
+    texts = ["1+2=3", "2+1=3", "1*2=2", "1+2=3", "x", "x", "x"]
+    for rewards in ([1.0] * 7, [0.0] * 7):
+        chosen = evol.judge(group_of(texts, rewards), "vote", small, evol.Config(n=7),
+                            np.random.default_rng(0))
+        assert [s.reward for s in chosen] == [1, 1, 0, 1, 0, 0, 0], "no answer is no vote"
+    few = evol.judge(group_of(texts), "evol", small, evol.Config(n=3), np.random.default_rng(0))
+    assert len(few) == 3 and all(-1 <= s.reward <= 1 for s in few)
+    assert evol.judge(group_of(["x", "y"]), "evol", small, evol.Config(), np.random.default_rng(0)) == []
