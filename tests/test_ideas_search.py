@@ -240,3 +240,22 @@ def test_evol_never_sees_a_label(small):
     few = evol.judge(group_of(texts), "evol", small, evol.Config(n=3), np.random.default_rng(0))
     assert len(few) == 3 and all(-1 <= s.reward <= 1 for s in few)
     assert evol.judge(group_of(["x", "y"]), "evol", small, evol.Config(), np.random.default_rng(0)) == []
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize("idea, words, said", [
+    (chunks, "--gamma 2", "--gamma is 2.0: it is a share, give 0 to 1"),
+    (treepo, "--segment 25", "--max-new 192: give whole segments of --segment 25"),
+    (treepo, "--n 1", "--n: at least 2"),
+    (evol, "--task code", "--task code has no answer and no canon and no same: there is a vote on answers"),
+    (evol, "--n 40", "--n 40 is above --votes 32"),
+])
+def test_bad_input_is_one_line_before_anything_is_trained(idea, words, said, here, capsys, monkeypatch):
+    monkeypatch.setattr(evidence, "shared", lambda *args: pytest.fail("a start was trained"))
+    with pytest.raises(SystemExit) as stopped:
+        idea.main(words.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+    assert not (here / "runs").exists(), "nothing half-written"
