@@ -10,7 +10,7 @@ import torch
 import algos
 import data
 from common import evidence
-from ideas import chunks
+from ideas import chunks, evol, treepo
 from rollout import Sample
 from stages import Settings, close, collect, next_problems, setup
 
@@ -136,3 +136,126 @@ def test_chunks_searches_and_counts(small):
     groups = list(collect(small, problems, 8, seed=chunks.SEED))
     assert curve[-1][1] == np.mean([any(s.reward > 0.5 for s in group) for group in groups])
     assert math.isclose(curve[-1][0], sum(len(s.tokens) for group in groups for s in group) / 6)
+
+
+# --- treepo
+
+
+def test_treepo_by_hand():
+    """Six leaves: two of them stand under a b, one more under a, two under e, and d is alone. The picture in
+    treepo.py is the tree of the first two and d."""
+    paths = [("a", "b", 1), ("a", "b", 2), ("a", "c"), ("d",), ("e", 1), ("e", 2)]
+    r = np.array([1.0, 0.0, 1.0, 0.0, 0.0, 1.0])
+    found = treepo.subgroup_advantages(paths, r)
+    all_six = r - 1 / 2
+    under_a = np.array([1 / 3, -2 / 3, 1 / 3])
+    assert found[0] == pytest.approx((all_six[0] + under_a[0] + 1 / 2) / 3)
+    assert found[1] == pytest.approx((all_six[1] + under_a[1] - 1 / 2) / 3)
+    assert found[2] == pytest.approx((all_six[2] + under_a[2]) / 2), "alone under a c: left out"
+    assert found[3] == pytest.approx(all_six[3])
+    assert found[4:] == pytest.approx([(-1 / 2 - 1 / 2) / 2, (1 / 2 + 1 / 2) / 2])
+    picture = treepo.subgroup_advantages([("a", "b", 1), ("a", "b", 2), ("d",)], [1.0, 0.0, 0.0])
+    assert picture[0] == pytest.approx((2 / 3 + 1 / 2 + 1 / 2) / 3)
+
+
+def test_treepo_that_splits_at_the_root_alone_is_grpo():
+    r = np.array([1.0, 0.0, 0.0, 1.0, 0.0])
+    found = treepo.subgroup_advantages([(i, 0, 0) for i in range(5)], r)
+    assert found == pytest.approx(algos.BASELINES["mean"](r).tolist())
+    assert treepo.subgroup_advantages([(1, i) for i in range(5)], r) == pytest.approx(found), "one child"
+
+
+def test_treepo_never_spends_more_leaves_than_there_are():
+    rng = np.random.default_rng(0)
+    assert {treepo.children(1, 8, True, rng)[0] for _ in range(200)} == set(range(2, 9))
+    assert treepo.children(1, 4, True, rng)[0] <= 4
+    assert treepo.children(3, 8, False, rng) == [2, 2, 2], "two at most"
+    assert treepo.children(3, 4, False, rng) == [2, 1, 1]
+    assert treepo.children(3, 3, False, rng) == [1, 1, 1]
+
+
+def test_treepo_grows_what_its_paths_say(small):
+    """leaves that share a path share these tokens and their log-probs, and they were decoded once"""
+    config = treepo.Config(n=6, segment=3, max_new=12)
+    problems = next_problems(small, 3)
+    groups, tokens = treepo.rollout("tree", small, problems, config, np.random.default_rng(1))
+    trees = treepo.Trees(small, problems, config, np.random.default_rng(1))
+    small.visits.clear()
+    trees.grow()
+    assert trees.tokens == tokens and tokens["prefilled"] > 0
+    new = 0
+    for group, leaves in zip(groups, trees.ended.values()):
+        assert len(leaves) == 6 == len({path for _, path in leaves}) and len({s.index for s in group}) == 6
+        for (s, path), (t, other) in itertools.combinations(leaves, 2):
+            same = sum(all(pair[0] == pair[1] for pair in zip(path[:i + 1], other[:i + 1]))
+                       for i in range(min(len(path), len(other))))
+            assert s.tokens[:3 * same] == t.tokens[:3 * same]
+            assert s.logprobs[:3 * same] == t.logprobs[:3 * same]
+        assert not any(math.isnan(x) for s, _ in leaves for x in [*s.logprobs, s.reward])
+        parts = {}
+        for s, path in leaves:
+            for i in range(len(path)):
+                last = i == len(path) - 1
+                parts[path[:i + 1]] = len(s.tokens) - 3 * i if last else 3
+        new += sum(parts.values())
+    # a leaf that was cut again is no more than its own new part: its path says where it was cut
+    assert tokens["decoded"] == new < sum(len(s.tokens) for group in groups for s in group)
+
+
+# --- evol
+
+
+def test_evol_by_hand():
+    """two that agree in one text, one that agrees in other words, one that does not, one without answer"""
+    texts = ["abcd", "abcd", "wxyz", "abcx", ""]
+    agrees = [True, True, True, False, None]
+    similar = evol.similarity(texts[:4])
+    assert similar[0, 1] == pytest.approx(1) and similar[0, 2] == 0
+    assert similar[0, 3] == pytest.approx(1 / 2), "one of two grams"
+    places = evol.novelty(similar, np.array(agrees[:4]))
+    assert places == pytest.approx([0, 0, 1, 0.5]), "a set of one stands in the middle"
+    paid = evol.evolved(texts, agrees, "evol", None)
+    assert paid == pytest.approx([0.5, 0.5, 1.0, -0.75, -1.0])
+    assert evol.evolved(texts, agrees, "signs", None) == pytest.approx([0.75] * 3 + [-0.75, -1.0])
+    mixed = evol.evolved(texts, agrees, "shuffled", np.random.default_rng(0))
+    assert sorted(mixed) == pytest.approx(sorted(paid)) and mixed[3:] == pytest.approx(paid[3:])
+
+
+def test_evol_where_all_are_equally_novel_is_the_vote():
+    """what is equal in every way gets equal rewards, so a group that all agrees teaches nothing"""
+    assert len(set(evol.evolved(["abc"] * 4, [True] * 4, "evol", None))) == 1
+    paid = evol.evolved(["abc", "abc", "xyz", "xyz"], [True, True, False, False], "evol", None)
+    A = algos.BASELINES["group"](paid)
+    assert A == pytest.approx(algos.BASELINES["group"](np.array([1.0, 1, 0, 0])), abs=1e-5)
+    assert evol.evolved(["a", "b"], [None, None], "evol", None).tolist() == [-1, -1]
+
+
+def test_evol_never_sees_a_label(small):
+    """the vote of all samples is the label, whatever is right; only n of them are trained"""
+    texts = ["1+2=3", "2+1=3", "1*2=2", "1+2=3", "x", "x", "x"]
+    for rewards in ([1.0] * 7, [0.0] * 7):
+        chosen = evol.judge(group_of(texts, rewards), "vote", small, evol.Config(n=7),
+                            np.random.default_rng(0))
+        assert [s.reward for s in chosen] == [1, 1, 0, 1, 0, 0, 0], "no answer is no vote"
+    few = evol.judge(group_of(texts), "evol", small, evol.Config(n=3), np.random.default_rng(0))
+    assert len(few) == 3 and all(-1 <= s.reward <= 1 for s in few)
+    assert evol.judge(group_of(["x", "y"]), "evol", small, evol.Config(), np.random.default_rng(0)) == []
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize("idea, words, said", [
+    (chunks, "--gamma 2", "--gamma is 2.0: it is a share, give 0 to 1"),
+    (treepo, "--segment 25", "--max-new 192: give whole segments of --segment 25"),
+    (treepo, "--n 1", "--n: at least 2"),
+    (evol, "--task code", "--task code has no answer and no canon and no same: there is a vote on answers"),
+    (evol, "--n 40", "--n 40 is above --votes 32"),
+])
+def test_bad_input_is_one_line_before_anything_is_trained(idea, words, said, here, capsys, monkeypatch):
+    monkeypatch.setattr(evidence, "shared", lambda *args: pytest.fail("a start was trained"))
+    with pytest.raises(SystemExit) as stopped:
+        idea.main(words.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+    assert not (here / "runs").exists(), "nothing half-written"
