@@ -7,7 +7,7 @@ import torch
 
 import train_gpt
 from common.optim import Optimizer
-from ideas import limit, paretoq, qsgd
+from ideas import limit, paretoq, qsgd, signround
 from train_gpt import scratch, steps
 
 
@@ -18,7 +18,7 @@ def few(monkeypatch):
     monkeypatch.setitem(train_gpt.PRESETS, "tiny", f"{small} --n-layer 1")
 
 
-@pytest.mark.parametrize("name", "limit qsgd paretoq".split())
+@pytest.mark.parametrize("name", "limit qsgd paretoq signround".split())
 def test_a_model_of_ones_own_is_refused(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -221,3 +221,62 @@ def test_whole_weights_train_as_ever_and_rounded_ones_are_rounded(few):
     bare = scale.detach().clone().requires_grad_()
     paretoq.levels(rounded.matrices[name].detach(), bare, 2, True).sum().backward()
     assert torch.allclose(gradient, bare.grad * w.numel() ** -0.5, atol=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# signround
+
+
+def test_without_a_shift_it_is_nearest_and_a_shift_is_one_level_at_most():
+    w = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    groups = w.view(-1, 32)
+    for bits in (2, 3, 4):
+        step = (groups.amax(1) - groups.amin(1)) / (2**bits - 1)
+        seen = signround.rounded(w, bits).view(-1, 32)
+        assert all(len(row.unique()) <= 2**bits for row in seen)
+        # the zero lies on a level, so the ends may be off by as much again
+        assert ((seen - groups).abs() <= step[:, None] + 1e-6).all()
+        assert ((seen - groups).abs() <= step[:, None] / 2 + 1e-6).float().mean() > 0.9
+        for v in (torch.full_like(w, 0.5), torch.full_like(w, -0.5)):
+            moved = (signround.rounded(w, bits, v).view(-1, 32) - seen).abs()
+            assert (moved <= step[:, None] + 1e-6).all() and moved.max() > 0
+
+
+def test_levels_by_hand():
+    """2 bits from 0 to 3: s = 1; with the upper end pulled in to 2/3 the levels are 0, 2/3, 4/3, 2"""
+    w = torch.tensor([[0.0, 0.4, 1.6, 3.0]])
+    assert signround.rounded(w, 2).tolist() == [[0, 0, 2, 3]]
+    assert signround.rounded(w, 2, torch.tensor([[0.0, 0.2, -0.2, 0.0]])).tolist() == [[0, 1, 1, 3]]
+    pulled = signround.rounded(w, 2, high=torch.tensor([[2 / 3]]))
+    assert torch.allclose(pulled, torch.tensor([[0, 2 / 3, 4 / 3, 2]]))
+
+
+def test_a_learned_rounding_makes_a_blocks_output_better_than_nearest(few):
+    model, document = scratch("tiny", 1)
+    with torch.no_grad():
+        for w in model.blocks.parameters():
+            w.add_(0.05 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1)))
+    docs = [document("train", i) for i in range(4)]
+    rows = list(train_gpt.packed_rows(docs, 40, "cpu"))
+    block = model.blocks[0]
+    inputs = signround.calls(model, rows)[0]
+    targets = [block(*args).detach() for args in inputs]
+
+    @torch.no_grad()
+    def error(weights):
+        return sum(float((torch.func.functional_call(block, weights, args) - t).square().mean())
+                   for args, t in zip(inputs, targets))
+    nearest = {n: signround.rounded(w.detach(), 2) for n, w in block.named_parameters() if w.ndim == 2}
+    once = signround.learned(block, inputs, targets, 2, 1)
+    assert all(torch.equal(once[name], nearest[name]) for name in nearest), "it begins at nearest"
+    assert error(signround.learned(block, inputs, targets, 2, 100)) < 0.9 * error(nearest)
+
+
+def test_a_repair_of_low_rank_is_better_than_levels_alone():
+    w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    plain = (w - signround.rounded(w, 2)).norm()
+    once = (w - signround.repaired(w, 2, turns=1)).norm()
+    often = (w - signround.repaired(w, 2)).norm()
+    assert often <= once < plain
+    assert torch.linalg.matrix_rank(signround.repaired(w, 2, turns=1) - signround.rounded(w, 2),
+                                    rtol=1e-4) == signround.RANK
