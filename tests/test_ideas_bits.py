@@ -7,7 +7,7 @@ import torch
 
 import train_gpt
 from common.optim import Optimizer
-from ideas import limit, qsgd
+from ideas import limit, paretoq, qsgd, signround
 from train_gpt import scratch, steps
 
 
@@ -18,7 +18,7 @@ def few(monkeypatch):
     monkeypatch.setitem(train_gpt.PRESETS, "tiny", f"{small} --n-layer 1")
 
 
-@pytest.mark.parametrize("name", "limit qsgd".split())
+@pytest.mark.parametrize("name", "limit qsgd paretoq signround".split())
 def test_a_model_of_ones_own_is_refused(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -151,3 +151,132 @@ def test_each_worker_is_quantised_by_itself(few):
     model, document = scratch("tiny", 1)
     list(steps(model, qsgd.halves(document), Look(model, "SGD", "4 bits", 0), 2))
     assert len(seen) == 2 * qsgd.WORKERS
+
+
+# -----------------------------------------------------------------------------
+# paretoq
+
+
+@pytest.mark.parametrize("bits, stretched, wanted", [
+    (1, False, [-1, 1]),
+    (1.58, True, [-2 / 3, 0, 2 / 3]),
+    (2, True, [-0.75, -0.25, 0.25, 0.75]),
+    (3, False, [-4, -3, -2, -1, 0, 1, 2, 3]),
+    (3, True, [-0.875, -0.625, -0.375, -0.125, 0.125, 0.375, 0.625, 0.875]),
+    (4, False, list(range(-8, 8))),
+])
+def test_as_many_levels_as_the_bits_say(bits, stretched, wanted):
+    """a scale of 0.5, weights far beyond both ends"""
+    w = torch.linspace(-10, 10, 4000).view(1, -1)
+    seen = paretoq.levels(w, torch.tensor([[0.5]]), bits, stretched)
+    assert torch.allclose(seen.unique(), 0.5 * torch.tensor(wanted, dtype=torch.float), atol=1e-6)
+
+
+@pytest.mark.parametrize("bits, stretched", [(1, False), (1.58, True), (2, True), (3, False), (4, False)])
+def test_gradients_through_the_rounding(bits, stretched):
+    """of the weights: 1 between the ends and 0 beyond; of the scale: the level less w / a between the
+    ends, the last level beyond; at 1 bit it is the sign"""
+    w = torch.linspace(-1, 1, 41, dtype=torch.float64).view(1, -1).requires_grad_()
+    scale = torch.tensor([[0.11 if bits > 2 else 0.7]], dtype=torch.float64, requires_grad=True)
+    weight = torch.linspace(1, 2, 41, dtype=torch.float64)       # of each output
+    seen = paretoq.levels(w, scale, bits, stretched)
+    (seen * weight).sum().backward()
+    x = (w / scale).detach()
+    level = (seen / scale).detach()
+    low, high = {1: (-1, 1), 3: (-4, 3), 4: (-8, 7)}.get(bits, (-0.99, 0.99))
+    inside = (x >= low) & (x <= high)
+    by_scale = torch.where(inside, level - x, level) if bits > 1 else level
+    assert torch.allclose(w.grad, inside * weight) and 0 < inside.sum() < 41
+    assert torch.allclose(scale.grad, (by_scale * weight).sum().view(1, 1))
+
+
+def test_first_scales_fit_the_weights():
+    """of a row each: the mean of the sizes, the largest, or what puts the largest on the last level"""
+    w = torch.tensor([[0.3, -0.7, 0.2], [1.0, 2.0, -3.0]])
+    assert torch.allclose(paretoq.first_scale(w, 1, False), torch.tensor([[0.4], [2.0]]))
+    assert torch.allclose(paretoq.first_scale(w, 2, True), torch.tensor([[0.7], [3.0]]))
+    assert torch.allclose(paretoq.first_scale(w, 4, False), torch.tensor([[0.1], [3 / 7]]))
+    fine = paretoq.levels(w, paretoq.first_scale(w, 4, False), 4, False)
+    assert ((fine - w).abs() <= paretoq.first_scale(w, 4, False) / 2 + 1e-6).all()
+
+
+def test_whole_weights_train_as_ever_and_rounded_ones_are_rounded(few):
+    """a wrapper without bits is the model, to the bit; with 2 bits the layers see four levels in a row,
+    embeddings and head stay whole, and the scales learn slower by 1 / sqrt(n most)"""
+    ends = []
+    for wrap in (lambda model: model, lambda model: paretoq.Rounded(model, "whole")):
+        model, document = scratch("tiny", 1)
+        wrapped = wrap(model)
+        list(steps(wrapped, document, Optimizer(wrapped, lr=1e-3), 2))
+        ends.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
+    assert torch.equal(*ends)
+    rounded = paretoq.Rounded(model, "2 bits")
+    seen = rounded.rounded()
+    assert seen and all(name.startswith("blocks") for name in seen)
+    assert all(len(row.unique()) <= 4 for w in seen.values() for row in w)
+    assert paretoq.moved(model, model.state_dict()) == 0
+    name, w = next((n, w) for n, w in seen.items() if n.endswith("qkv.weight"))
+    scale = rounded.scales[list(seen).index(name)]
+    gradient, = torch.autograd.grad(w.sum(), scale)
+    bare = scale.detach().clone().requires_grad_()
+    paretoq.levels(rounded.matrices[name].detach(), bare, 2, True).sum().backward()
+    assert torch.allclose(gradient, bare.grad * w.numel() ** -0.5, atol=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# signround
+
+
+def test_without_a_shift_it_is_nearest_and_a_shift_is_one_level_at_most():
+    w = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    groups = w.view(-1, 32)
+    for bits in (2, 3, 4):
+        step = (groups.amax(1) - groups.amin(1)) / (2**bits - 1)
+        seen = signround.rounded(w, bits).view(-1, 32)
+        assert all(len(row.unique()) <= 2**bits for row in seen)
+        # the zero lies on a level, so the ends may be off by as much again
+        assert ((seen - groups).abs() <= step[:, None] + 1e-6).all()
+        assert ((seen - groups).abs() <= step[:, None] / 2 + 1e-6).float().mean() > 0.9
+        for v in (torch.full_like(w, 0.5), torch.full_like(w, -0.5)):
+            moved = (signround.rounded(w, bits, v).view(-1, 32) - seen).abs()
+            assert (moved <= step[:, None] + 1e-6).all() and moved.max() > 0
+
+
+def test_levels_by_hand():
+    """2 bits from 0 to 3: s = 1; with the upper end pulled in to 2/3 the levels are 0, 2/3, 4/3, 2"""
+    w = torch.tensor([[0.0, 0.4, 1.6, 3.0]])
+    assert signround.rounded(w, 2).tolist() == [[0, 0, 2, 3]]
+    assert signround.rounded(w, 2, torch.tensor([[0.0, 0.2, -0.2, 0.0]])).tolist() == [[0, 1, 1, 3]]
+    pulled = signround.rounded(w, 2, high=torch.tensor([[2 / 3]]))
+    assert torch.allclose(pulled, torch.tensor([[0, 2 / 3, 4 / 3, 2]]))
+
+
+def test_a_learned_rounding_makes_a_blocks_output_better_than_nearest(few):
+    model, document = scratch("tiny", 1)
+    with torch.no_grad():
+        for w in model.blocks.parameters():
+            w.add_(0.05 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1)))
+    docs = [document("train", i) for i in range(4)]
+    rows = list(train_gpt.packed_rows(docs, 40, "cpu"))
+    block = model.blocks[0]
+    inputs = signround.calls(model, rows)[0]
+    targets = [block(*args).detach() for args in inputs]
+
+    @torch.no_grad()
+    def error(weights):
+        return sum(float((torch.func.functional_call(block, weights, args) - t).square().mean())
+                   for args, t in zip(inputs, targets))
+    nearest = {n: signround.rounded(w.detach(), 2) for n, w in block.named_parameters() if w.ndim == 2}
+    once = signround.learned(block, inputs, targets, 2, 1)
+    assert all(torch.equal(once[name], nearest[name]) for name in nearest), "it begins at nearest"
+    assert error(signround.learned(block, inputs, targets, 2, 100)) < 0.9 * error(nearest)
+
+
+def test_a_repair_of_low_rank_is_better_than_levels_alone():
+    w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    plain = (w - signround.rounded(w, 2)).norm()
+    once = (w - signround.repaired(w, 2, turns=1)).norm()
+    often = (w - signround.repaired(w, 2)).norm()
+    assert often <= once < plain
+    assert torch.linalg.matrix_rank(signround.repaired(w, 2, turns=1) - signround.rounded(w, 2),
+                                    rtol=1e-4) == signround.RANK
