@@ -92,8 +92,10 @@ class Watch:
                 self._say("done")
 
     def _stop_listening(self):
+        """A thread that is still asking the store when the interpreter ends takes the process with it
+        ("terminate called without an active exception"): on a busy machine an answer takes seconds."""
         self.leaving.set()
-        self.thread.join(3.0)
+        self.thread.join(30.0)
 
     # --- words
 

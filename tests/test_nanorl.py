@@ -379,7 +379,8 @@ def test_benchmark_of_all_rows_runs_resumes_and_repeats_nothing(own, capsys):
     assert numbers["countdown:steps dr_grpo speed"] == 1
     assert Path("runs/algorithms/algorithms.png").stat().st_size > 1000
     shutil.rmtree("runs/algorithms/countdown-steps-holder-0/ckpt")
-    assert algorithms.main(argv) == numbers
+    again = algorithms.main(argv)
+    assert again | {"gflops_per_core": 0} == numbers | {"gflops_per_core": 0}
     assert "2 runs, 1 to make" in capsys.readouterr().out
 
 
