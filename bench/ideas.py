@@ -189,7 +189,9 @@ def measured(record):
     """-> "+2.3 +-0.9 points, 3 seeds": the 95% interval over seeds"""
     gains = [row["gain"] for row in record["seeds"]]
     mean, half = interval(gains)
-    return f"{mean:+.2g} +-{half:.2g} {record['claim']['unit']}, {len(gains)} seeds"
+    unit = record["claim"]["unit"]
+    times = "x " if unit[0].isdigit() else ""                    # +11 +-2.9 x 0.01 nats
+    return f"{mean:+.2g} +-{half:.2g} {times}{unit}, {len(gains)} seeds"
 
 
 def table(found):
