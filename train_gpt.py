@@ -23,7 +23,6 @@ Left out of the usual recipe, and why:
                                                            are trained
 """
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, fields
@@ -38,11 +37,11 @@ from torch.utils.checkpoint import checkpoint
 import data
 import kernels
 from common import cpu, hf, machine, view
+from common.files import newest, run_config
 from common.flags import check_run, die, flags, positive, shares, without_effect
 from common.machine import Machine
 from common.optim import Optimizer
-from common.run import (Run, all_max, all_sum, barrier, begun_with, dated, newest, out_of_time, progress,
-                        start)
+from common.run import Run, all_max, all_sum, barrier, begun_with, dated, out_of_time, progress, start
 from data.documents import documents, kind_of
 from kernels import (linear, linear_logprob, packed_attention, qk_norm_rope, rms_norm, rope_tables, swiglu,
                      uniform)
@@ -623,13 +622,8 @@ def main(argv=None):
 def trained(folder):
     """Is there a model, and not that of a run which was interrupted? --minutes may end one early."""
     found = newest(folder)
-    if not found:
-        return False
-    try:
-        config = json.loads(Path(folder, "config.json").read_text())
-    except (OSError, ValueError):
-        return True                      # no run of ours
-    return config.get("minutes") is not None or found[1] >= config.get("steps", 0)
+    config = run_config(folder)          # nothing, where it is no run of ours
+    return bool(found) and (config.get("minutes") is not None or found[1] >= config.get("steps", 0))
 
 
 def train_missing(folder, env, dry_run=False):

@@ -34,7 +34,7 @@ from PIL import Image                                # matplotlib brings it
 import data
 import train_gpt
 from common import machine, view
-from common.files import newest, write_whole
+from common.files import newest, run_config, write_whole
 from common.flags import die, positive, without_effect
 from common.run import progress, start
 from train_gpt import GPT, GPTConfig
@@ -199,7 +199,7 @@ def shared(kind, seed, threads=1):
     argv = [*recipe.split(), "--name", name, "--seed", str(seed), "--threads", str(threads)]
     with only_one(folder):
         config = train_gpt.configure(argv)
-        begun = read_config(folder)
+        begun = run_config(folder)
         changed = [k for k, v in begun.items() if k not in ("name", "resume", *train_gpt.FREE)
                    and v != getattr(config, k, None)]
         if changed:
@@ -211,12 +211,6 @@ def shared(kind, seed, threads=1):
             train_gpt.main(argv + ["--resume"] * bool(begun))
             start(threads=threads)                   # again: the training had Threads of its own
     return str(folder)
-
-
-def read_config(folder):
-    """-> a run's config.json; {} where there is none yet"""
-    path = folder / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def random_model(kind, folder):

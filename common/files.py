@@ -85,6 +85,15 @@ def newest(run_folder):
     return whole[-1] if whole else None
 
 
+def run_config(run_folder):
+    """-> what a run's config.json says; {} where there is none, or a damaged one"""
+    try:
+        said = json.loads(Path(run_folder, "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
 def discard(folder):
     """removes a checkpoint. The marker goes first: half a removal must not leave what counts as one"""
     (folder / "meta.json").unlink(missing_ok=True)

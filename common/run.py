@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from common import cpu, machine
 from common.files import (checkpoints, complete, discard, disk_error, drop_rows_after, jsonable, newest,
-                          read_state, replace_folder, sweep, write_checkpoint, write_whole)
+                          read_state, replace_folder, run_config, sweep, write_checkpoint, write_whole)
 from common.flags import as_flag, die, moved
 from common.watch import Watch
 
@@ -239,13 +239,7 @@ def _head(env, sources):
 def resumed(config):
     """-> what config.json says of the run that this one resumes; {} for a new one, and where there is
     no run or a damaged one, which Run says"""
-    if not config.resume:
-        return {}
-    try:
-        said = json.loads(Path("runs", config.name, "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}
+    return run_config(f"runs/{config.name}") if config.resume else {}
 
 
 def dated(config, tok, chats):

@@ -69,7 +69,7 @@ class LowRank(Optimizer):
 
     def project(self, G, generator):
         """-> the r x m matrix that G (m x n, m <= n) is multiplied with."""
-        if self.arm in ("AdamW", "GaLore"):
+        if self.arm == "GaLore":
             U, _, _ = torch.linalg.svd(G, full_matrices=False)
             return U[:, :self.rank_kept].t().contiguous()
         return torch.randn(self.rank_kept, len(G), generator=generator) / self.rank_kept ** 0.5
@@ -96,8 +96,9 @@ class LowRank(Optimizer):
             state["m"] = torch.zeros_like(low)
             state["v"] = torch.zeros_like(low)
         adam = self.adam(state, low)
-        update = ALPHA * (state["P"].t() @ adam)
-        if self.arm in ("APOLLO", "unscaled"):
+        if self.arm == "GaLore":
+            update = ALPHA * (state["P"].t() @ adam)
+        else:
             update = self.limited(state, G * (adam.norm(dim=0) / (low.norm(dim=0) + 1e-8)))
         if self.arm == "unscaled":
             update = G * (update.norm() / (G.norm() + 1e-12))

@@ -53,7 +53,8 @@ def moved(optimizer, s, G):
     return s.param.detach() - before
 
 
-@pytest.mark.parametrize("name", "muon gradpower context pma galore dion tst fim batch".split())
+@pytest.mark.parametrize("name", "muon gradpower context pma galore dion tst fim batch "
+                         "limit qsgd paretoq signround".split())
 def test_a_model_of_ones_own_is_refused(name, tmp_path, monkeypatch, capsys):
     """all flags of Idea are parsed, and here --init would have been read by nobody"""
     monkeypatch.chdir(tmp_path)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import kernels  # noqa: E402
 from common import backend, parity  # noqa: E402
+from tests.interpreter import checks_interpreted  # noqa: E402
 
 triton = pytest.importorskip("triton")
 
@@ -102,12 +103,7 @@ def test_every_kernel_compiles_and_keeps_to_registers(arch, tmp_path):
 
 
 def test_interpreted_kernels_equal_their_twins():
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               "-o", "python_functions=check_*", __file__]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:]
-    print(done.stdout[-300:])
+    checks_interpreted(__file__)
 
 
 # -----------------------------------------------------------------------------

@@ -6,8 +6,6 @@ Triton's interpreter, in a child, since the switch is read when kernels.py is im
     TRITON_INTERPRET=1 python -m pytest -o python_functions='check_*' tests/test_parity.py
 """
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,10 +17,10 @@ import nanorl
 import pack
 from common import cpu, parity
 from rollout import Sampler
+from tests.interpreter import checks_interpreted
 from tests.models import random_matrices
 from train_gpt import GPT, GPTConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("triton")
 SHAPE = dict(vocab_size=61, n_layer=2, n_head=6, n_kv_head=2, head_dim=16, d_model=48, d_ff=56, max_len=400,
              rope_theta=1e4)
@@ -30,12 +28,7 @@ ROWS = 1, 2, 3, 8, 17, 64
 
 
 def test_what_we_wrote_gives_a_row_the_same_bits_in_every_company():
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               "-o", "python_functions=check_*", __file__]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:]
-    print(done.stdout[-300:])
+    checks_interpreted(__file__)
 
 
 def test_a_cpu_is_refused_in_one_line(tiny_base, capsys):
