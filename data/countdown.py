@@ -27,13 +27,11 @@ from data import Problem, distinct, endless, show, split_of, stream, unknown_wor
 # difficulty
 NUMBERS = 3              # how many, unless the variant says so
 LARGEST = 25             # of the numbers given: 1 .. LARGEST
-# of every result in a document; results are natural numbers there (the checker takes any
-# rational)
+# of every result in a document. They are natural numbers there; the checker takes any rational
 MAX_VALUE = 99
-# a letter twice is drawn twice as often: a problem is asked once, however many ways lead to it,
-# and most of
+# a letter twice is drawn twice as often. A problem is asked once, however many ways lead to it, and
+# most of the different ones need - or *, while "/" is seldom possible
 OPS = "+--**//"
-                         # the different ones need - or *, while "/" is seldom possible
 NOISE = 0.0              # the share of documents whose steps are right and miss the target
 # the tail of `search`
 TAIL = 1.1               # at least k dead ends with probability (k + 1) ** -TAIL
