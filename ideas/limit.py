@@ -11,9 +11,15 @@ do better. The largest n at which every pair is found is the critical n of the d
 
 All of it is as in the authors' code: unit vectors, normalised after each step of Adam at 0.01;
 the whole batch; the end when all pairs are found, or when the loss has not fallen by 1e-5 for
-1,000 steps; n by doubling, then bisection. (The paper's text sums inside the logarithm, its code
-outside.) Left out: dimensions above 9, the sweep around each critical n, and texts that say who
-likes what. The authors train for 100,000 steps at most; here it is --steps.
+1,000 steps; a search that doubles, then halves. (The paper's text sums inside the logarithm, its
+code outside; a caption of the paper reads as if n were the first that fails, its code takes the
+last that does not.) Left out: dimensions above 9, the sweep around each critical n, and texts that
+say who likes what. The authors train for 100,000 steps at most; here it is --steps.
+
+The cubic is fitted from 4 to 45 numbers per vector, and at 4 it says 6.7 where the authors
+found 10: so what is found here is held against their table (the last one of the appendix), and the
+cubic only drawn. CLAIM was written when runs of seed 0 had been seen; the table took the cubic's
+place, and 10% that of 20%, later and without a run.
 
 "frozen" is the same with random documents that stay, and only queries trained: what training the
 documents adds. "circle" is a control that trains nothing: documents on the curve
@@ -22,8 +28,8 @@ documents adds. "circle" is a control that trains nothing: documents on the curv
                                              (1 - cos(t - a)) (1 - cos(t - b)), which is 0 at a and b only
 
 find every pair of ANY number of documents with 4 numbers each (a cyclic polytope: each two of its
-corners share an edge). So the cubic is a limit of what gradient descent finds, and no law about
-dimensions: at d = 4 it says 6.
+corners share an edge). So the table is a limit of what gradient descent finds, and no law about
+dimensions: at d = 4 it says 10.
 
     python -m ideas.limit
     python -m bench ideas --names limit
@@ -36,10 +42,12 @@ import torch
 from common.evidence import Claim, Idea, begin, finish, from_scratch, picture
 from common.flags import die, flags, positive
 
-CLAIM = Claim(paper="2508.21038", says="the critical number of documents is a cubic of the dimension, k = 2",
-              measured="what is left of an allowance of 20%, for the distance from the cubic", smallest=1.0)
+CLAIM = Claim(paper="2508.21038", says="4 numbers a vector find all pairs of 10 documents, 9 of 32",
+              measured="what is left of an allowance of 10%, for the distance from the paper's numbers",
+              smallest=1.0)
 ARMS = ("frozen", "free", "circle")      # baseline; idea; control: a construction, nothing trained
-LEAST = 4                                # dimensions: the cubic is below 3 documents under that
+# the paper's critical n of each d
+FOUND = {4: 10, 5: 14, 6: 19, 7: 24, 8: 28, 9: 32, 10: 36, 11: 42, 12: 47}
 TEMPERATURE = 0.1
 LR = 0.01
 CIRCLE = 200                             # documents on the circle
@@ -57,7 +65,7 @@ class Config(Idea):
 
 
 def cubic(d):
-    """The paper's fit."""
+    """The paper's fit, of dimensions from 4 to 45."""
     return -10.5322 + 4.0309 * d + 0.0520 * d**2 + 0.0037 * d**3
 
 
@@ -154,25 +162,27 @@ def circle(n):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "dims steps patience")
-    if config.dims < LEAST:
-        die(f"--dims {config.dims}: give {LEAST} at least, the paper's cubic is below 3 documents under that")
+    if config.dims not in FOUND:
+        die(f"--dims {config.dims}: give {min(FOUND)} to {max(FOUND)}, whose numbers in the paper stand here")
     from_scratch(config)
-    dims = range(LEAST, config.dims + 1)
+    dims = range(min(FOUND), config.dims + 1)
     trial = begin(config, __file__, CLAIM, ("frozen", "free"), len(dims))
-    table = {arm: {} for arm in ("frozen", "free", "the paper's cubic")}
+    table = {arm: {} for arm in ("frozen", "free", "the paper", "its cubic")}
     for d in dims:
-        table["the paper's cubic"][f"d={d}"] = cubic(d)
-        trial.dot("", "the paper's cubic", d, cubic(d))
+        for arm, n in (("the paper", FOUND[d]), ("its cubic", cubic(d))):
+            table[arm][f"d={d}"] = n
+            trial.dot("", arm, d, n)
         for arm in ("frozen", "free"):
             table[arm][f"d={d}"] = critical(arm, d, config)
             trial.point(arm, d, table[arm][f"d={d}"])
     found = all_found(*circle(CIRCLE), relevance(CIRCLE))
     table["circle"] = {f"d=4, all pairs of {CIRCLE}": float(found)}
-    free = table["free"]
-    distance = sum(abs(free[f"d={d}"] / cubic(d) - 1) for d in dims) / len(dims)
+    left = {arm: 10 - 100 * sum(abs(table[arm][f"d={d}"] / FOUND[d] - 1) for d in dims) / len(dims)
+            for arm in ("frozen", "free")}
     picture(trial, x="numbers in a vector, d", y="documents, every pair of them found")
-    note = f"(a circle finds all pairs of {CIRCLE} with 4)" if found else ""
-    return finish(trial, (20 - 100 * distance, 0.0), table, note)
+    note = f"(documents that stay: {left['frozen']:+.0f}"
+    note += f"; a circle finds all pairs of {CIRCLE} with 4)" if found else ")"
+    return finish(trial, (left["free"], 0.0), table, note)
 
 
 if __name__ == "__main__":

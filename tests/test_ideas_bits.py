@@ -96,6 +96,13 @@ def test_the_papers_bound_of_the_variance():
         assert variance < min(512 / levels**2, 512**0.5 / levels)
 
 
+def test_each_bucket_has_its_own_scale():
+    """of 128 numbers: what is large in one bucket does not coarsen the next"""
+    v = torch.cat([torch.full((128,), 100.0), torch.full((128,), 0.01)])
+    assert torch.allclose(qsgd.quantise(v, 1, bucket=128), v)
+    assert (qsgd.quantise(v, 1, bucket=256)[128:] == 0).all()
+
+
 def test_levels_stay_levels_and_nearest_is_nearest():
     v = torch.tensor([0.0, 1.0, -3.0, 7.0, -7.0])
     g = torch.Generator().manual_seed(0)
