@@ -213,9 +213,9 @@ def test_evol_by_hand():
     assert similar[0, 1] == pytest.approx(1) and similar[0, 2] == 0
     assert similar[0, 3] == pytest.approx(1 / 2), "one of two grams"
     places = evol.novelty(similar, np.array(agrees[:4]))
-    assert places == pytest.approx([0, 0, 1, 0.5]), "a set of one stands in the middle"
+    assert places == pytest.approx([0, 0, 1, 1]), "a set of one is novel"
     paid = evol.evolved(texts, agrees, "evol", None)
-    assert paid == pytest.approx([0.5, 0.5, 1.0, -0.75, -1.0])
+    assert paid == pytest.approx([0.5, 0.5, 1.0, -0.5, -1.0])
     assert evol.evolved(texts, agrees, "signs", None) == pytest.approx([0.75] * 3 + [-0.75, -1.0])
     mixed = evol.evolved(texts, agrees, "shuffled", np.random.default_rng(0))
     assert sorted(mixed) == pytest.approx(sorted(paid)) and mixed[3:] == pytest.approx(paid[3:])
@@ -225,9 +225,25 @@ def test_evol_where_all_are_equally_novel_is_the_vote():
     """what is equal in every way gets equal rewards, so a group that all agrees teaches nothing"""
     assert len(set(evol.evolved(["abc"] * 4, [True] * 4, "evol", None))) == 1
     paid = evol.evolved(["abc", "abc", "xyz", "xyz"], [True, True, False, False], "evol", None)
+    assert paid == pytest.approx([0.75, 0.75, -0.75, -0.75]), "the middle of both sets"
     A = algos.BASELINES["group"](paid)
     assert A == pytest.approx(algos.BASELINES["group"](np.array([1.0, 1, 0, 0])), abs=1e-5)
     assert evol.evolved(["a", "b"], [None, None], "evol", None).tolist() == [-1, -1]
+    assert evol.evolved(["a", "b"], [True, None], "evol", None).tolist() == [-1, -1], "too few"
+
+
+def test_evol_takes_no_rounding_for_novelty():
+    """the same text 31 times: its mean similarity differs in the last digit, which min-max made 0 and 1"""
+    similar = np.ones((31, 31))
+    similar[0, 1:] = similar[1:, 0] = 1 - 1e-15
+    assert (evol.novelty(similar, np.array([True] * 31)) == 0.5).all()
+
+
+def test_evol_compares_with_all_votes_and_trains_the_first(small):
+    """novelty was measured among the samples that are trained: what the other votes say did not count"""
+    texts = ["1+2=3", "1+2=3", "2+1=3", "2+1=3", "2+1=3", "2+1=3"]
+    chosen = evol.judge(group_of(texts), "evol", small, evol.Config(n=3), np.random.default_rng(0))
+    assert [s.index for s in chosen] == [0, 1, 2] and [s.reward for s in chosen] == [1, 1, 0.5]
 
 
 def test_evol_never_sees_a_label(small):
