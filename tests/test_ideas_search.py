@@ -167,11 +167,18 @@ def test_treepo_that_splits_at_the_root_alone_is_grpo():
 
 def test_treepo_never_spends_more_leaves_than_there_are():
     rng = np.random.default_rng(0)
-    assert {treepo.children(1, 8, True, rng)[0] for _ in range(200)} == set(range(2, 9))
-    assert treepo.children(1, 4, True, rng)[0] <= 4
-    assert treepo.children(3, 8, False, rng) == [2, 2, 2], "two at most"
-    assert treepo.children(3, 4, False, rng) == [2, 1, 1]
-    assert treepo.children(3, 3, False, rng) == [1, 1, 1]
+    assert {treepo.children(1, 0, 8, True, rng)[0] for _ in range(200)} == set(range(2, 9))
+    assert treepo.children(1, 0, 4, True, rng)[0] <= 4
+    assert treepo.children(3, 0, 8, False, rng) == [2, 2, 2], "two for each"
+    assert treepo.children(3, 0, 4, False, rng) == [2, 1, 1]
+    assert treepo.children(3, 2, 3, False, rng) == [1, 1, 1]
+
+
+def test_treepo_hands_the_share_of_a_path_that_ended_to_those_that_live():
+    """two paths, one of them ended: the other gets four; a live path never had more than two"""
+    assert treepo.children(1, 1, 6, False, None) == [4]
+    assert treepo.children(2, 1, 7, False, None) == [3, 3]
+    assert treepo.children(1, 3, 5, False, None) == [5], "no more than there are"
 
 
 def test_treepo_grows_what_its_paths_say(small):
