@@ -53,7 +53,7 @@ def test_chunks_cuts_after_each_step():
 
 def test_chunks_by_hand():
     """the picture in chunks.py: a right first step, then a slip"""
-    assert chunks.absolute([0.25, 0.75, 0.0]) == pytest.approx([0.5, -0.75])
+    assert chunks.difference([0.25, 0.75, 0.0]) == pytest.approx([0.5, -0.75])
     assert chunks.ratio([0.25, 0.75, 0.0], 0.8).tolist() == [1, -1]
     assert chunks.ratio([0.5, 0.41, 0.3], 0.8).tolist() == [1, -1], "a small loss is still good"
     assert chunks.ratio([0.0, 0.0, 0.0], 0.8).tolist() == [-1, -1], "nothing of nothing is not"
@@ -62,7 +62,7 @@ def test_chunks_by_hand():
 KNOWN = {"1+2=3,": 0.75, "1*2=2,": 0.25}
 
 
-@pytest.mark.parametrize("arm", ["absolute", "shuffled"])
+@pytest.mark.parametrize("arm", ["difference", "shuffled"])
 def test_chunks_only_moves_what_plain_pays(arm):
     """the advantages of a response add up to those of GRPO without the deviation, wherever they stand"""
     group = group_of(["1+2=3,3+4=7", "1+2=3,3*4=12", "1*2=2,2+4=6", "8"], [1.0, 0.0, 0.0, 0.0])
@@ -76,7 +76,7 @@ def test_chunks_only_moves_what_plain_pays(arm):
         assert sum(s.advantage[end - 1] for end in cut) == pytest.approx(a)
         assert all(len(set(s.advantage[i:j])) == 1 for i, j in zip([0, *cut], cut)), "one for a whole step"
     assert set(group[3].advantage) == {-0.25}, "a response of one step gets what it got before"
-    if arm == "absolute":
+    if arm == "difference":
         assert group[1].advantage[0] == 0.5 and group[1].advantage[-1] == -0.75
 
 
@@ -100,11 +100,11 @@ def test_chunks_is_exact_on_a_chain_with_known_values():
     truth = torch.cat([g.flatten() for g in torch.autograd.grad(value, (first, second), retain_graph=True)])
     after = (q * right).sum(1)
     moments = {}
-    for arm in ("absolute", "return"):
+    for arm in ("difference", "return"):
         mean, square = 0, 0
         for i, j in itertools.product(range(2), repeat=2):
             path = [value.item(), after[i].item(), right[i, j].item()]
-            paid = chunks.absolute(path) if arm == "absolute" else [path[2] - path[0]] * 2
+            paid = chunks.difference(path) if arm == "difference" else [path[2] - path[0]] * 2
             score = paid[0] * p[i].log() + paid[1] * q[i, j].log()
             grads = torch.autograd.grad(score, (first, second), retain_graph=True, allow_unused=True)
             g = torch.cat([x.flatten() for x in grads])
@@ -113,7 +113,7 @@ def test_chunks_is_exact_on_a_chain_with_known_values():
             square = square + chance * float((g**2).sum())
         moments[arm] = square - float((mean**2).sum())
         assert torch.allclose(mean, truth, atol=1e-12), arm
-    assert moments["absolute"] < moments["return"]
+    assert moments["difference"] < moments["return"]
 
 
 def test_chunks_values_are_those_of_the_rollouts(small):
