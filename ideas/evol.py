@@ -57,7 +57,7 @@ class Config(Idea):
     n: int = 16                          # of them, those that are trained on
     max_new: int = 48                    # tokens of a sample, at most
     lr: float = 2e-3                     # AdamW
-    asked: int = 200                     # other test questions at the end, 16 samples each
+    asked: int = 400                     # other test questions at the end, 16 samples each
 
     def __post_init__(self):
         super().__post_init__()
