@@ -295,7 +295,8 @@ def draw(seeds, labels, title, path):
     for ax, (panel, (x, y, *style)) in zip(axes[0], labels.items()):
         for arm in arms:
             curves = [sorted(panels[panel][arm]) for panels in seeds if arm in panels.get(panel, {})]
-            draw_arm(ax, curves, arm, view.color(arms.index(arm)), *style)
+            draw_arm(ax, curves, arm, arms.index(arm), *style)
+        begins_late(ax)
         ax.set(xlabel=x, ylabel=y, title=panel or title)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=8)
@@ -310,13 +311,16 @@ def draw(seeds, labels, title, path):
     plt.close(figure)
 
 
-def draw_arm(ax, curves, arm, color, style="-"):
-    """The curves of one arm, one per seed."""
+def draw_arm(ax, curves, arm, number, style="-"):
+    """The curves of one arm, one per seed. Colors come again after the last one, with other marks."""
     if not curves:
         return
+    color = view.color(number)
+    again = number >= len(view.COLORS)
+    marker = "s" if again else "o"
     if style == "o":
         xs, ys = zip(*(point for curve in curves for point in curve))
-        ax.plot(xs, ys, "o", color=color, label=arm, markersize=3, alpha=0.6)
+        ax.plot(xs, ys, marker, color=color, label=arm, markersize=3, alpha=0.6)
         return
     for curve in curves:
         ax.plot(*zip(*curve), color=color, alpha=0.25, linewidth=0.7)
@@ -325,9 +329,22 @@ def draw_arm(ax, curves, arm, color, style="-"):
     for curve in [mean_curve(curves)] if same else curves:
         xs, ys = zip(*curve)
         many = len(xs) > FEW
-        ax.plot(xs, smooth(ys) if many else ys, color=color, label=arm, linewidth=1.7,
-                marker=None if many else "o", markersize=3)
+        ax.plot(xs, smooth(ys) if many else ys, "--" if again else "-", color=color, label=arm, linewidth=1.7,
+                marker=None if many else marker, markersize=5 if again else 3)
         arm = None                                               # one line of the legend
+
+
+def begins_late(ax):
+    """The heights of long curves after their first tenth: a loss that falls from 6 to 1.5 at once would
+    leave no room for what happens then."""
+    late = []
+    for line in ax.get_lines():
+        heights = line.get_ydata()
+        if len(heights) > FEW:
+            late += [y for y in heights[len(heights) // 10:] if math.isfinite(y)]
+    if late:
+        room = 0.05 * (max(late) - min(late))
+        ax.set_ylim(min(late) - room, max(late) + room)
 
 
 def mean_curve(curves):
