@@ -142,7 +142,7 @@ def against(after, before):
 def main(argv=None):
     config = flags(Config, argv, __doc__)
     positive(config, "steps prompts max_new asked k")
-    tasks, lambdas = (TASKS[:2], LAMBDAS[:1]) if config.smoke else (TASKS, LAMBDAS)
+    tasks, lambdas = (TASKS[:1], LAMBDAS[:1]) if config.smoke else (TASKS, LAMBDAS)
     trial = begin(config, __file__, CLAIM, tasks, config.steps)
     runs = {}
     ends = []

@@ -24,6 +24,7 @@ kernels, softpick's case for fewer bits.
 """
 import math
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 
@@ -84,27 +85,30 @@ ARMS = {"softmax": softmax, "sigmoid": sigmoid, "sigmoid / sum": sigmoid_sum, "s
 class Explicit(GPT):
     """GPT with attention written out, by any of the weights. Texts begin where positions do."""
     weights_of = staticmethod(softmax)
-    first = None                         # a list that takes (heads) of each text: weight on its first token
+    first = None                         # a list for each layer: the weights (heads) on each first token
 
     def forward(self, tokens_T, positions_T, attend):
         starts = (positions_T == 0).nonzero()[:, 0].tolist()
-        ends = [*starts[1:], len(positions_T)]
+        lengths = [b - a for a, b in zip(starts, [*starts[1:], len(positions_T)])]
+        runs = [(L, len(list(run))) for L, run in groupby(lengths)]      # a row has its texts by length
 
         def explicit(layer, q, k, v):
-            return torch.cat([self.one(q[a:b], k[a:b], v[a:b]) for a, b in zip(starts, ends)])
+            parts = zip(*(x.split([L * n for L, n in runs]) for x in (q, k, v)))
+            return torch.cat([self.equal(*part, L, layer) for part, (L, n) in zip(parts, runs)])
 
         return super().forward(tokens_T, positions_T, explicit)
 
-    def one(self, q, k, v):
-        """One text: (L, heads, head_dim), as many heads for keys as for queries."""
-        L = len(q)
-        scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
+    def equal(self, q, k, v, L, layer):
+        """Texts of length L: (n L, heads, head_dim), as many heads for keys as for queries."""
+        # (n, heads, L, head_dim)
+        q, k, v = (x.view(-1, L, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         ahead = torch.ones(L, L, dtype=torch.bool).triu(1)
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
         weights = self.weights_of(scores.masked_fill(ahead, -torch.inf))
         if self.first is not None:
             part = weights / weights.abs().sum(-1, keepdim=True).clamp(min=1e-9)
-            self.first.append(part[:, 1:, 0].mean(1))            # the first query has nowhere else to look
-        return torch.einsum("hij,jhd->ihd", weights, v)
+            self.first[layer].extend(part[:, :, 1:, 0].mean(2))  # the first query has nowhere else to look
+        return (weights @ v).transpose(1, 2).flatten(0, 1)
 
 
 def marked(document):
@@ -122,15 +126,11 @@ def marked(document):
 @torch.no_grad()
 def on_the_first(model, document, asked):
     """-> (layers, heads): the mean weight on the first token"""
-    model.first = []
+    model.first = [[] for _ in model.blocks]
     docs = [document("valid", i) for i in range(asked)]
     for tokens_T, positions_T, *_ in packed_rows(docs, document.config.row_tokens, "cpu"):
-        before = len(model.first)
         model(tokens_T, positions_T, None)
-        texts = int((positions_T == 0).sum())                    # one after another, layer by layer
-        layers = torch.stack(model.first[before:]).view(model.config.n_layer, texts, -1)
-        model.first[before:] = layers.unbind(1)
-    weights = torch.stack(model.first).mean(0)
+    weights = torch.stack([torch.stack(texts).mean(0) for texts in model.first])
     model.first = None
     return weights
 
