@@ -6,17 +6,19 @@ from dataclasses import replace
 from functools import reduce
 from operator import add
 
+import numpy as np
 import pytest
 import torch
 
 import train_gpt
 from common.optim import Optimizer
-from ideas import ahead, depth, distill, merging, mixture, mup, script_bpe, sinks, zsl
+from ideas import (ahead, depth, distill, evolve, memorize, merging, mixture, mup, script_bpe, sinks, tokens,
+                   zsl)
 from kernels import packed_attention
 from tests.models import nudged
 from train_gpt import GPT, scratch, steps
 
-NAMES = "mixture distill ahead mup zsl sinks depth script_bpe".split()
+NAMES = "mixture distill ahead mup zsl sinks depth script_bpe memorize tokens".split()
 
 
 @pytest.fixture
@@ -81,9 +83,10 @@ def test_the_law_by_hand():
         assert second == pytest.approx(1.0 + 1 / (0.5 * a**0.5 + 2 * b**0.25))
 
 
-def test_a_law_is_found_again_and_so_is_its_minimum():
+def test_a_law_is_found_again_and_so_is_its_minimum(monkeypatch):
     """twelve losses that obey a law: the fit says the losses on other shares, and the best shares are
     those of a search over all"""
+    monkeypatch.setattr(mixture, "STARTS", 8)
     E, C, g = (torch.zeros(1, 3, dtype=torch.float64), torch.zeros(1, 3, 3, dtype=torch.float64),
                torch.full((1, 3, 3), -1.0, dtype=torch.float64))
     C[0] += torch.diag(torch.tensor([1.0, 0.3, -0.5], dtype=torch.float64))
@@ -458,9 +461,9 @@ def test_a_head_that_always_looks_at_the_first_token_sinks(monkeypatch):
     model = sinks.Explicit(shape.config).init_weights(1)
 
     def to_first(scores):
-        weights = torch.zeros_like(scores)
-        weights[0, :, 0] = 1.0                                   # of one head
-        weights[1:] += torch.eye(scores.shape[-1])
+        weights = torch.eye(scores.shape[-1]).expand_as(scores).clone()
+        weights[:, 0] = 0.0
+        weights[:, 0, :, 0] = 1.0                                # of one head
         return weights
 
     model.weights_of = to_first
@@ -679,3 +682,178 @@ def test_tokens_are_the_text(arm, table):
     assert all(script_bpe.may_merge(*pair) for pair in ranks) or free
     for word, text in zip(known, texts):
         assert script_bpe.encoded(script_bpe.base_tokens(word, kind, places), ranks) == text
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+
+def test_rounding_is_bf16_and_fewer_bits_are_coarser():
+    w = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    w *= 10.0 ** torch.arange(-20, 20).repeat(100)
+    assert torch.equal(memorize.rounded(w, 8), w.bfloat16().float())
+    assert torch.equal(memorize.rounded(w, 24), w) and memorize.rounded(torch.zeros(2), 5).tolist() == [0, 0]
+    assert memorize.rounded(torch.tensor([1.0, 1.03, 1.04, -1.5]), 5).tolist() == [1.0, 1.0, 1.0625, -1.5]
+
+
+def test_a_model_that_knows_nothing_holds_nothing():
+    """logits of zero over the 65 ids: each symbol costs log2 65 bits, a little more than its 6"""
+    model, _ = memorize.built(32, memorize.Config())
+    model.head.weight.data.zero_()
+    texts = [memorize.text(1, i) for i in range(5)]
+    assert memorize.held(model, texts, 4096) == 0.0
+    model.head.weight.data.normal_()
+    for p in model.parameters():
+        p.data.mul_(0.0)
+    assert memorize.held(model, texts, 4096) == 0.0
+
+
+def test_bits_by_hand():
+    """two texts, in float64; a text that costs more than its bits counts as none, not as a loss"""
+    model, _ = memorize.built(32, memorize.Config())
+    nudged(model, 0, 0.2)
+    texts = [memorize.text(1, i) for i in range(8)]
+    wanted = []
+    for text in texts:
+        logp = logits_of(model, text).double().log_softmax(-1)
+        cost = -sum(float(logp[t, text[t + 1]]) for t in range(memorize.S)) / math.log(2)
+        wanted.append(32 * 6 - cost)
+    assert memorize.held(model, texts, 4096) == pytest.approx(sum(max(0, w) for w in wanted), abs=1e-3)
+    always = GPT(model.config).init_weights(0)
+    with torch.no_grad():                                        # says symbol 7, whatever it reads
+        always.embed.weight.fill_(1.0)
+        always.head.weight.zero_()
+        always.head.weight[7] = 1.0
+    assert memorize.held(always, [[64] + [7] * 32], 4096) == pytest.approx(32 * 6, abs=1e-6)
+
+
+def test_texts_are_read_again_and_again_in_other_orders():
+    _, document = memorize.built(32, memorize.Config())
+    read = memorize.endless(document, 10, 3)
+    first, second = ([tuple(read("train", e * 10 + i)[0]) for i in range(10)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == sorted(tuple(memorize.text(3, i)) for i in range(10))
+    assert first != second and all(text[0] == memorize.V and len(text) == 33 for text in first)
+    assert not {tuple(memorize.text(4, i)) for i in range(10)} & set(first)
+
+
+# -----------------------------------------------------------------------------
+# evolution and item response
+
+
+def test_a_search_finds_the_top_of_a_hill():
+    """a narrow ridge, aslant in three dimensions"""
+    top = np.array([0.9, -0.2, 0.4])
+    along = np.array([[1.0, 0.8, 0], [0, 1, 0.5], [0, 0, 1]])
+
+    def value(c):
+        return -float(np.square(along @ (c - top)).sum())
+
+    middle = np.full(3, 1 / 3)
+    found = evolve.search(value, middle, 0.3, 400, 0)
+    assert np.abs(found - top).max() < 0.02
+    assert value(evolve.search(value, middle, 0.3, 60, 0)) > 0.3 * value(middle)
+    assert np.array_equal(evolve.search(value, middle, 0.3, 60, 1), evolve.search(value, middle, 0.3, 60, 1))
+
+
+def test_a_search_asks_no_more_than_it_may():
+    asked = []
+    evolve.search(lambda c: asked.append(c) or 0.0, np.full(3, 1 / 3), 0.3, 60, 0)
+    assert len(asked) == 56, "eight generations of seven"
+
+
+def test_items_are_found_again():
+    """200 problems that obey the law, twelve models: abilities in order, and chances as they were"""
+    rand = torch.Generator().manual_seed(0)
+    h = torch.linspace(-2, 2, 12)[:, None]
+    a = 0.5 + torch.rand(200, generator=rand)
+    b = torch.randn(200, generator=rand)
+    chances = (h * a - b).sigmoid()
+    right = torch.bernoulli(chances, generator=rand)
+    found_h, found_a, found_b = evolve.items(right)
+    assert float(torch.corrcoef(torch.cat([found_h, h], dim=1).t())[0, 1]) > 0.95
+    said = (found_h * found_a - found_b).sigmoid()
+    assert float((said - chances).abs().mean()) < 0.12
+    assert float((said.mean(1) - chances.mean(1)).abs().max()) < 0.1
+
+
+def test_an_estimate_is_what_was_seen_and_what_would_be():
+    a, b = torch.ones(10), torch.linspace(-1, 1, 10)
+    everything = np.arange(10)
+    right = torch.tensor([1.0, 0, 1, 1, 0, 0, 0, 1, 0, 0])
+    assert evolve.estimate(right, everything, a, b, torch.tensor(0.0)) == pytest.approx(0.4), "all were seen"
+    few = np.array([2, 6])
+    h = 0.3                                                      # one right and one wrong
+    low = evolve.estimate(torch.tensor([0.0, 0.0]), few, a, b, torch.tensor(h))
+    high = evolve.estimate(torch.tensor([1.0, 1.0]), few, a, b, torch.tensor(h))
+    rest = [i for i in range(10) if i not in few]
+    chance = float((h * a - b).sigmoid()[rest].mean())
+    assert low < 0.8 * chance and high > 0.2 + 0.8 * chance, "the answers move the ability"
+
+
+def test_a_tenth_of_right_answers_alone_knows_less():
+    """item response says the accuracy on all problems more closely than the share right of those few"""
+    rand = torch.Generator().manual_seed(1)
+    b = 2 * torch.randn(200, generator=rand)
+    a = torch.ones(200)
+    off, alone = [], []
+    for h in torch.linspace(-1, 1, 60):
+        right = torch.bernoulli((h * a - b).sigmoid(), generator=rand)
+        few = torch.randperm(200, generator=rand)[:20].sort().values.numpy()
+        off.append(abs(evolve.estimate(right[few], few, a, b, torch.tensor(0.0)) - float(right.mean())))
+        alone.append(abs(float(right[few].mean() - right.mean())))
+    assert np.mean(off) < 0.8 * np.mean(alone)
+
+
+# -----------------------------------------------------------------------------
+# vocabularies
+
+
+def test_tokens_of_a_text_by_hand():
+    """`abab` three times, `abc` twice: ab, abab, abc; and no more than the words hold"""
+    found = tokens.learned({b"abab": 3, b"abc": 2}, 999)
+    assert found[:256] == [bytes([b]) for b in range(256)] and found[256:] == [b"ab", b"abab", b"abc"]
+    assert tokens.learned({b"abab": 3, b"abc": 2}, 257)[256:] == [b"ab"]
+
+
+def test_a_tokenizer_says_what_was_written():
+    tok = tokens.tokenizer(300, 1, size=3000)
+    assert tok.vocab_size == 301 and tok.stop == {300}
+    for text in ("def f(x):\n    return x + 1\n", "naïve 漢字 \t 007"):
+        assert tok.decode(tok.encode(text)) == text
+    plain = tokens.tokenizer(256, 1, size=3000)
+    assert plain.encode("if é:\n") == list("if é:\n".encode()), "no merges: bytes"
+
+
+def test_shuffled_words_make_shorter_tokens():
+    text = tokens.window("test", 1, 0, 4000)
+    lengths = {kind: len(tokens.tokenizer(400, 1, kind, size=20_000).encode(text)) for kind in (False, True)}
+    assert lengths[False] < 0.95 * lengths[True] and lengths[True] < 0.95 * len(text)
+
+
+def test_every_arm_costs_what_bytes_cost(monkeypatch):
+    """operations by hand; then steps until the budget is used, each on the same windows"""
+    monkeypatch.setattr(tokens, "LEARN", 20_000)
+    config = tokens.Config(steps=100, seed=1)
+    spent = {}
+    for arm in ("bytes", "512"):
+        model, document, each = tokens.built(arm, config)
+        weights = sum(p.numel() for p in model.parameters()) - model.embed.weight.numel()
+        docs = [document("train", i)[0] for i in range(50)]
+        mean = sum(6 * weights * len(t) + 6 * 3 * 64 * len(t) ** 2 for t in docs) / 50
+        assert each == pytest.approx(mean * document.config.batch, rel=1e-9)
+        assert 0.8 < sum(map(len, docs)) / 50 * document.config.batch / config.batch < 1.2
+        spent[arm] = each
+        assert document.tok.decode(docs[3]) == tokens.window("train", 1, 3, tokens.LENGTH)
+    assert spent["512"] > spent["bytes"], "a larger head: fewer steps"
+
+
+def test_the_arm_of_bytes_is_plain_training_to_the_bit():
+    config = tokens.Config(steps=2, batch=400, asked=2, seed=1)
+    trial = Silent()
+    trial.bar = Silent()
+    trial.bar.update = lambda: None
+    found, budget = tokens.train("bytes", trial, config, None)
+    model, document, each = tokens.built("bytes", config)
+    list(steps(model, document, Optimizer(model, lr=tokens.LR, muon_lr=tokens.MUON_LR), 2))
+    assert budget == 2 * each and found["steps"] == 2
+    assert found["loss"] == train_gpt.evaluate(model, document)["loss"]
