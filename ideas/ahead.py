@@ -1,21 +1,23 @@
 """
-ahead.py: learn which tokens come soon, beside which comes next (token order prediction, 2508.19228).
+ahead.py: learn which tokens come soon, beside which comes next (token order prediction,
+2508.19228).
 
     text        a b c a | d        target of `a b` for the second head, over the vocabulary:
                     1 2   3        softmax of -distance:  c 1, a 1/e, d 1/e^2, all else nothing
 
 TOP adds one unembedding to the model, for training only, and one loss: the cross-entropy of its
-softmax with the softmax of W - distance, where a token next appears within W. Only the order of the
-near ones matters: the weights fall by e per token, so 16 of them are all but one part in 10^7. MTP,
-in the form without parameters that the speedrun of nanoGPT uses, asks the same head for the tokens 2
-and 3 ahead as well, with weights [1, 1/2, 1/4] that end at [1, 0, 0] after a third of the steps, two
-terms until the second third. The control has TOP's head and weights in a random order of the same
-16 tokens, drawn anew in each step: what it gains is not due to what comes soonest.
+softmax with the softmax of W - distance, where a token next appears within W. Only the order of
+the near ones matters: the weights fall by e per token, so 16 of them are all but one part in
+10^7. MTP, in the form without parameters that the speedrun of nanoGPT uses, asks the same head
+for the tokens 2 and 3 ahead as well, with weights [1, 1/2, 1/4] that end at [1, 0, 0] after a
+third of the steps, two terms until the second third. The control has TOP's head and weights in a
+random order of the same 16 tokens, drawn anew in each step: what it gains is not due to what
+comes soonest.
 
 The paper: 340M, 1.8B and 7B parameters; TOP is above plain prediction and MTP on most of nine
-benchmarks. Left out: benchmarks (the loss of the next byte is measured), MTP with blocks of its own,
-and the paper's window, whose length its published code leaves to the caller. Here: 0.16M parameters,
-Muon, 2,048 bytes of Python's own library per step; all arms read the same.
+benchmarks. Left out: benchmarks (the loss of the next byte is measured), MTP with blocks of its
+own, and the paper's window, whose length its published code leaves to the caller. Here: 0.16M
+parameters, Muon, 2,048 bytes of Python's own library per step; all arms read the same.
 
     python -m ideas.ahead
     python -m bench ideas --names ahead --seeds 5

@@ -113,8 +113,9 @@ def power_iteration(gradient, scales, vector, size=1e-2):
 
 
 def curvature(model, optimizer, document, vector):
-    """-> the largest eigenvalue of the Hessian as Adam sees it, on one row of held-out text; its vector"""
-    docs = [document("valid", i) for i in range(document.config.batch)]
+    """-> the largest eigenvalue of the Hessian as Adam sees it, on the first batch; its vector"""
+    # text that was read: a byte that never had a gradient has a P of eps alone
+    docs = [document("train", i) for i in range(document.config.batch)]
     row = next(packed_rows(docs, document.config.row_tokens, "cpu"))
     weights = list(model.parameters())
     here = [w.detach().clone() for w in weights]

@@ -1,21 +1,22 @@
 """
-evolve.py: how much of each model goes into one, searched by evolution (2403.13187), and what a tenth
-of its evaluations can do (MERGE^3, 2502.10436).
+evolve.py: how much of each model goes into one, searched by evolution (2403.13187), and what a
+tenth of its evaluations can do (MERGE^3, 2502.10436).
 
     w_0 + c_1 t_1 + c_2 t_2 + c_3 t_3         t_i: what RL on task i changed; c: searched by CMA-ES
 
-Each c has to be tried on problems, and that is all the cost. MERGE^3 tries it on few, and says what
-the others would be: problem j is right for a model of ability h with the chance sigmoid(a_j h - b_j),
-a and b fitted to the answers of models that are known (here the start, and the three runs on their
-way); the h of a merge is a mix of its models', fitted to its answers on the few (in one dimension any
-h is a mix: it is fitted with a prior at their mean). Its accuracy is then that of the answers on what
-was seen, and of the chances on what was not (mp-IRT).
+Each c has to be tried on problems, and that is all the cost. MERGE^3 tries it on few, and says
+what the others would be: problem j is right for a model of ability h with the chance sigmoid(a_j
+h - b_j), a and b fitted to the answers of models that are known (here the start, and the three
+runs on their way); the h of a merge is a mix of its models', fitted to its answers on the few (in
+one dimension any h is a mix: it is fitted with a prior at their mean). Its accuracy is then that
+of the answers on what was seen, and of the chances on what was not (mp-IRT).
 
 Arms: `mean` is c = 1/3; `all` searches on all problems; `irt` on a tenth, drawn at random; the
-control, `few`, on the same tenth by its share of right answers: if that ends as high, item response
-is not what saves. The answers of known models are not counted: in the paper they are public. First
-paper: a merge of 7B models above all of 70B in Japanese. Second: as good, 50 times fewer evaluations.
-Left out: stacks of layers, TIES and DARE below the coefficients, abilities of several dimensions.
+control, `few`, on the same tenth by its share of right answers: if that ends as high, item
+response is not what saves. The answers of known models are not counted: in the paper they are
+public. First paper: a merge of 7B models above earlier ones of 70B in Japanese. Second: as good
+with 50 times fewer evaluations. Left out: stacks of layers, TIES and DARE below the coefficients,
+abilities of several dimensions.
 
     python -m ideas.evolve
     python -m bench ideas --names evolve
@@ -68,7 +69,8 @@ def search(value, middle, spread, total, seed):
     mass = 1 / (weights**2).sum()
     walk = (mass + 2) / (n + mass + 5)
     turn = 2 * (mass - 2 + 1 / mass) / ((n + 2) ** 2 + mass)
-    chance = np.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))    # the length of a path without a direction
+    # the length of a path without a direction
+    chance = np.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))
     shape = np.eye(n)
     path = np.zeros(n)                                           # where the shape is round
     for _ in range(max(1, total // size)):
@@ -100,9 +102,9 @@ def items(right_MN):
 
 
 def estimate(right_n, seen, a, b, middle):
-    """-> the accuracy of a merge on all problems, from its answers on those seen. middle: the prior"""
+    """-> the accuracy of a merge on all problems, by its answers on some. middle: the prior"""
     h = middle
-    for _ in range(20):                                          # Newton's steps: the loss is convex in h
+    for _ in range(20):                                  # Newton's steps: the loss is convex in h
         chances = (h * a - b).sigmoid()
         slope = (a[seen] * (chances[seen] - right_n)).sum() + h - middle
         bend = (a**2 * chances * (1 - chances))[seen].sum() + 1
@@ -133,7 +135,8 @@ def run(task, trial, config):
 
 def ask(rl, vector, split, chosen, k, config):
     """-> evaluate() of these weights on some of the problems"""
-    for p, part in zip(rl.model.parameters(), vector.split([p.numel() for p in rl.model.parameters()])):
+    weights = list(rl.model.parameters())
+    for p, part in zip(weights, vector.split([p.numel() for p in weights])):
         p.data.copy_(part.view(p.shape))
     problems = rl.task.problems(split, config.asked, config.seed)
     problems = [problems[i] for i in chosen]
@@ -155,9 +158,9 @@ def main(argv=None):
     changes = torch.stack([path[-1] for path in paths]) - start
     everything = np.arange(config.asked)
     drawn = np.random.default_rng(config.seed).permutation(config.asked)
-    few = np.sort(drawn[:config.asked // 10 or 1])               # problems come in the order of their number
+    few = np.sort(drawn[:config.asked // 10 or 1])       # answers come by the problems' number
     known = [start, *(vector for path in paths for vector in path[1:])]
-    ends = [i * len(paths[0][1:]) for i in range(1, len(tasks) + 1)]     # of the three runs, among the known
+    ends = [i * len(paths[0][1:]) for i in range(1, len(tasks) + 1)]     # among the known
     theories = [items(torch.stack([right(rl, w, everything, config) for w in known])) for rl in runs]
 
     def merged(c):
@@ -170,7 +173,8 @@ def main(argv=None):
         return statistics.fmean(estimate(right(rl, merged(c), few, config), few, a, b, h[ends].mean())
                                 for rl, (h, a, b) in zip(runs, theories))
 
-    values = {"all": partial(share, chosen=everything), "irt": by_theory, "few": partial(share, chosen=few)}
+    values = {"all": partial(share, chosen=everything), "irt": by_theory,
+              "few": partial(share, chosen=few)}
     middle = np.full(len(tasks), 1 / len(tasks))
     best = {"mean": middle}
     for arm, value in values.items():

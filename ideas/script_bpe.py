@@ -9,7 +9,7 @@ larger than Latin's letters is cut into more. BPE starts from these and may merg
 characters, or block and place of one. Words that merges stay in: groups of one script and kind, a
 space before them where words are divided by spaces; marks stay with what they stand on. The paper:
 after 256,000 merges as few tokens per character as with bytes (0.2587 to 0.2559), none with a piece
-of a character (8,062 without the rule), and no script whose encoding costs more: the gain here.
+of a character (6,048 without the rule), and no script whose encoding costs more: the gain here.
 
 The text is made, since nothing installed has one: Python's own library in other alphabets, letter by
 letter. So no language is harder than another, as they are in the paper. Two controls tell the ideas
