@@ -5,18 +5,17 @@ tenth of its evaluations can do (MERGE^3, 2502.10436).
     w_0 + c_1 t_1 + c_2 t_2 + c_3 t_3         t_i: what RL on task i changed; c: searched by CMA-ES
 
 Each c has to be tried on problems, and that is all the cost. MERGE^3 tries it on few, and says
-what the others would be: problem j is right for a model of ability h with the chance sigmoid(a_j
-h - b_j), a and b fitted to the answers of models that are known (here the start, and the three
-runs on their way); the h of a merge is a mix of its models', fitted to its answers on the few (in
-one dimension any h is a mix: it is fitted with a prior at their mean). Its accuracy is then that
-of the answers on what was seen, and of the chances on what was not (mp-IRT).
+what the others would be: problem j is right for a model of abilities h with the chance sigmoid(a_j
+h - b_j), a, b and h fitted to the answers of models that are known (here the start, and the three
+runs on their way). The h of a merge is a mix of its models', fitted to its answers on the few (here
+with a prior at their mean). Its accuracy is that of the answers on what was seen, and of the chances
+on what was not (mp-IRT, as in the published program).
 
 Arms: `mean` is c = 1/3; `all` searches on all problems; `irt` on a tenth, drawn at random; the
-control, `few`, on the same tenth by its share of right answers: if that ends as high, item
-response is not what saves. The answers of known models are not counted: in the paper they are
-public. First paper: a merge of 7B models above earlier ones of 70B in Japanese. Second: as good
-with 50 times fewer evaluations. Left out: stacks of layers, TIES and DARE below the coefficients,
-abilities of several dimensions.
+control, `few`, on the same tenth by its share of right answers: if that ends as high, item response
+is not what saves. The answers of known models are not counted: in the paper they are public. First
+paper: a merge of 7B models above earlier ones of 70B in Japanese. Second: as good with 50 times
+fewer evaluations. Left out: stacks of layers, TIES and DARE, hundreds of known models (here ten).
 
     python -m ideas.evolve
     python -m bench ideas --names evolve
@@ -41,6 +40,7 @@ CLAIM = Claim(paper="2502.10436", says="item response: as good a merge on 50 tim
 TASKS = ("countdown", "arith", "states")
 ARMS = ("mean", "all", "irt", "few")
 SPREAD = 0.3                             # of the first candidates around 1/3
+SKILLS = 2                               # dimensions of an ability: with one, any ability is a mix
 
 
 @dataclass
@@ -69,8 +69,7 @@ def search(value, middle, spread, total, seed):
     mass = 1 / (weights**2).sum()
     walk = (mass + 2) / (n + mass + 5)
     turn = 2 * (mass - 2 + 1 / mass) / ((n + 2) ** 2 + mass)
-    # the length of a path without a direction
-    chance = np.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))
+    chance = np.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))    # the length of a path without a direction
     shape = np.eye(n)
     path = np.zeros(n)                                           # where the shape is round
     for _ in range(max(1, total // size)):
@@ -88,28 +87,32 @@ def search(value, middle, spread, total, seed):
 
 
 def items(right_MN):
-    """right: 0 or 1 of M known models on N problems -> abilities h (M, 1), and a (N), b (N)"""
+    """right: 0 or 1 of M known models on N problems -> a_j h of each model (M, N), and b (N)"""
     M, N = right_MN.shape
-    h, a, b = (x.requires_grad_() for x in (torch.zeros(M, 1), torch.ones(N), torch.zeros(N)))
+    rand = torch.Generator().manual_seed(0)
+    middle = torch.eye(SKILLS)[:, :1]                    # of a: the first ability helps everywhere
+    h = torch.randn(M, SKILLS, generator=rand) * 0.1
+    a = torch.randn(SKILLS, N, generator=rand) * 0.1 + middle
+    h, a, b = (x.requires_grad_() for x in (h, a, torch.zeros(N)))
     optimizer = torch.optim.Adam([h, a, b], lr=0.1)
     for _ in range(150):
         optimizer.zero_grad()
         # normal priors, or a and b end nowhere where all answers agree
-        prior = h.square().sum() + (a - 1).square().sum() + b.square().sum()
-        (F.binary_cross_entropy_with_logits(h * a - b, right_MN, reduction="sum") + prior / 2).backward()
+        prior = h.square().sum() + (a - middle).square().sum() + b.square().sum()
+        (F.binary_cross_entropy_with_logits(h @ a - b, right_MN, reduction="sum") + prior / 2).backward()
         optimizer.step()
-    return h.detach(), a.detach(), b.detach()
+    return (h @ a).detach(), b.detach()
 
 
-def estimate(right_n, seen, a, b, middle):
-    """-> the accuracy of a merge on all problems, by its answers on some. middle: the prior"""
-    h = middle
-    for _ in range(20):                                  # Newton's steps: the loss is convex in h
-        chances = (h * a - b).sigmoid()
-        slope = (a[seen] * (chances[seen] - right_n)).sum() + h - middle
-        bend = (a**2 * chances * (1 - chances))[seen].sum() + 1
-        h = h - slope / bend
-    chances = (h * a - b).sigmoid()
+def estimate(right_n, seen, parents_PN, b):
+    """-> the accuracy of a merge on all problems, by its answers on some. parents: a_j h of each"""
+    mix = middle = torch.ones(len(parents_PN)) / len(parents_PN)
+    for _ in range(20):                                  # Newton's steps: the loss is convex in the mix
+        chances = (mix @ parents_PN - b).sigmoid()
+        slope = parents_PN[:, seen] @ (chances[seen] - right_n) + mix - middle
+        bend = (parents_PN * chances * (1 - chances))[:, seen] @ parents_PN[:, seen].t()
+        mix = mix - torch.linalg.solve(bend + torch.eye(len(mix)), slope)
+    chances = (mix @ parents_PN - b).sigmoid()
     chances[seen] = right_n
     return float(chances.mean())
 
@@ -170,8 +173,8 @@ def main(argv=None):
         return statistics.fmean(float(right(rl, merged(c), chosen, config).mean()) for rl in runs)
 
     def by_theory(c):
-        return statistics.fmean(estimate(right(rl, merged(c), few, config), few, a, b, h[ends].mean())
-                                for rl, (h, a, b) in zip(runs, theories))
+        return statistics.fmean(estimate(right(rl, merged(c), few, config), few, skill[ends], b)
+                                for rl, (skill, b) in zip(runs, theories))
 
     values = {"all": partial(share, chosen=everything), "irt": by_theory,
               "few": partial(share, chosen=few)}
