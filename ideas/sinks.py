@@ -16,14 +16,12 @@ even with softmax (CLAIM.scale): what stands here is the measure, the weights an
 
 Here: 3 layers of 4 heads, AdamW, windows of 127 bytes of Python's own library behind one token that
 is the same in all: a text that begins anywhere has no first token to sink into. QK-norm is off in
-all arms, since it bounds s. For sigmoid s has -log 128 added, which makes the sum about one at the
-beginning (2409.04431); whether the paper does was not found. Left out: biases of keys, other
-kernels, softpick's case for fewer bits.
+all arms, since it bounds s. Both sigmoids are those of the published program, without a bias on s.
+Left out: biases of keys, other kernels, softpick's case for fewer bits.
 
     python -m ideas.sinks
     python -m bench ideas --names sinks
 """
-import math
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -60,7 +58,7 @@ def softmax(scores):
 
 
 def sigmoid(scores):
-    return (scores - math.log(128)).sigmoid()
+    return scores.sigmoid()
 
 
 def sigmoid_sum(scores):

@@ -412,7 +412,7 @@ def test_weights_by_hand():
     assert sinks.softpick(scores).flatten().tolist() == pytest.approx([1, 0, 1 / 1.5, 0], rel=1e-5)
     low = sinks.softpick(torch.tensor([[-1.0, -2.0]], dtype=torch.float64))
     assert low.tolist() == [[0.0, 0.0]], "a head that wants nothing takes nothing"
-    assert sinks.sigmoid(torch.tensor([math.log(128.0), -torch.inf])).tolist() == pytest.approx([0.5, 0.0])
+    assert sinks.sigmoid(torch.tensor([math.log(3.0), -torch.inf])).tolist() == pytest.approx([0.75, 0.0])
 
 
 def test_what_sums_to_one_and_what_need_not():
