@@ -22,6 +22,7 @@ language, where the bits that a larger model saves are taken off; several N, for
     python -m ideas.memorize
     python -m bench ideas --names memorize
 """
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -65,10 +66,13 @@ def endless(document, texts, seed):
     """-> a document of these texts, over and over, each time in another order"""
     known = [text(seed, i) for i in range(texts)]
 
+    @functools.cache
+    def order_of(epoch):
+        return torch.randperm(texts, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+
     def read(split, i):
         epoch, place = divmod(i, texts)
-        order = torch.randperm(texts, generator=torch.Generator().manual_seed(seed + epoch))
-        return known[order[place]], [False] + [True] * S
+        return known[order_of(epoch)[place]], [False] + [True] * S
 
     return Documents(read, document.config, document.tok)
 
@@ -120,7 +124,7 @@ def train(arm, trial, config):
             for p in model.parameters():
                 p.data.copy_(rounded(p.data, mantissa))
         trial.bar.update()
-        if step % (config.steps // 15 or 1) == 0:
+        if step % (config.steps // 10 or 1) == 0:
             bits = held(model, known, document.config.row_tokens)
             trial.dot("", arm, step, bits / size(model))
     bits = held(model, known, document.config.row_tokens)

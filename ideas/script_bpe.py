@@ -121,7 +121,7 @@ def merged(tokens, pair):
 
 
 def learned(texts, times, total, free):
-    """texts: the tokens of each word; times: how often it stands there -> {pair: the how manieth merge}"""
+    """texts: the tokens of each word; times: how often it is there -> {pair: its place among merges}"""
     found = Counter()
     where = defaultdict(set)
 
