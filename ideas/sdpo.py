@@ -164,7 +164,7 @@ def main(argv=None):
     trial = begin(config, __file__, CLAIM, ARMS, config.steps)
     results = {arm: train(arm, trial, config) for arm in ARMS}
     table = {arm: {k: result[k] for k in ("avg", "pass@8", "maj")} for arm, result in results.items()}
-    others = [f"{arm} {paired(results['sdpo'], results[arm], 'avg')[0]:+.1f}" for arm in ("weighted", "wrong")]
+    others = [f"{arm} {paired(results['sdpo'], results[arm], 'avg')[0]:+.1f}" for arm in ARMS[2:]]
     picture(trial, x="rollout", y="share of right samples",
             teacher=("rollout", "JSD of student and teacher per token"))
     return finish(trial, paired(results["sdpo"], results["grpo"], "avg"), table,
