@@ -17,7 +17,7 @@ from data import formats
 from ideas import collapse, debate, forgetting, gzero, sdpo, selfplay, tools
 from kernels import packed_attention
 from rollout import Sample, completion, prompt_ids
-from stages import Settings, accumulate, close, collect, next_problems, setup, update
+from stages import Settings, close, collect, next_problems, setup, update
 
 
 @pytest.fixture
@@ -55,10 +55,11 @@ def gradient(rl, groups, loss):
     """-> the gradient of a sum over these groups, flat"""
     for p in rl.model.parameters():
         p.grad = None
-    algos.weigh(groups, rl.config)
-    optimizer, rl.optimizer = rl.optimizer, None                 # the gradients stay where autograd puts them
-    accumulate(rl, groups, loss, 0, 1)
+    optimizer = rl.optimizer
+    rl.optimizer = SimpleNamespace(finish_micro_batch=lambda: None)      # they stay where autograd puts them
+    update(rl, groups, loss)
     rl.optimizer = optimizer
+    rl.normaliser = 0.0
     found = torch.cat([p.grad.flatten().double() for p in rl.model.parameters()])
     for p in rl.model.parameters():
         p.grad = None
@@ -216,7 +217,6 @@ def test_tools_row_of_all_turns_is_the_sum_of_its_turns(small):
     together = gradient(small, [[whole]], loss)
     assert torch.allclose(together, gradient(small, [turns], loss), atol=1e-5)
     assert torch.allclose(together, gradient(small, [[t] for t in turns], loss), atol=1e-5)
-    assert algos.weigh([[whole]], small.config) == len(first) + len(last), "forced ones do not count"
     row = pack.rows(pack.alone(whole))
     assert row.targets_N.tolist() == first + last
 
@@ -439,7 +439,7 @@ def test_debate_two_rounds(small):
             assert [s.prompt for s in second] == read
             assert all(math.isfinite(s.reward) for s in first + second)
         samples = [s for pair in found.values() for four in pair for s in four]
-        assert len({algos.address(s) for s in samples}) == len(samples) == 24
+        assert len({(s.problem, s.visit, s.index) for s in samples}) == len(samples) == 24
     again = [debate.debate(small, problems, seed=5) for _ in range(2)]
     assert [[s.tokens for s in second] for _, second in again[0].values()] == \
         [[s.tokens for s in second] for _, second in again[1].values()], "an evaluation repeats its noise"
@@ -503,7 +503,7 @@ def test_gzero_pulls_with_the_gradient_of_dpo(small):
     wanted = torch.cat([g.flatten().double() for g in grads])
     small.config = replace(small.config, aggregate="sequence", tis=0.0)
     pulled = gzero.prefer(small, pairs, started)
-    found = gradient(small, pulled, algos.make_loss(small.config)) / algos.weigh(pulled, small.config)
+    found = gradient(small, pulled, algos.make_loss(small.config)) / 4       # a mean over four responses
     assert torch.allclose(2 * found, wanted, atol=1e-5)
 
 
