@@ -11,11 +11,12 @@ no word of the tool has a gradient. The reward comes at the end: is the number b
 
 No paper claims this, and every report of an agent takes it for granted: does RL learn to call,
 because calling helps? So the control is a tool that LIES: some other number of as many digits, and
-a call is never right, a guess often. In "none" nothing answers: the model writes the tool's words
-itself. All arms begin with the same lessons: the formats base on texts of which half call and the
-others guess, wrongly in 60%. Products up to 99, since that base copies no larger number.
-evaluate.py asks factors that no arm saw, with the tool at hand, which is a sampler to it. What was
-said is in samples.html beside the picture, the tool's words underlined.
+a call is never right, a guess sometimes. In "none" nothing answers: the model writes the tool's
+words itself, and what the form of a call is worth without a tool can be seen. All arms begin with
+the same lessons: the formats base on texts of which half call and the others guess, wrongly in 60%.
+Products up to 99, since that base copies no larger number. evaluate.py asks factors that no arm
+saw, with the tool at hand, which is a sampler to it. What was said is in samples.html beside the
+picture, the tool's words underlined.
 
     python -m ideas.tools
     python -m bench ideas --names tools
@@ -190,7 +191,8 @@ def main(argv=None):
     gain = 100 * (table["right"]["calls"] - table["lies"]["calls"])
     picture(trial, x="rollout", y="share of right samples", calls=("rollout", "share of answers that call"))
     view.samples(trial.folder)
-    return finish(trial, (gain, 0.0), table)
+    more = 100 * (table["right"]["avg"] - table["none"]["avg"])
+    return finish(trial, (gain, 0.0), table, note=f"(accuracy against no tool {more:+.1f})")
 
 
 if __name__ == "__main__":
