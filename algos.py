@@ -164,8 +164,9 @@ def weigh(groups, config):
 
 # -----------------------------------------------------------------------------
 # the table. The clips of cispo (none below) and of holder, and prorl's KL coefficient, are ours:
-# their papers leave them open. dppo has the settings of its authors' script (verl); what maxrl has
-# beside its baseline is dr_grpo's
+# their papers leave them open. dppo has the settings of its authors' script (verl), and the cut of
+# their loss at 20, which that script lifts; what maxrl has beside its baseline is dr_grpo's, with
+# the clips of its authors' script
 
 ALGORITHMS = {
     "grpo": dict(
