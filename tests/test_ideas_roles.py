@@ -89,7 +89,7 @@ def test_bad_input_is_one_line_before_anything_is_trained(name, words, said, her
 
 def test_sdpo_reads_the_first_right_sibling_that_is_not_itself():
     """as in the picture of its file: with right ones at 1 and 3, sample 1 reads 3 and all others read 1; a
-    single right one teaches the others and is left out; the control distils the same samples"""
+    single right one teaches the others and is left out; the control distils those that have a wrong sibling too"""
     group = group_of("abcd", [0.0, 1.0, 0.0, 1.0])
     pairs = {shown.index: [s.index for s in samples] for samples, shown in sdpo.readers(group, "sdpo")}
     assert pairs == {1: [0, 2, 3], 3: [1]}
