@@ -11,12 +11,12 @@ no word of the tool has a gradient. The reward comes at the end: is the number b
 
 No paper claims this, and every report of an agent takes it for granted: does RL learn to call,
 because calling helps? So the control is a tool that LIES: some other number of as many digits, and
-a call is never right, a guess sometimes. In "none" nothing answers: the model writes the tool's
-words itself, and what the form of a call is worth without a tool can be seen. All arms begin with
+a call is never right, a guess sometimes. What counts is the weaker half: how far calls rise with a
+right tool, how far they fall with a lying one. In "none" nothing answers: the model writes the
+tool's words itself, and calls rise for their form alone; the note says how far. All arms begin with
 the same lessons: the formats base on texts of which half call and the others guess, wrongly in 60%.
-Products up to 99, since that base copies no larger number. evaluate.py asks factors that no arm
-saw, with the tool at hand, which is a sampler to it. What was said is in samples.html beside the
-picture, the tool's words underlined.
+Products up to 99, since that base copies no larger number. Asked are factors that no arm saw in
+either order. What was said is in samples.html beside the picture, the tool's words underlined.
 
     python -m ideas.tools
     python -m bench ideas --names tools
@@ -40,7 +40,7 @@ from rollout import Sample, completion
 from stages import Settings, advantage, close, collect, learn, next_problems, setup
 
 CLAIM = Claim(paper="", says="RL learns to call a tool that is right, and to stop calling one that lies",
-              measured="answers with a call, a right tool against a lying one", smallest=20.0)
+              measured="calls: rise with a right tool, or fall with a lying one if less", smallest=20.0)
 ARMS = ("right", "lies", "none")
 STOP = "]"                               # ends a turn
 LARGEST = 99                             # product
@@ -64,9 +64,9 @@ class Config(Idea):
 
 @cache
 def questions(held_out):
-    """-> those that arms learn from, or those that are asked: one pair of factors in seven"""
+    """-> those that arms learn from, or those that are asked: one pair in seven, in both orders"""
     pairs = [(a, b) for a in range(2, LARGEST) for b in range(2, LARGEST // a + 1)]
-    mine = [(a, b) for a, b in pairs if (data.split_of(f"times {a} {b}") != "train") == held_out]
+    mine = [p for p in pairs if (data.split_of(f"times {min(p)} {max(p)}") != "train") == held_out]
     return [data.Problem(f"T{a}*{b}=", str(a * b), i, {"task": TASK}) for i, (a, b) in enumerate(mine)]
 
 
@@ -188,11 +188,12 @@ def main(argv=None):
     results = {arm: train(arm, trial, config) for arm in ARMS}
     keys = ("avg_before", "calls_before", "avg", "calls")
     table = {arm: dict(zip(keys, before + after)) for arm, (before, after) in results.items()}
-    gain = 100 * (table["right"]["calls"] - table["lies"]["calls"])
+    calls = {arm: 100 * (row["calls"] - row["calls_before"]) for arm, row in table.items()}
     picture(trial, x="rollout", y="share of right samples", calls=("rollout", "share of answers that call"))
     view.samples(trial.folder)
     more = 100 * (table["right"]["avg"] - table["none"]["avg"])
-    return finish(trial, (gain, 0.0), table, note=f"(accuracy against no tool {more:+.1f})")
+    return finish(trial, (min(calls["right"], -calls["lies"]), 0.0), table,
+                  note=f"(calls without a tool {calls['none']:+.1f}, accuracy above it {more:+.1f})")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_bad_input_is_one_line_before_anything_is_trained(name, words, said, her
 
 def test_sdpo_reads_the_first_right_sibling_that_is_not_itself():
     """as in the picture of its file: with right ones at 1 and 3, sample 1 reads 3 and all others read 1; a
-    single right one teaches the others and is left out; the control distils those that have a wrong sibling too"""
+    single right one teaches the others and is left out; the control distils what has a wrong one too"""
     group = group_of("abcd", [0.0, 1.0, 0.0, 1.0])
     pairs = {shown.index: [s.index for s in samples] for samples, shown in sdpo.readers(group, "sdpo")}
     assert pairs == {1: [0, 2, 3], 3: [1]}
@@ -169,6 +169,8 @@ def test_tools_asks_what_no_lesson_shows():
     asked, known = tools.questions(held_out=True), tools.questions(held_out=False)
     gold = {p.prompt: p.gold for p in known}
     assert len(asked) > 30 and len(known) > 5 * len(asked) and not {p.prompt for p in asked} & {*gold}
+    turned = [tuple(p.prompt[1:-1].split("*")[::-1]) for p in asked]
+    assert not {f"T{a}*{b}=" for a, b in turned} & {*gold}, "4*17 gives 17*4 away"
     rng = np.random.default_rng(0)
     lessons = [tools.lesson(i, rng, TOK) for i in range(2000)]
     texts = [(TOK.decode(s.prompt), TOK.decode(s.tokens)) for s in lessons]
