@@ -10,10 +10,11 @@ No judge, no vote, no reward. a is an answer without the hint, c one with it:
     loss = -log sigmoid(beta ((log p - log p_start)(c) - (log p - log p_start)(a))), means per token
 
 As in the paper's code (Chengsong-Huang/G-Zero): lengths normalised, beta 2, the upper half of delta
-thrown away (a hint that gives the answer away). Left out: the proposer, a model that learns to write
+thrown away (a hint that gives the answer away; there of the whole pool, here of each rollout). Left
+out: temperature 0.7, filters of malformed texts, and the proposer, a model that learns to write
 questions and hints with a large delta. A model of this size cannot write them: hints are the first
 steps of known solutions, so this is half of the paper, and less than "zero data".
-The paper: Qwen3-8B-Base and Llama-3.1-8B improve on chat and on AIME 25 without any verifier; its
+The paper: Qwen3-8B-Base and Llama-3.1-8B-Instruct improve on chat and on AIME 25 without any verifier; its
 tables we could not read. Here: Countdown; asked without hints. Does delta know what is difficult (its
 rank correlation with the pass rate without a hint)? Does DPO raise what is right without a hint?
 "sft" imitates the same chosen answers; controls: "upper", the half that the paper throws away, and
@@ -131,11 +132,11 @@ def make_pairs(rl, arm, config):
     """-> [(with the hint, without)], both behind the plain prompt; all sampled by the start"""
     pairs = []
     for _ in range(2 * config.steps):                            # half of them are thrown away
-        problems = next_problems(rl, config.prompts)
+        # in one order for all that follows: a stranger is the next one
+        problems = sorted(next_problems(rl, config.prompts), key=lambda p: p.id)
         plain = [g[0] for g in sorted(collect(rl, problems, 1, reward=False), key=lambda g: g[0].problem)]
         shown = [g[0] for g in sorted(collect(rl, hinted(problems, arm), 1, reward=False),
                                       key=lambda g: g[0].problem)]
-        problems.sort(key=lambda p: p.id)
         for place in chosen_half(deltas(rl, plain, problems, arm), arm):
             pairs.append((replace(shown[place], prompt=plain[place].prompt), plain[place]))
     return pairs
@@ -152,7 +153,7 @@ def train(arm, trial, config):
     def ask():
         return evaluate(rl.sampler, rl.tok, rl.task, rl.workers, asked, 8, config.max_new, scores=True)
 
-    before = ask()
+    before = ask() if arm == "dpo" else None                     # all arms begin alike
     known = knows_difficulty(rl, trial, config) if arm == "dpo" else None
     pairs = make_pairs(rl, arm, config)
     started = mean_logp(rl, [s for pair in pairs for s in pair]).reshape(-1, 2)

@@ -534,6 +534,22 @@ def test_gzero_keeps_the_lower_half():
     assert [p.prompt for p in gzero.hinted(problems, "stranger")] == ["H4+5=9|C1 2=3:", "H1+2=3|C4 5=9:"]
 
 
+def test_gzero_judges_a_pair_by_the_hint_that_was_shown(small, monkeypatch):
+    """a stranger's hint once was another one for delta than for the sampler: the problems were sorted in
+    between"""
+    hinted = gzero.hinted
+    shown = []
+
+    def watched(problems, arm="dpo"):
+        found = hinted(problems, arm)
+        shown.append({p.id: p.prompt for p in found})
+        return found
+    monkeypatch.setattr(gzero, "hinted", watched)
+    pairs = gzero.make_pairs(small, "stranger", SimpleNamespace(steps=1, prompts=5))
+    assert len(pairs) == 4 and len(shown) == 4
+    assert shown[0] == shown[1] and shown[2] == shown[3]
+
+
 def test_gzero_ranks():
     assert gzero.ranks([3, 1, 1, 5]).tolist() == [2, 0.5, 0.5, 3]
     assert gzero.rank_correlation([1, 2, 30], [0.1, 0.2, 0.3]) == pytest.approx(1)
