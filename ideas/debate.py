@@ -87,7 +87,8 @@ def voted(rl, group):
 
 
 def ask(rl, arm, config):
-    """-> a result as evaluate()'s: what is voted for, the mean of all answers, and what a checker picks"""
+    """-> a result as evaluate()'s: the vote, that after a debate, the mean of the answers of each round, and
+    what a checker picks"""
     asked = rl.task.problems("test", config.asked, config.seed)
     found = debate(rl, asked, strangers=arm == "strangers", seed=SEED)
     rewards = {id: [[s.reward for s in four] for four in rounds] for id, rounds in found.items()}
@@ -99,7 +100,8 @@ def ask(rl, arm, config):
               "best of 8": np.mean([pass_at(2 * FOUR, count, 2 * FOUR) for count in right]),
               "scores": {"maj": votes, "debate": votes}}
     if arm == "plain":
-        eight = evaluate(rl.sampler, rl.tok, rl.task, rl.workers, asked, 2 * FOUR, config.max_new, scores=True)
+        k = 2 * FOUR
+        eight = evaluate(rl.sampler, rl.tok, rl.task, rl.workers, asked, k, config.max_new, scores=True)
         result |= {"maj": eight["maj"], "best of 8": eight["pass@8"]}
         result["scores"]["maj"] = eight["scores"]["maj"]
     return result
