@@ -38,10 +38,17 @@ def centred(r):
     return r - r.mean() if varies(r) else np.zeros(len(r))
 
 
+def relative(r):
+    """MaxRL: (r - mean) / mean, the gradient of log P(right) instead of P(right) as samples become
+    many: one right of eight counts seven times as much as seven of eight. None right: nothing."""
+    return centred(r) / r.mean() if r.mean() > 0 else np.zeros(len(r))
+
+
 BASELINES = {
     "group": lambda r: centred(r) / (r.std() + 1e-6),
     "mean": centred,
     "loo": lambda r: centred(r) * len(r) / max(1, len(r) - 1),   # r minus the mean of the others
+    "relative": relative,
 }
 
 # -----------------------------------------------------------------------------
@@ -86,25 +93,38 @@ def power(x_N, sample_N, lengths_S, p):
 RATIOS = {"token": token, "sequence": sequence, "power": power}
 
 # -----------------------------------------------------------------------------
-# axis 3, the trust region: log-ratio and advantage of each prediction -> the objective, to be
-# maximised
+# axis 3, the trust region: log-ratio and advantage of each prediction, and its log-prob under the
+# policy that sampled -> the objective, to be maximised
 
 
-def clip(x, A, low, high):
+def clip(x, A, low, high, old):
     """PPO: no gradient outside 1 - low .. 1 + high."""
     return torch.minimum(x.exp() * A, x.exp().clamp(1 - low, 1 + high) * A)
 
 
-def weight(x, A, low, high):
+def weight(x, A, low, high, old):
     """CISPO: a bounded gradient everywhere."""
     return x.detach().exp().clamp(1 - low, 1 + high) * A * x
 
 
-def no_trust(x, A, low, high):
+def moved_by(x, old):
+    """pi - mu, where mu is the probability under the policy that sampled"""
+    return old.exp() * x.detach().expm1()
+
+
+def probability(x, A, low, high, old):
+    """DPPO (binary total variation): no gradient where the probability itself has moved by more
+    than low or high, in the advantage's direction. A ratio of 9 is nothing to a token of 1e-4; one
+    of 0.8 takes a fifth of all mass from a certain one. Weights are cut at 20."""
+    inside = torch.where(A > 0, moved_by(x, old) <= high, moved_by(x, old) >= -low)
+    return inside * x.detach().exp().clamp(max=20) * A * x
+
+
+def no_trust(x, A, low, high, old):
     return x.exp() * A
 
 
-TRUSTS = {"clip": clip, "weight": weight, "none": no_trust}
+TRUSTS = {"clip": clip, "weight": weight, "probability": probability, "none": no_trust}
 
 # -----------------------------------------------------------------------------
 # axis 4, aggregation: length of a response -> (weight of each of its tokens, its share of the
@@ -144,7 +164,9 @@ def weigh(groups, config):
 
 # -----------------------------------------------------------------------------
 # the table. The clips of cispo (none below) and of holder, and prorl's KL coefficient, are ours:
-# their papers leave them open
+# their papers leave them open. dppo has the settings of its authors' script (verl), and the cut of
+# their loss at 20, which that script lifts; what maxrl has beside its baseline is dr_grpo's, with
+# the clips of its authors' script
 
 ALGORITHMS = {
     "grpo": dict(
@@ -170,6 +192,12 @@ ALGORITHMS = {
     "prorl": dict(
         baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.4, aggregate="token",
         temperature=1.2, kl_coef=1e-3, dynamic=True, reset_every=100),
+    "dppo": dict(
+        baseline="mean", ratio="token", trust="probability", clip_low=0.15, clip_high=0.15,
+        aggregate="constant"),
+    "maxrl": dict(
+        baseline="relative", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2,
+        aggregate="constant"),
 }
 
 
@@ -177,11 +205,11 @@ ALGORITHMS = {
 class Algo:
     """the algorithm: a row of the table, and what overrides it"""
     algo: Literal[*ALGORITHMS] = "dr_grpo"  # a row of the table; each axis has its own flag below
-    baseline: Literal["", *BASELINES] = ""  # (r - mean) / std of the group; r - mean; leave one out
+    baseline: Literal["", *BASELINES] = ""  # (r - mean) / std; r - mean; leave one out; / mean
     ratio: Literal["", *RATIOS] = ""     # of the token; geometric or power mean of the response
-    trust: Literal["", *TRUSTS] = ""     # PPO's clip; clipped weights that keep the gradient; none
-    clip_low: float | None = None        # the ratio is clipped below 1 - this
-    clip_high: float | None = None       # and above 1 + this
+    trust: Literal["", *TRUSTS] = ""     # PPO's clip; weights that keep the gradient; pi - old; none
+    clip_low: float | None = None        # the ratio is clipped below 1 - this (probability: old - this)
+    clip_high: float | None = None       # and above 1 + this (probability: old + this)
     aggregate: Literal["", *AGGREGATES] = ""  # over tokens; sequences; --max-new; by length^-a
     length_power: float | None = None    # the a of --aggregate length: 0 tokens, 1 responses are equal
     power: float | None = None  # the p of --ratio power at the start of the run; may be negative
@@ -234,6 +262,8 @@ def with_algorithm(config):
         (c.overlong > c.max_new, f"--overlong {c.overlong} is above --max-new {c.max_new}"),
         (c.clip_low and c.clip_low > 1,
          f"--clip-low {c.clip_low}: a ratio is never below 0, so give at most 1"),
+        (c.trust == "probability" and c.ratio != "token",
+         f"--trust probability is about the probability of a token, and --ratio is {c.ratio}"),
         (c.cov and not 0 < c.cov_share < 1,
          f"--cov-share {c.cov_share} is a share of the tokens: give a number between 0 and 1"),
         (c.cov == "kl" and not several_updates(c),
@@ -345,7 +375,7 @@ def make_loss(config, done=0.0, old=None, marked=None, reference=None):
         lengths_S = zeros_S.index_add_(0, batch.sample_N, ones_N).clamp(min=1)
         x_N = logp_N - old_N
         logratio_N = RATIOS[c.ratio](x_N, batch.sample_N, lengths_S, p)
-        objective_N = TRUSTS[c.trust](logratio_N, batch.advantage_N, c.clip_low, c.clip_high)
+        objective_N = TRUSTS[c.trust](logratio_N, batch.advantage_N, c.clip_low, c.clip_high, old_N)
         if c.cov == "clip":
             objective_N = objective_N * (1 - by_address(marked, batch))
         elif c.cov == "kl":
@@ -367,7 +397,10 @@ def make_loss(config, done=0.0, old=None, marked=None, reference=None):
         with torch.no_grad():
             ratio_N = logratio_N.exp()
             outside_N = ratio_N < 0
-            if c.trust != "none":
+            if c.trust == "probability":
+                moved_N = moved_by(logratio_N, old_N)
+                outside_N = (moved_N < -c.clip_low) | (moved_N > c.clip_high)
+            elif c.trust != "none":
                 outside_N = (ratio_N < 1 - c.clip_low) | (ratio_N > 1 + c.clip_high)
             stats = dict(
                 tokens=len(logp_N),

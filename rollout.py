@@ -656,7 +656,7 @@ class Sampler:
 
     def _string_end(self, s, n):
         """-> after which of its first n tokens the text holds a stop string, or FAR. Only the tail of
-        each new token is decoded; what matched stays."""
+        each new token is decoded; what matched stays. One in the text to resume stops nothing."""
         strings = s.group.stop_strings
         if not strings:
             return FAR
@@ -665,9 +665,12 @@ class Sampler:
         first = s.slot * self.width
         start = max(0, s.searched - reach)
         tokens = self.tokens[first + start : first + n].tolist()
-        for end in range(max(s.searched, len(s.tokens)) + 1, n + 1):
-            text = self.tok.decode(tokens[max(0, end - start - reach) : end - start])
-            if any(x in text for x in strings):
+        given = len(s.tokens)                        # of these, those that it entered with
+        for end in range(max(s.searched, given) + 1, n + 1):
+            low = max(0, end - start - reach)
+            text = self.tok.decode(tokens[low : end - start])
+            old = len(self.tok.decode(tokens[low : max(low, given - start)]))
+            if any(text.find(x, max(0, old - len(x) + 1)) >= 0 for x in strings):
                 return end
         s.searched = n
         return FAR

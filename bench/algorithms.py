@@ -18,7 +18,7 @@ what there is.
     entropy, length     of the last five rollouts
     seconds             of all steps, by the clock, evaluations left out
 
-    python -m bench algorithms                             54 runs, under an hour on two cores
+    python -m bench algorithms                             66 runs, about an hour on two cores
     python -m bench algorithms --rows vl_norm,dr_grpo --seeds 10
 """
 import json

@@ -227,7 +227,7 @@ def sample_rows(rl, groups):
         prompt=by_id[s.problem].prompt,
         text=completion(s, rl.tok),
         pieces=[rl.tok.decode([t]) for t in s.tokens],
-        logprobs=s.logprobs,
+        logprobs=[None if math.isnan(x) else x for x in s.logprobs],     # forced: there is none
         advantage=s.advantage,
         reward=s.reward,
         finished=s.finished,

@@ -82,7 +82,8 @@ def by_hand(algo, r, lengths, x, i, extra):
     has it: rewards r and lengths of the group, log-ratios x of the response; extra: what the
     whole batch knows"""
     L, rho = lengths[i], np.exp(x)
-    A = {"dr_grpo": r - r.mean(), "vl_norm": r - r.mean(), "rloo": r - (r.sum() - r) / (len(r) - 1)}
+    A = {"dr_grpo": r - r.mean(), "vl_norm": r - r.mean(), "rloo": r - (r.sum() - r) / (len(r) - 1),
+         "dppo": r - r.mean(), "maxrl": (r - r.mean()) / r.mean()}
     A = A.get(algo, (r - r.mean()) / (r.std() + 1e-6))[i]
     s, tokens, n = np.exp(x.mean()), extra["tokens"], extra["responses"]
     if algo == "grpo":
@@ -93,6 +94,12 @@ def by_hand(algo, r, lengths, x, i, extra):
         return A * rho * inside(rho, A, 0.2, 0.2) / 20 / n
     if algo == "rloo":
         return A * rho / 20 / n
+    if algo == "dppo":
+        mu = extra["mu"]
+        inside_d = rho * mu - mu <= 0.15 if A > 0 else rho * mu - mu >= -0.15
+        return A * np.minimum(rho, 20) * inside_d / 20 / n
+    if algo == "maxrl":
+        return A * rho * inside(rho, A, 0.2, 0.2) / 20 / n
     if algo == "gspo":
         return A * s * inside(s, A, 3e-4, 4e-4) / L / n * np.ones(L)
     if algo == "cispo":
@@ -142,6 +149,7 @@ def test_every_row_is_three_lines_of_numpy(algo, seed):
             h, logp = alone(policy, s)
             here = np.arange(len(s.tokens)), s.tokens
             extra["reference"] = np.exp(alone(other, s)[1][here] - logp[here])
+            extra["mu"] = np.exp(old[address(s)])
             c = by_hand(algo, r, lengths, logp[here] - old[address(s)], i, extra)
             theirs -= (c[:, None] * (np.eye(SHAPE.vocab_size)[s.tokens] - np.exp(logp))).T @ h / T
     assert close(ours, theirs)
@@ -164,7 +172,8 @@ def test_gradient_on_three_actions_is_the_closed_form(algo):
     (value / 4).backward()
     pi, r = W.detach().exp().squeeze(), torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
     drawn = np.array([1.0, 1, 0, 3])
-    scale = {"mean": 1.0, "loo": 4 / 3, "group": 1 / (drawn.std() + 1e-6)}[config.baseline]
+    scale = {"mean": 1.0, "loo": 4 / 3, "group": 1 / (drawn.std() + 1e-6),
+             "relative": 1 / drawn.mean()}[config.baseline]
     assert torch.allclose(-W.grad.squeeze(), scale * pi * (r - (pi * r).sum()), atol=1e-12)
 
 
@@ -177,6 +186,9 @@ def test_a_baseline_of_equal_rewards_gives_no_advantage():
         assert np.abs(baseline(np.ones(4))).max() == 0, name
         assert abs(baseline(np.array([1.0, 0, 0, 1])).sum()) < 1e-9, name
     assert np.allclose(algos.BASELINES["loo"](np.array([1.0, 0, 0])), [1 - 0, 0 - 0.5, 0 - 0.5])
+    assert np.allclose(algos.BASELINES["relative"](np.array([1.0, 0, 0])), [2, -1, -1])
+    for r in (np.zeros(3), np.array([-1.0, 0, 0])):
+        assert not algos.BASELINES["relative"](r).any(), "none right: nothing, and no division by it"
 
 
 def test_overlong_answers_pay_softly():
@@ -191,7 +203,7 @@ def test_clipping_stops_the_gradient_of_what_has_moved_far_enough():
     for ratio, A, moves in [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, -1.0, False),
                             (0.5, 1.0, True), (1.1, 1.0, True)]:
         x = torch.tensor(ratio).log().requires_grad_()
-        TRUSTS["clip"](x, torch.tensor(A), 0.2, 0.28).backward()
+        TRUSTS["clip"](x, torch.tensor(A), 0.2, 0.28, None).backward()
         assert (x.grad != 0) == moves, (ratio, A)
 
 
@@ -199,8 +211,35 @@ def test_a_clipped_weight_keeps_its_gradient():
     """CISPO: the token that turns a solution round is rare, so its ratio leaves the clip first;
     its gradient must not end there"""
     x = torch.tensor(9.0).log().requires_grad_()
-    TRUSTS["weight"](x, torch.tensor(1.0), 1.0, 4.0).backward()
+    TRUSTS["weight"](x, torch.tensor(1.0), 1.0, 4.0, None).backward()
     assert torch.isclose(x.grad, torch.tensor(5.0))
+
+
+def test_a_probability_may_move_by_so_much_and_no_further():
+    """DPPO: a rare token ten times as likely is still inside, where PPO's clip stops it; a certain one at 0.8
+    of its ratio is outside, where the clip keeps it; only the advantage's own direction is held"""
+    for mu, pi, A, grad in [(1e-3, 1e-2, 1.0, 10.0), (0.99, 0.80, -1.0, 0.0), (0.99, 0.80, 1.0, 0.80 / 0.99),
+                            (0.5, 0.64, 1.0, 1.28), (0.5, 0.66, 1.0, 0.0), (0.5, 0.66, -1.0, -1.32),
+                            (1e-4, 1e-2, 1.0, 20.0)]:
+        old = torch.tensor(mu, dtype=torch.float64).log()
+        x = (torch.tensor(pi, dtype=torch.float64).log() - old).requires_grad_()
+        TRUSTS["probability"](x, torch.tensor(A), 0.15, 0.15, old).backward()
+        assert x.grad.item() == pytest.approx(grad, abs=1e-12), (mu, pi, A)
+
+
+def test_relative_rewards_are_the_gradient_of_the_log_of_what_is_right():
+    """MaxRL: A = (r - mean) / mean over very many samples of three actions gives d log p, p the chance of the
+    right ones, where the mean alone gives d p"""
+    logits = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    right = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+    p = logits.softmax(0)
+    counts = (p.detach() * 1_000_000).round().long()
+    r = np.repeat(right.numpy(), counts)
+    A = torch.tensor(algos.BASELINES["relative"](r))
+    action = torch.repeat_interleave(torch.arange(3), counts)
+    (found,) = torch.autograd.grad((A * p.log()[action]).mean(), logits, retain_graph=True)
+    (wanted,) = torch.autograd.grad((p * right).sum().log(), logits)
+    assert torch.allclose(found, wanted, atol=1e-5)
 
 
 SAMPLE_N = torch.tensor([0] * 5 + [1] + [2] * 30)
@@ -296,7 +335,8 @@ def test_before_the_first_update_every_ratio_and_trust_region_has_one_gradient()
     for ratio in RATIOS:
         for trust in TRUSTS:
             x = torch.zeros(len(SAMPLE_N), dtype=torch.float64, requires_grad=True)
-            TRUSTS[trust](RATIOS[ratio](x, SAMPLE_N, LENGTHS_S, -1.5), A, 0.2, 0.2).sum().backward()
+            log_ratio = RATIOS[ratio](x, SAMPLE_N, LENGTHS_S, -1.5)
+            TRUSTS[trust](log_ratio, A, 0.2, 0.2, torch.full_like(A, -0.5)).sum().backward()
             found[ratio, trust] = x.grad
     assert len(found) == len(RATIOS) * len(TRUSTS)
     assert all(torch.allclose(g, A, atol=1e-12, rtol=0) for g in found.values())
@@ -581,6 +621,7 @@ def test_a_settled_config_settles_again(algo):
     (dict(algo="rloo", clip_high=0.3), "--clip-high says nothing here: --trust is none"),
     (dict(algo="grpo", trust="none", clip_low=0.3), "--trust is none"),
     (dict(algo="gspo", power=1.0), "--power says nothing here: --ratio is sequence"),
+    (dict(algo="gspo", trust="probability"), "--trust probability is about the probability of a token"),
     (dict(algo="grpo", power_end=1.0), "--ratio is token"),
     (dict(algo="dapo", length_power=1.0), "--aggregate is token"),
     (dict(epochs=0), "--epochs"),

@@ -237,7 +237,7 @@ assert run("--name", "reward", "--reward", "minus.py:score")["reward_failed"] ==
 
 # the loss: where the ratio is within, as PPO; outside, a way back
 x, A = torch.tensor([0.0, 0.5, -0.5], requires_grad=True), torch.tensor([1.0, 1.0, -1.0])
-slope, = torch.autograd.grad(algos.TRUSTS["spo"](x, A, 0.2, 0.2).sum(), x)
+slope, = torch.autograd.grad(algos.TRUSTS["spo"](x, A, 0.2, 0.2, x).sum(), x)
 assert slope[0] == 1 and slope[1] < 0 < slope[2]
 m = run("--name", "loss", "--trust", "spo", "--reward", "digits.py:score", "--minibatch", "3", "--lr", "1e-2")
 assert m["grad_norm"] > 0 and math.isfinite(m["clipped"])

@@ -521,6 +521,31 @@ def test_stop_strings(model):
             assert len(b.logprobs) == len(want)
 
 
+def test_a_stop_string_in_the_text_to_resume_stops_nothing(model):
+    """A calculator's call ended a turn with "]". Its answer was forced, the sample resumed, and the next turn
+    ended with its first token: the last few tokens are searched, and the old "]" was among them. No call was
+    ever answered rightly, and RL learned not to call."""
+    for kind in KINDS:
+        sampler = Sampler(model, (), Letters(), slots=4, **kind)
+        (free,) = sampler.generate([PROMPTS[2]], 2, 30)
+        for s in free:
+            word = Letters().decode(s.tokens[6:8])
+            forced = s.tokens[:8]
+            for new in ([word], [Letters().decode(s.tokens[7:9])]):      # all of it old; half of it new
+                sampler.submit(0, PROMPTS[2], 1, 30, resume=[forced], stop_strings=new)
+                (again,) = ended(sampler)
+                text = Letters().decode(again.tokens)
+                later = text.find(new[0], 8 - len(new[0]) + 1)
+                assert len(again.tokens) == (later + 2 if later >= 0 else 30)
+
+
+def ended(sampler):
+    found = []
+    while sampler.live:
+        found += sampler.step()
+    return found
+
+
 def test_the_text_of_a_sample():
     """The last token of every sample that had stopped was dropped from its text, also where a
     stop STRING had ended it: "7*6=42;" with ";" as the string reached its judge as "7*6=42", and
