@@ -15,7 +15,7 @@ SCRIPTS = ["speedrun.sh", "test.sh", ".ci/run"]
 def test_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["name"] == "nanorl" and project["project"]["requires-python"] == ">=3.11"
-    assert set(project["project"]["optional-dependencies"]) == {"gpu", "dev", "bench", "math", "wandb"}
+    assert set(project["project"]["optional-dependencies"]) == {"gpu", "dev", "bench", "math", "gym", "wandb"}
     assert project["tool"]["setuptools"]["py-modules"] == [], "it installs dependencies only"
     assert "MIT" in (ROOT / "LICENSE").read_text()
 
