@@ -43,6 +43,14 @@ def test_ci_runs_the_tests_and_nothing_else():
     assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "exec ./test.sh"]
 
 
+def test_the_workflow_runs_the_tests_and_nothing_else():
+    text = (ROOT / ".github/workflows/test.yml").read_text()
+    assert re.findall(r"- run: (.*)", text) == ["./test.sh"] and "run: |" not in text
+    assert set(re.findall(r"uses: (\S+)@", text)) == {"actions/checkout", "actions/setup-python"}
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert f'python-version: "{oldest.removeprefix(">=")}"' in text
+
+
 def test_an_old_python_is_said(tmp_path):
     """in a copy, so that no .venv is made or found here"""
     (tmp_path / "speedrun.sh").write_text((ROOT / "speedrun.sh").read_text())
