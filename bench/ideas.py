@@ -2,7 +2,7 @@
 python -m bench ideas: what the papers of ideas/ claim, over seeds, and the verdict, which is computed.
 
 Runs the seeds that are missing, two at a time with one thread each; the same command again continues after
-an interrupt. Writes records/ideas/NAME.json and NAME.png, and the table of ideas/README.md. The words:
+an interrupt. Writes records/ideas/NAME.json and NAME.png, and the gallery of ideas/README.md. The words:
 
     holds here          the mean gain is above 0 (t interval over seeds, 95%); "but small": below the smallest
                         gain that the CLAIM calls worth having
@@ -43,7 +43,22 @@ RECORDS = ROOT / "records" / "ideas"
 README = ROOT / "ideas" / "README.md"
 BEGIN = "<!-- the table: written by python -m bench ideas -->"
 END = "<!-- the end of the table -->"
-HEAD = "| idea | paper | lines | command | claim | measured, 95% interval | verdict | CPU minutes per seed |"
+HEAD = "| picture | paper, file, command | measured here, 95% interval | verdict |"
+WIDTH = 300                          # of a picture in the table, in pixels
+# what they teach: ideas, in the order in which to read them; those with a record come first, and what is
+# in no group comes last
+GROUPS = {
+    "Is there anything to see?": "harness muon",
+    "Which samples teach, and how much": "darling evol dupo order chunks treepo relex routing",
+    "Tools, turns, other players, one's own texts": "tools debate selfplay gzero sdpo forgetting collapse",
+    "Optimizers": "dion galore gradpower qsgd batch pma mup zsl roundpipe",
+    "What a model is trained on, and for": "tst fim ahead depth tokens script_bpe mixture memorize distill "
+                                           "winter merging evolve",
+    "Attention, caches, long texts": "context lighthouse lact cartridges xquant sinks limit",
+    "Few bits": "paretoq signround fp4 precision",
+    "Experts": "moe esft",
+}
+REST = "More"
 OF_A_SEED = ("seed", "gain", "se", "table", "note", "minutes", "gflops", "commit", "source")
 
 
@@ -194,23 +209,40 @@ def measured(record):
     return f"{mean:+.2g} +-{half:.2g} {times}{unit}, {len(gains)} seeds"
 
 
+def grouped(names):
+    """-> {title: names}, each name once"""
+    found = {title: [name for name in words.split() if name in names] for title, words in GROUPS.items()}
+    placed = {name for group in found.values() for name in group}
+    found[REST] = [name for name in names if name not in placed]
+    return {title: group for title, group in found.items() if group}
+
+
 def table(found):
-    """-> the lines of the table in ideas/README.md"""
-    lines = [HEAD, "|---" * HEAD.count(" | ") + "|---|"]
-    for name in known():
-        claim = claim_of(name)
-        paper = f"[{claim.paper}](https://arxiv.org/abs/{claim.paper})" if claim.paper else ""
-        count = len((ROOT / "ideas" / f"{name}.py").read_text().splitlines())
-        cells = [f"[{name}]({name}.py)", paper, str(count), f"`python -m ideas.{name}`", claim.says]
-        record = found.get(name)
-        if record:
-            minutes = statistics.fmean(row["minutes"] for row in record["seeds"])
-            picture = f"[{measured(record)}](../records/ideas/{name}.png)"
-            cells += [f"{claim.measured}: {picture}", record["verdict"], f"{minutes:.1f}"]
-        else:
-            cells += [f"{claim.measured}: not measured yet", "", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    """-> the lines of the gallery in ideas/README.md: what came out, then a table for each group"""
+    names = known()
+    verdicts = [found[name]["verdict"] for name in names if name in found]
+    words = sorted(set(verdicts), key=lambda said: (-verdicts.count(said), said))
+    counts = [f"{verdicts.count(said)} {said}" for said in words]
+    lines = [f"{len(names)} files, {len(verdicts)} with a record: {', '.join(counts) or 'none yet'}.", ""]
+    for title, group in grouped(names).items():
+        lines += [f"### {title}", "", HEAD, "|---|---|---|---|"]
+        measured_first = sorted(group, key=lambda name: name not in found)
+        lines += [row(name, claim_of(name), found.get(name)) for name in measured_first]
+        lines.append("")
+    return lines[:-1]
+
+
+def row(name, claim, record):
+    paper = f"[{claim.paper}](https://arxiv.org/abs/{claim.paper}): " if claim.paper else ""
+    count = len((ROOT / "ideas" / f"{name}.py").read_text().splitlines())
+    what = f"**[{name}]({name}.py)** {paper}{claim.says}<br>`python -m ideas.{name}`, {count} lines"
+    if not record:
+        return f"| no record yet | {what} | {claim.measured}: not measured yet | |"
+    minutes = statistics.fmean(row["minutes"] for row in record["seeds"])
+    place = f"../records/ideas/{name}.png"
+    picture = f'<a href="{place}"><img src="{place}" width="{WIDTH}" alt="{name}"></a>'
+    return (f"| {picture} | {what}, {minutes:.1f} CPU minutes per seed | {claim.measured}: "
+            f"{measured(record)} | **{record['verdict']}** |")
 
 
 def write_table():

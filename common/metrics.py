@@ -216,10 +216,13 @@ def status(step, config, m):
 
 
 def sample_rows(rl, groups):
-    """16 samples of a step for samples.jsonl: text, the token pieces and their log-probs."""
+    """16 samples of a step for samples.jsonl: text, the token pieces and their log-probs. They are
+    whole groups, so that what was right stands beside what was wrong; of a group of more than 16,
+    every second or third sample."""
     by_id = {p.id: p for p in rl.problems}
-    samples = [s for g in in_order(groups) for s in g]
-    chosen = samples[:: max(1, len(samples) // 16)][:16]
+    groups = in_order(groups)
+    count = max(1, 16 // max(map(len, groups), default=1))
+    chosen = [s for g in groups[:: max(1, len(groups) // count)][:count] for s in g[:: -(-len(g) // 16)]]
     return [dict(
         step=rl.step,
         problem=s.problem,

@@ -3,11 +3,13 @@ Pictures of runs, drawn from metrics.jsonl, and the page to read their samples i
 
     python -m common.view runs/base               # writes curves.png and samples.html of the run again
     python -m common.view runs/a runs/b runs/c    # one picture, one line per run, to compare
+    python -m common.view runs/a runs/b --html    # one page: curves to point at, the flags that differ,
+                                                  # and what each run wrote for the same problem
 
 There is no dashboard and no server: a run draws its own curves.png when it ends, and two runs are
 compared by laying one over the other. A panel appears when its numbers exist, so the same code
-draws pretraining, RL and distillation. samples.html is one file that loads nothing else: open it,
-mail it, keep it with a paper.
+draws pretraining, RL and distillation. A page is one file that loads nothing else: open it, mail
+it, keep it with a paper.
 """
 import functools
 import html
@@ -141,9 +143,7 @@ def draw(runs, path, title=""):
     """runs: {name: read(folder)}. One run: a line per key. Several: the color is the run, the
     stroke is the key"""
     todo = panels(runs)
-    seconds = {k for series in runs.values() for k in series if k.startswith("t_") and k != "t_step"}
-    # t_step is their sum
-    seconds = [k for k in STAGES if k in seconds] + sorted(seconds - set(STAGES))
+    seconds = timed(runs)
     count = len(todo) + bool(seconds)
     if not count:
         die(f"nothing to draw: {', '.join(runs)} has none of the known numbers (reward, loss, eval/*, ...)")
@@ -157,6 +157,8 @@ def draw(runs, path, title=""):
     if seconds:
         draw_seconds(axes[len(todo)], runs, seconds)
     for ax in axes[:count]:
+        if ax.get_yscale() == "linear":            # 12.1 and 12.2, not 0.1 and 0.2 and a small "+1.2e1"
+            ax.ticklabel_format(axis="y", useOffset=False)
         ax.set_xlabel("step")
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
@@ -174,17 +176,30 @@ def draw(runs, path, title=""):
     return path
 
 
+def timed(runs):
+    """-> the stages of a step of which at least one run has the seconds; t_step is their sum"""
+    seconds = {k for series in runs.values() for k in series if k.startswith("t_") and k != "t_step"}
+    return [k for k in STAGES if k in seconds] + sorted(seconds - set(STAGES))
+
+
 def color(i):
     return COLORS[i % len(COLORS)]
+
+
+def told_apart(title, keys):
+    """-> the title and keys of a panel of several runs. Of an evaluation, one line per run is drawn:
+    with four of each they could not be told apart"""
+    if not keys[0].startswith(("eval/", "test/")):
+        return title, keys
+    return f"{keys[0].rpartition('/')[2]}, {title}", keys[:1]
 
 
 def draw_panel(ax, runs, title, keys, scale):
     log = scale == "log"
     held_out = keys[0].startswith(("eval/", "test/"))
     single = len(runs) == 1
-    if held_out and not single:      # one line per run, or they cannot be told apart
-        keys = keys[:1]
-        title = f"{keys[0].rpartition('/')[2]}, {title}"
+    if not single:
+        title, keys = told_apart(title, keys)
     for i, (run, series) in enumerate(runs.items()):
         for j, key in enumerate(k for k in keys if k in series):
             if single:
@@ -212,13 +227,19 @@ def draw_seconds(ax, runs, keys):
         ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
         return
     for i, (run, series) in enumerate(runs.items()):
-        total = {}
-        for key in [k for k in keys if k in series]:
-            for step, value in zip(*series[key]):
-                total[step] = total.get(step, 0.0) + value
+        total = whole_steps(series, keys)
         if total:
             line(ax, {"t": (list(total), list(total.values()))}, "t", color(i), run)
     ax.set_title("seconds per step")
+
+
+def whole_steps(series, keys):
+    """-> {step: the seconds of all its stages}"""
+    total = {}
+    for key in [k for k in keys if k in series]:
+        for step, value in zip(*series[key]):
+            total[step] = total.get(step, 0.0) + value
+    return total
 
 
 def curves(folder):
@@ -259,10 +280,9 @@ def rounded(value):
     return round(value, 3) if isinstance(value, float) else value
 
 
-def samples(folder):
-    """runs/NAME/samples.html, or None where the run kept no samples"""
-    folder = Path(folder)
-    path = folder / "samples.jsonl"
+def read_samples(folder):
+    """-> the rows of samples.jsonl, [] where the run kept none"""
+    path = Path(folder) / "samples.jsonl"
     rows = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
@@ -272,18 +292,29 @@ def samples(folder):
         except (ValueError, KeyError, TypeError):
             continue
         rows.append(row)
+    return rows
+
+
+def write_page(frame, name, content, path):
+    """-> path. frame: a file beside this one; its NAME and ROWS become what is said here"""
+    # "</script>" in a sample must not end the page's own; in JSON, < may be written as its number
+    text = json.dumps(content).replace("<", "\\u003c")
+    frame = (Path(__file__).parent / frame).read_text(encoding="utf-8")
+    # NAME is replaced in the frame alone: a sample may hold the same word
+    head, tail = (part.replace("NAME", html.escape(name)) for part in frame.split("ROWS", 1))
+    path.write_text(head + text + tail, encoding="utf-8")
+    return path
+
+
+def samples(folder):
+    """runs/NAME/samples.html, or None where the run kept no samples"""
+    folder = Path(folder)
+    rows = read_samples(folder)
     if not rows:
         return None
     rows, note = thin(rows)
-    # "</script>" in a sample must not end the page's own; in JSON, < may be written as its number
     short = [{key: rounded(value) for key, value in row.items()} for row in rows]
-    text = json.dumps({"rows": short, "note": note}).replace("<", "\\u003c")
-    frame = (Path(__file__).parent / "samples.html").read_text(encoding="utf-8")
-    # NAME is replaced in the frame alone: a sample may hold the same word
-    head, tail = (part.replace("NAME", html.escape(folder.name)) for part in frame.split("ROWS", 1))
-    page = folder / "samples.html"
-    page.write_text(head + text + tail, encoding="utf-8")
-    return page
+    return write_page("samples.html", folder.name, {"rows": short, "note": note}, folder / "samples.html")
 
 
 def pages(folder):
@@ -291,20 +322,106 @@ def pages(folder):
     return [path for path in (curves(folder), samples(folder)) if path]
 
 
+# --------------------------------------------------------------------------------------------------
+# runs beside each other, on one page
+
+POINTS = 1500        # of a curve on the page
+PROBLEMS = 300       # on the page
+LETTERS = 3_000_000  # of their samples
+NOT_CHOSEN = {"name", "resume", "date"}      # of a config: they say which run it is, not what it does
+
+
+def charts(runs):
+    """-> [{title, scale, lines}] of the same panels as draw(); a line has its run's number, its key,
+    the numbers, and their standard errors where there are any"""
+    found = []
+    for title, keys, scale in panels(runs):
+        title, keys = told_apart(title, keys)
+        lines = [point_list(i, key, *series[key], dict(zip(*series.get(key + "_se", ((), ())))))
+                 for i, series in enumerate(runs.values()) for key in keys if key in series]
+        found.append({"title": title, "scale": scale, "lines": lines})
+    seconds = timed(runs)
+    totals = [whole_steps(series, seconds) for series in runs.values()]
+    lines = [point_list(i, "seconds", list(t), list(t.values()), {}) for i, t in enumerate(totals) if t]
+    return found + [{"title": "seconds per step", "scale": "linear", "lines": lines}] * bool(lines)
+
+
+def point_list(run, key, steps, values, errors):
+    every = -(-len(steps) // POINTS)
+    steps = steps[::every]
+    return {"run": run, "key": key, "steps": steps, "values": [float(f"{v:.5g}") for v in values[::every]],
+            "errors": [float(f"{errors[s]:.3g}") if s in errors else None for s in steps] if errors else []}
+
+
+def flags_of(configs):
+    """-> [[flag, its value in each run]] of those that differ, and of those that do not"""
+    names = list(dict.fromkeys(name for config in configs for name in config if name not in NOT_CHOSEN))
+    rows = [[name, [config.get(name) for config in configs]] for name in names]
+    same = [all(value == values[0] for value in values) for _, values in rows]
+    return [row for row, s in zip(rows, same) if not s], [row for row, s in zip(rows, same) if s]
+
+
+def task_of(config):
+    return config.get("data") or config.get("task") or "a task that its config.json does not name"
+
+
+def same_problems(folders):
+    """-> [{prompt, visits: [[step, samples] of each run]}] of the prompts that at least two runs
+    sampled, in the order of their steps; and a note, if a page cannot hold them all"""
+    asked = {}                           # prompt -> {run: {step: samples}}
+    for i, folder in enumerate(folders):
+        for row in read_samples(folder):
+            visits = asked.setdefault(row["prompt"], {}).setdefault(i, {})
+            short = {key: rounded(row.get(key)) for key in ("index", "reward", "finished", "text")}
+            visits.setdefault(row["step"], []).append(short | {"tokens": len(row["pieces"])})
+    shared = {prompt: by_run for prompt, by_run in asked.items() if len(by_run) > 1}
+    found = [{"prompt": prompt, "visits": [list(by_run.get(i, {}).items()) for i in range(len(folders))]}
+             for prompt, by_run in sorted(shared.items(), key=lambda item: min(map(min, item[1].values())))]
+    every = max(-(-len(found) // PROBLEMS), -(-len(json.dumps(found)) // LETTERS))
+    note = f"{len(found):,} problems were sampled by two runs or more"
+    return found[::every], note + (f"; one in {every} of them is here." if every > 1 else ".")
+
+
+def compare(folders, runs):
+    """one page of several runs, beside the first of them"""
+    from common.files import run_config          # imports torch, which no picture needs
+
+    configs = [run_config(folder) for folder in folders]
+    tasks = [task_of(config) for config in configs]
+    alike = len(set(tasks)) == 1
+    differ, same = flags_of(configs)
+    problems, found = same_problems(folders) if alike else ([], "")
+    note = ""
+    if not alike:
+        names = ", ".join(dict.fromkeys(tasks))
+        note = f"These runs are of different tasks ({names}): their curves alone are shown."
+    content = {"runs": [{"name": name, "color": color(i)} for i, name in enumerate(runs)], "note": note,
+               "charts": charts(runs), "differ": differ if alike else [], "same": same if alike else [],
+               "problems": problems, "found": found}
+    path = folders[0].parent / f"compare-{'-'.join(f.name for f in folders)[:120]}.html"
+    return write_page("compare.html", " and ".join(runs), content, path)
+
+
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+    argv = [*(sys.argv[1:] if argv is None else argv)]
     if "--help" in argv or "-h" in argv:
         print(__doc__.strip())
         return
-    if not argv or any(word.startswith("-") for word in argv):
-        die("give one run folder or several: python -m common.view runs/NAME [runs/NAME ...]")
-    if len(argv) == 1:
-        print(*pages(argv[0]), sep="\n")
+    as_page = "--html" in argv
+    folders = [Path(word) for word in argv if word != "--html"]
+    if not folders or any(str(word).startswith("-") for word in folders):
+        die("give one run folder or several: python -m common.view runs/NAME [runs/NAME ...] [--html]")
+    if len(folders) == 1:
+        if as_page:
+            die("--html compares runs: give two folders or more (samples.html of one is written without it)")
+        print(*pages(folders[0]), sep="\n")
         return
-    folders = [Path(word) for word in argv]
     # two folders of one name are told apart by their paths
     short = len({f.name for f in folders}) == len(folders)
     runs = {f.name if short else str(f): read(f) for f in folders}
+    if as_page:
+        print(compare(folders, runs))
+        return
     print(draw(runs, folders[0].parent / f"overlay-{'-'.join(f.name for f in folders)[:120]}.png"))
 
 

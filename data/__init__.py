@@ -30,8 +30,8 @@ from .tokenizer import begun as begun
 from .tokenizer import tokenizer as tokenizer
 
 # every other file here is a task
-NOT_TASKS = {"__init__", "answers", "documents", "download", "fineweb", "own", "questions", "stdlib",
-             "tokenizer"}
+NOT_TASKS = {"__init__", "answers", "documents", "download", "fineweb", "own", "questions", "reasoning",
+             "stdlib", "tokenizer"}
 __all__ = ["Problem", "classes", "distinct", "endless", "lines", "load",
            "show", "split_of", "stream", "tokenizer"]
 

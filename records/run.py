@@ -3,16 +3,20 @@ records/run.py: makes the log of a record attempt, old and new alternating, a ru
 
     python records/run.py --track laptop --out records/laptop/mine.jsonl
     python records/run.py --track laptop --out records/laptop/mine.jsonl --old ../record
+    python records/run.py --track 1gpu --start Qwen2.5-0.5B-Instruct --seeds 2 --out records/1gpu/mine.jsonl
 
-The first line is for the first record of a track, the second runs beside a checkout of the record.
+The first line is for the first record of a track, the second runs beside a checkout of the record,
+the third is of a track that begins with a model: a folder, whose weights' sha256 goes into the log.
 
 What a side runs stands in its own checkout, in records/TRACK/commands.txt: one script and its
-flags per line, SEED for the seed, the model that counts in the run named last. The clock is the
+flags per line, SEED for the seed, START for the model to begin with, the model that counts in the
+run named last. The clock is the
 sum of the seconds by stage in the runs' metrics.jsonl, so that installation, start-up, evaluation
 and saving are outside. The judge, for both sides, is this checkout's evaluate.py.
 
 Finished runs are not repeated: the same command goes on where it was stopped.
 """
+import hashlib
 import json
 import os
 import platform
@@ -36,6 +40,7 @@ class Config:
     out: str                             # the log, one JSON line a run
     track: str = "laptop"                # laptop, 1gpu or 8gpu
     old: str = ""                        # a checkout of the record to beat
+    start: str = ""                      # the folder of the model that 1gpu and 8gpu begin with
     seeds: int = 5                       # runs of each side
     gpus: int = 0                        # ranks under torchrun; 0: one process
 
@@ -64,7 +69,7 @@ def call(words, cwd, checkout):
 
 
 def attempt(config, checkout, seed):
-    """One run of one side. -> (commands, seconds, accuracy)"""
+    """One run of one side. -> (commands, seconds, {accuracy and its standard error})"""
     track = verify.TRACKS[config.track]
     path = checkout / "records" / config.track / "commands.txt"
     if not path.is_file():
@@ -75,15 +80,30 @@ def attempt(config, checkout, seed):
     with tempfile.TemporaryDirectory() as folder:
         seconds = dict.fromkeys(verify.STAGES, 0.0)
         for command in commands:
-            script, *rest = command.replace("SEED", str(seed)).split()
+            words = command.replace("SEED", str(seed)).split()
+            script, *rest = [config.start if word == "START" else word for word in words]
             call([*launch, str(checkout / script), *rest], folder, checkout)
             run = Path(folder, "runs", rest[rest.index("--name") + 1])
             seconds = {stage: seconds[stage] + s for stage, s in seconds_of(run).items()}
         said = call([str(HERE.parent / "evaluate.py"), "--model", str(run), "--task", track["task"],
                      "--n", str(track["n"]), "--k", str(track["k"]), "--max-new", str(track["max_new"])],
                     folder, HERE.parent)
-        return commands, {k: round(s, 2)
-                          for k, s in seconds.items()}, json.loads(said.splitlines()[-1])["avg"]
+        found = json.loads(said.splitlines()[-1])
+        return (commands, {k: round(s, 2) for k, s in seconds.items()},
+                {"accuracy": found["avg"], "se": found["avg_se"]})
+
+
+def weights(folder):
+    """-> which model this is: its folder's name, and the sha256 of its weights."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        die(f"--start {folder}: no folder with *.safetensors in it")
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as f:
+            while block := f.read(1 << 20):
+                digest.update(block)
+    return {"name": Path(folder).resolve().name, "sha256": digest.hexdigest()}
 
 
 def git(checkout):
@@ -110,6 +130,12 @@ def main(argv=None):
     config = flags(Config, argv, __doc__)
     if config.track not in verify.TRACKS:
         die(f"--track {config.track!r}: one of {', '.join(verify.TRACKS)}")
+    begins = verify.TRACKS[config.track]["start"]
+    if bool(begins) != bool(config.start):
+        die(f"--track {config.track} begins with {begins or 'random weights'}: "
+            + (f"give --start, the folder of {begins}" if begins else "leave --start out"))
+    config.start = str(Path(config.start).resolve()) if begins else ""
+    start = {"start": weights(config.start)} if begins else {}
     sides = {"old": Path(config.old).resolve()} if config.old else {}
     sides["new"] = HERE.parent
     out, track = Path(config.out), verify.TRACKS[config.track]
@@ -120,14 +146,14 @@ def main(argv=None):
             if any((run["side"], run["seed"]) == (side, seed) for run in done):
                 continue
             begin = time.time()
-            commands, seconds, accuracy = attempt(config, checkout, seed)
+            commands, seconds, judged = attempt(config, checkout, seed)
             row = dict(track=config.track, side=side, seed=seed, started=begin,
                        machine=machine(), gflops=round(gflops(), 1), commit=git(checkout), commands=commands,
-                       seconds=seconds, accuracy=accuracy, problems=verify.problems_of(config.track),
-                       **{key: track[key] for key in ("n", "k", "max_new")})
+                       seconds=seconds, problems=verify.problems_of(config.track),
+                       **{key: track[key] for key in ("n", "k", "max_new")}, **judged, **start)
             with open(out, "a") as f:
                 f.write(json.dumps(row) + "\n")
-            print(f"{side}, seed {seed}: {sum(seconds.values()):.1f} s, {accuracy:.1%}", flush=True)
+            print(f"{side}, seed {seed}: {sum(seconds.values()):.1f} s, {judged['accuracy']:.1%}", flush=True)
 
 
 if __name__ == "__main__":

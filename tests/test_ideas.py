@@ -267,7 +267,11 @@ def test_bench_runs_what_is_missing_and_two_more_where_it_is_undecided(fakes, ca
     assert {"minutes", "gflops", "commit", "table", "se"} <= set(record["seeds"][0])
     assert Path("records/ideas/thing.png").stat().st_size > 1000
     table = Path("ideas/README.md").read_text()
-    assert "| holds here | 1.5 |" in table and "accuracy against none: [+4 +-5" in table
+    assert "| **holds here** |" in table and "1.5 CPU minutes per seed" in table
+    assert "accuracy against none: +4 +-5" in table and 'src="../records/ideas/thing.png"' in table
+    assert "2 files, 2 with a record: 1 " in table and "1 undecided" in table and "1 holds here" in table
+    assert table.index("### Is there anything to see?") < table.index("### More") < table.index("[thing]"), (
+        "an idea that is in no group comes last")
     assert table.endswith("\n\nafter\n"), "what stands around the table stays"
 
     ideas.main(["--seeds", "5", "--names", "thing"])
@@ -277,6 +281,7 @@ def test_bench_runs_what_is_missing_and_two_more_where_it_is_undecided(fakes, ca
     assert checked(capsys) == (0, "2 records: verdicts, claims, pictures and the table agree\n")
     Path("records/ideas/thing.json").unlink()
     ideas.write_table()
+    assert "| no record yet | **[thing]" in Path("ideas/README.md").read_text()
     code, out = checked(capsys)
     assert code == 0 and out.endswith("the table agree; not measured yet: thing\n")
 

@@ -318,3 +318,21 @@ def test_every_metric_is_described(base):
     for name, (script, words) in runs.items():
         missing = {plain(key) for key in logged(script, words, name)} - names - {"step"}
         assert not missing, f"{script} logs what README.md does not describe: {sorted(missing)}"
+
+
+# --------------------------------------------------------------------------------------------------
+# docs/bugs.md
+
+def test_every_bug_has_a_public_thread_and_a_test_that_exists():
+    """a promise without a test is a hope: each row names its tests, and each name is a function that is
+    here"""
+    text = (ROOT / "docs/bugs.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| what")]
+    assert len(rows) >= 15
+    for row in rows:
+        told, why, held = (cell.strip() for cell in row.strip("|").rsplit("|", 2))
+        assert "https://github.com/" in told or "seen in the code" in told, told
+        names = re.findall(r"`tests/(\w+\.py)::(test_\w+)`", held)
+        assert why and names, told
+        for file, name in names:
+            assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), f"{file} has no {name}"

@@ -81,9 +81,53 @@ def test_every_rule_says_why(rows, others, words):
     assert words in said(sorted(rows, key=lambda row: row["started"]), others)
 
 
-def test_the_first_of_a_track_sets_its_target():
-    assert verify.faults([row | {"track": "8gpu", "max_new": 96, "accuracy": 0.01} for row in log()],
-                         False) == []
+def from_a_model(n=2, accuracy=0.53, se=0.012, **changes):
+    """a log of the track 1gpu"""
+    rows = []
+    for row in log(n, **{key: changes.pop(key) for key in ("sides", "seconds") if key in changes}):
+        rows.append(row | dict(track="1gpu", n=1319, max_new=1024, accuracy=accuracy, se=se,
+                               commands=["nanorl.py --name rl --init START"],
+                               seconds={"rollout": row["seconds"]["rollout"], "update": 100.0},
+                               start={"name": "Qwen2.5-0.5B-Instruct", "sha256": "a"}) | changes)
+    return rows
+
+
+def test_a_record_that_begins_with_a_model(tmp_path, monkeypatch, capsys):
+    assert verify.faults(from_a_model(), False) == []
+    assert verify.faults(from_a_model(sides=("old", "new")), True) == []
+    path = tmp_path / "1gpu" / "first.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(row) + "\n" for row in from_a_model()))
+    monkeypatch.setattr(verify, "ROOT", tmp_path)
+    verify.main([str(path)])
+    assert capsys.readouterr().out.startswith("| 300 +-0 s | 53.0% +-0.0% | 2 |")
+
+
+@pytest.mark.parametrize("rows, others, words", [
+    (from_a_model(1), False, "1 seeds, at least 2"),
+    (from_a_model(accuracy=0.52), False, "seed 0: accuracy 52.0% +-1.2%, the lower end"),
+    (from_a_model()[:1] + from_a_model(accuracy=0.51)[1:], False, "seed 1: accuracy 51.0%"),   # one of two
+    (from_a_model(se=0.0), False, "+-0.0%"),
+    (from_a_model(start={"name": "another", "sha256": "a"}), False, "do not begin with Qwen2.5"),
+    (from_a_model()[:1] + from_a_model(start={"name": "Qwen2.5-0.5B-Instruct", "sha256": "b"})[1:], False,
+     "different weights"),
+    (from_a_model(commands=["nanorl.py --init runs/tuned"]), False, "another model than START"),
+    (from_a_model(sides=("old", "new"), seconds=401.0), True, "not each new run is faster"),
+    (from_a_model(seconds=100.0), False, "from Qwen2.5-0.5B-Instruct on"),                     # no rollout
+])
+def test_every_rule_of_a_track_that_begins_with_a_model(rows, others, words):
+    assert words in said(sorted(rows, key=lambda row: row["started"]), others)
+
+
+def test_without_the_tracks_questions_it_is_one_line(tmp_path, monkeypatch, capsys):
+    def gone(track):
+        raise FileNotFoundError("no gsm8k/test.jsonl: run python -m data.gsm8k")
+    monkeypatch.setattr(verify, "problems_of", gone)
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in from_a_model()))
+    with pytest.raises(SystemExit) as e:
+        verify.main([str(path)])
+    assert e.value.code == 2 and "python -m data.gsm8k" in capsys.readouterr().err
 
 
 def test_students_t():
@@ -97,7 +141,8 @@ def test_students_t():
 
 
 @pytest.mark.parametrize("text, words", [(None, "no such log"), ("", "is empty"), ("{", "line 1: not a JSON"),
-                                         ('{"track": "laptop"}', "it has no side")])
+                                         ('{"track": "laptop"}', "it has no side"),
+                                         ('{"track": "1gpu"}', "se, start")])
 def test_bad_input_is_one_line(tmp_path, capsys, text, words):
     path = tmp_path / "log.jsonl"
     if text is not None:
@@ -128,7 +173,7 @@ def test_old_and_new_alternate_and_nothing_is_run_twice(tmp_path, monkeypatch, c
         if len(ran) == 3:
             raise KeyboardInterrupt
         ran.append((checkout.name, seed))
-        return ["train_gpt.py"], {"pretraining": 1.0, "rollout": 2.0}, 0.5
+        return ["train_gpt.py"], {"pretraining": 1.0, "rollout": 2.0}, {"accuracy": 0.5, "se": 0.01}
     monkeypatch.setattr(attempts, "attempt", attempt)
     monkeypatch.setattr(attempts.verify, "problems_of", lambda track: "these")
     (tmp_path / "record").mkdir()
@@ -158,23 +203,48 @@ def test_a_run_of_a_side(tmp_path, monkeypatch):
         calls.append((Path(words[0]).name, words[1:]))
         if "--model" in words:
             assert Path(words[0]).parent == ROOT and checkout == ROOT
-            return 'words\n{"avg": 0.5}\n'
+            return 'words\n{"avg": 0.5, "avg_se": 0.01}\n'
         name = words[words.index("--name") + 1]
         folder = Path(cwd, "runs", name)
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval/avg": 1})
                                               + "\n" + json.dumps(rows[name]) + "\n")
     monkeypatch.setattr(attempts, "call", call)
-    commands, seconds, accuracy = attempts.attempt(attempts.Config(out="x"), tmp_path, 7)
+    commands, seconds, judged = attempts.attempt(attempts.Config(out="x"), tmp_path, 7)
     assert [c[0] for c in calls] == ["train_gpt.py", "nanorl.py", "evaluate.py"]
     assert calls[0][1] == ["--name", "b", "--seed", "7"]
     assert seconds == {"pretraining": 6, "rollout": 10, "reward": 1, "pack": 1, "update": 5, "idle": 2}
-    assert accuracy == 0.5
+    assert judged == {"accuracy": 0.5, "se": 0.01}
     assert commands == ["train_gpt.py --name b --seed SEED", "nanorl.py --name r --seed SEED"]
 
 
-@pytest.mark.parametrize("track",
-                         [t for t in verify.TRACKS if (ROOT / "records" / t / "commands.txt").exists()])
+def test_a_track_begins_with_its_model(tmp_path, monkeypatch, capsys):
+    """START in the commands is the folder that was given; the log says which weights it holds"""
+    seen = []
+
+    def attempt(config, checkout, seed):
+        seen.append(config.start)
+        return ["nanorl.py --init START"], {"rollout": 2.0}, {"accuracy": 0.6, "se": 0.01}
+    monkeypatch.setattr(attempts, "attempt", attempt)
+    monkeypatch.setattr(attempts.verify, "problems_of", lambda track: "these")
+    model = tmp_path / "Qwen2.5-0.5B-Instruct"
+    model.mkdir()
+    words = ["--track", "1gpu", "--seeds", "2", "--out", str(tmp_path / "log.jsonl")]
+    for more, why in (([], "begins with Qwen2.5-0.5B-Instruct: give --start"),
+                      (["--start", str(model)], "no folder with *.safetensors"),
+                      (["--start", str(model), "--track", "laptop"], "random weights: leave --start out")):
+        with pytest.raises(SystemExit) as e:
+            attempts.main([*words, *more])
+        assert e.value.code == 2 and why in capsys.readouterr().err and not (tmp_path / "log.jsonl").exists()
+    (model / "model.safetensors").write_bytes(b"abc")
+    attempts.main([*words, "--start", str(model)])
+    assert seen == [str(model)] * 2
+    rows = verify.read(tmp_path / "log.jsonl")
+    assert verify.faults(rows, False) == []
+    assert rows[0]["start"]["sha256"].startswith("ba7816bf"), "sha256 of abc"
+
+
+@pytest.mark.parametrize("track", verify.TRACKS)
 def test_the_commands_of_a_track_can_be_read(track):
     import importlib
     for line in (ROOT / "records" / track / "commands.txt").read_text().splitlines():

@@ -15,7 +15,7 @@ SCRIPTS = ["speedrun.sh", "test.sh", ".ci/run"]
 def test_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["name"] == "nanorl" and project["project"]["requires-python"] == ">=3.11"
-    assert set(project["project"]["optional-dependencies"]) == {"gpu", "dev", "bench", "math", "wandb"}
+    assert set(project["project"]["optional-dependencies"]) == {"gpu", "dev", "bench", "math", "gym", "wandb"}
     assert project["tool"]["setuptools"]["py-modules"] == [], "it installs dependencies only"
     assert "MIT" in (ROOT / "LICENSE").read_text()
 
@@ -41,6 +41,14 @@ def test_ci_runs_the_tests_and_nothing_else():
     lines = [line for line in (ROOT / ".ci/run").read_text().splitlines()
              if line and not line.startswith("#")]
     assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "exec ./test.sh"]
+
+
+def test_the_workflow_runs_the_tests_and_nothing_else():
+    text = (ROOT / ".github/workflows/test.yml").read_text()
+    assert re.findall(r"- run: (.*)", text) == ["./test.sh"] and "run: |" not in text
+    assert set(re.findall(r"uses: (\S+)@", text)) == {"actions/checkout", "actions/setup-python"}
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert f'python-version: "{oldest.removeprefix(">=")}"' in text
 
 
 def test_an_old_python_is_said(tmp_path):
