@@ -48,13 +48,16 @@ class Experts(nn.Module):
 
     def route(self, x_TD):
         """-> what each token's experts count, and which they are"""
-        p_TE = linear(x_TD, self.router.weight).float().softmax(-1)
+        p_TE = self.logits(x_TD).softmax(-1)
         gate_TK, expert_TK = p_TE.topk(self.active, dim=-1)
         if self.seen is not None:
             self.seen.append((p_TE, expert_TK))
         if self.norm_gates:
             gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
         return gate_TK.to(x_TD.dtype), expert_TK
+
+    def logits(self, x_TD):
+        return linear(x_TD, self.router.weight).float()
 
     def on_their_rows(self, x_TD, gate_TK, expert_TK):
         T, K = expert_TK.shape
