@@ -52,7 +52,7 @@ LR = 1e-2
 
 @dataclass
 class Config(Idea):
-    steps: int = 300                     # optimizer steps per arm, 2,048 bytes each
+    steps: int = 200                     # optimizer steps per arm, 2,048 bytes each
     asked: int = 512                     # windows of 128 bytes for the loss at the end
 
 
