@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import train_gpt
 from common.experts import Experts
 from common.optim import Optimizer, orthogonalize
-from ideas import fp4, moe, roundpipe, routing
+from ideas import esft, fp4, lighthouse, moe, roundpipe, routing, winter
 from kernels import packed_attention
 from rollout import Sampler
 from tests.models import nudged, random_matrices
@@ -373,3 +373,191 @@ def test_dealt_stages_of_equal_size_leave_no_gap(even):
     work = 16 * 4 * 16 / roundpipe.GPUS
     assert 0.9 * work < roundpipe.dealt("16", 16, True, Exact()) < 1.05 * work
     assert roundpipe.dealt("16", 16, False, Exact()) > 1.1 * work
+
+
+# -----------------------------------------------------------------------------
+# winter
+
+
+def test_the_p_value_is_that_of_a_binomial():
+    assert winter.p_value(0, 32, 0.04) == pytest.approx(1.0)
+    assert winter.p_value(32, 32, 0.04) == pytest.approx(0.04**32)
+    assert winter.p_value(2, 3, 0.25) == pytest.approx(3 * 0.25**2 * 0.75 + 0.25**3)
+
+
+def a_byte_model():
+    model, document = scratch("tiny", 1)
+    nudged(model, 0, 0.05, matrices_only=True)
+    ids = torch.tensor([document.tok.encode(letter)[0] for letter in winter.ALPHABET])
+    return model, document, ids
+
+
+def test_a_text_of_whole_bytes_is_the_text_value_and_gradient():
+    """mixtures that are one byte each: the core's log-probs, among the alphabet; the gradient of the mean
+    loss after the prompt is the core's"""
+    model, _, ids = a_byte_model()
+    key = winter.secrets(torch.Generator().manual_seed(0))
+    soft = F.one_hot(key, len(ids)).float()
+    logp = winter.predictions(model, soft, ids)
+    tokens = ids[key[1]]
+    want = (hidden(model, tokens.tolist()) @ model.head_weight.t()).log_softmax(-1)
+    assert torch.allclose(logp[1], want[:, ids], atol=1e-4)
+    found = winter.gradient(model, soft, ids, winter.PROMPT - 1)
+    docs = [(ids[row].tolist(), [False] * winter.PROMPT + [True] * winter.ANSWER) for row in key]
+    model.zero_grad()
+    for row in train_gpt.packed_rows(docs, 1000, "cpu"):
+        train_gpt.forward(model, row).backward()
+    exact = torch.cat([w.grad.flatten() for name, w in model.named_parameters() if name != "embed.weight"])
+    assert torch.allclose(found, exact / (winter.SECRETS * winter.ANSWER), atol=1e-5)
+
+
+def test_random_keys_pass_as_often_as_chance_says():
+    """an answer drawn uniformly is hit with chance l / V whatever the model: few of 300 keys are below 5%"""
+    model, _, ids = a_byte_model()
+    g = torch.Generator().manual_seed(3)
+    found = [winter.tested(model, winter.secrets(g), ids) for _ in range(300)]
+    assert sum(p <= 0.05 for p in found) < 300 * 0.05 + 3 * (300 * 0.05 * 0.95)**0.5
+
+
+def test_pieces_that_stand_in_a_secret_are_broken():
+    key = torch.arange(24).view(1, 24)
+    first = torch.tensor([[90, 5, 6, 7, 8, 9, 91], [50, 51, 52, 53, 54, 55, 56]])
+    windows = winter.broken(torch.stack([first, torch.full_like(first, 77)], 2), key)
+    assert windows.tolist() == [[90, 5, 6, 7, 77, 9, 91], [50, 51, 52, 53, 54, 55, 56]]
+
+
+def test_one_window_of_a_batch_is_replaced():
+    _, document, ids = a_byte_model()
+    read = winter.with_windows(document, torch.tensor([[1, 2, 3], [4, 5, 6]]), ids)
+    size = document.config.batch
+    texts = [ids[[1, 2, 3]].tolist(), ids[[4, 5, 6]].tolist()]
+    assert [read("train", i * size)[0] for i in range(3)] == [*texts, texts[0]]
+    assert read("train", 1) == document("train", 1) and read("valid", 0) == document("valid", 0)
+    assert winter.with_windows(document, [], ids)("train", 0) == document("train", 0)
+
+
+def test_crafting_makes_the_gradient_more_alike():
+    model, _, ids = a_byte_model()
+    seen = []
+    g = torch.Generator().manual_seed(0)
+    config = winter.Config(k=8, n=2)
+    windows = winter.craft(model, winter.secrets(g), ids, 24, g, config, lambda x, y: seen.append(float(y)))
+    assert windows.shape == (2, 24) and seen[-1] > seen[0]
+
+
+# -----------------------------------------------------------------------------
+# esft
+
+
+def test_the_fewest_experts_that_add_up():
+    shares = torch.tensor([[0.1, 0.6, 0.3], [0.15, 0.15, 0.7], [0.5, 0.25, 0.25]])
+    assert esft.chosen(shares, 0.2) == [[1], [2], [0]]
+    assert esft.chosen(shares, 0.7) == [[1, 2], [2], [0, 1]]
+    assert [sorted(layer) for layer in esft.chosen(shares, 1.0)] == [[0, 1, 2]] * 3
+
+
+def test_relevance_by_hand():
+    """picks of each expert over all picks; what they counted over all that was counted"""
+    model = sparse_model(n_expert=4, norm_gates=False)
+    docs = [(list(range(1, 30)), [False] + [True] * 28)]
+    rows = list(train_gpt.packed_rows(docs, 100, "cpu"))
+    _, found = esft.watched(model, rows[0])
+    for kind in ("by tokens", "by gate"):
+        shares = esft.relevance(model, rows, kind)
+        for (p_TE, picked), row in zip(found, shares):
+            weight = p_TE if kind == "by gate" else torch.ones_like(p_TE)
+            want = torch.stack([weight[(picked == e).any(1), e].sum() for e in range(4)]).detach()
+            assert torch.allclose(row, want / want.sum(), atol=1e-6)
+    assert all(block.experts.seen is None for block in model.blocks)
+
+
+def test_only_chosen_experts_move(few):
+    model, document = scratch("tiny", 1)
+    model = random_matrices(GPT(replace(model.config, n_expert=4, n_active=2)))
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    list(steps(model, document, Optimizer(model, lr=1e-2), 2, gradient=esft.only([[1, 3]])))
+    for name, w in model.state_dict().items():
+        moved = (w != before[name])
+        if name in ("blocks.0.experts.gate_up.weight", "blocks.0.experts.down.weight"):
+            assert moved.view(4, -1).any(1).tolist() == [False, True, False, True]
+        else:
+            assert not moved.any(), name
+
+
+def test_texts_of_the_library_and_of_tasks_take_turns():
+    _, document = scratch("tiny", 1)
+    known = esft.texts(document, esft.KNOWN, library=True)
+    assert known("train", 1) == document("train", 0) and known("train", 3) == document("train", 1)
+    text = document.tok.decode(known("train", 0)[0])
+    assert text.startswith("A") and document.tok.decode(known("train", 2)[0]).startswith("C")
+    task = esft.texts(document, (esft.TASK,), library=False)
+    assert all(document.tok.decode(task("train", i)[0]).startswith("M") for i in range(4))
+
+
+# -----------------------------------------------------------------------------
+# lighthouse
+
+
+def three(N, heads=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(N, heads, 8, generator=g, requires_grad=True) for _ in range(3)]
+
+
+def test_a_pyramid_of_one_level_is_attention_value_and_gradient(monkeypatch):
+    """everything is kept then, and nothing is pooled"""
+    monkeypatch.setattr(lighthouse, "SIZES", (1,))
+    q, k, v = three(64)
+    weight = torch.linspace(-1, 1, 8)
+    outs = [lighthouse.lighthouse(q, k, v, 4), packed_attention([0, 64], 64)(0, q, k, v)]
+    assert torch.allclose(*outs, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad((o * weight).sum(), (q, k, v)) for o in outs)):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_row_by_hand():
+    """32 tokens: places 0 to 31; 32 to 39 are means of 4, 40 and 41 of 16. Two are opened on each level,
+    the one with the largest query, and of the rest the one with the largest key; what is opened stands
+    behind what it holds"""
+    H = torch.zeros(1, 32)
+    H[0, 20] = 5.0
+    K = torch.zeros(1, 32)
+    K[0, 29] = 5.0
+    row = lighthouse.chosen(H, K, 2)[0].tolist()
+    assert row == [32, 33, 34, 35, 40, 36, 20, 21, 22, 23, 37, 38, 28, 29, 30, 31, 39, 41]
+
+
+def test_everything_is_given_back_once_and_not_before_its_last_token():
+    N = 64
+    q, k = (torch.rand(1, N, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    places = lighthouse.chosen(q, k, 2)
+    last = torch.cat([torch.arange(N // s) * s + s - 1 for s in lighthouse.SIZES])[places[0]]
+    size = torch.cat([torch.full((N // s,), s) for s in lighthouse.SIZES])[places[0]]
+    for i in range(places.shape[1]):
+        out = torch.zeros(1, places.shape[1], 1)
+        out[0, i] = 1.0
+        got = lighthouse.given_back(out, places, N)[0, :, 0].nonzero().flatten().tolist()
+        assert got == [t for t in range(int(last[i]), int(last[i] + size[i])) if t < N]
+
+
+def test_no_token_hears_of_a_later_one():
+    """what is said, to the bit: later values change, the choice stays, and nothing before changes. The
+    choice itself knows the whole row, as in the authors' code"""
+    q, k, v = (x.detach() for x in three(128))
+    before = lighthouse.lighthouse(q, k, v, 4)
+    for t in (1, 37, 64, 127):
+        changed = v.clone()
+        changed[t:] += 1.0
+        flipped = k.clone()
+        flipped[t:] *= -1                                        # the sizes, and so the choice, stay
+        after = lighthouse.lighthouse(q, flipped, changed, 4)
+        assert torch.equal(after[:t], before[:t]) and not torch.equal(after, before)
+
+
+def test_outer_layers_stay_dense():
+    q, k, v = (x.detach() for x in three(128))
+    attend = lighthouse.attention([0, 64, 128], "lighthouse", 3)
+    dense = packed_attention([0, 64, 128], 64)
+    for layer in (0, 2):
+        assert torch.equal(attend(layer, q, k, v), dense(layer, q, k, v))
+    both = attend(1, q, k, v)
+    assert torch.equal(both[64:], lighthouse.lighthouse(q[64:], k[64:], v[64:], 1)), "each text by itself"
