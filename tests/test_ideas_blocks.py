@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import train_gpt
 from common.experts import Experts
 from common.optim import Optimizer, orthogonalize
-from ideas import esft, fp4, lighthouse, moe, roundpipe, routing, winter
+from ideas import cartridges, esft, fp4, lact, lighthouse, moe, roundpipe, routing, winter, xquant
 from kernels import packed_attention
 from rollout import Sampler
 from tests.models import nudged, random_matrices
@@ -561,3 +561,143 @@ def test_outer_layers_stay_dense():
         assert torch.equal(attend(layer, q, k, v), dense(layer, q, k, v))
     both = attend(1, q, k, v)
     assert torch.equal(both[64:], lighthouse.lighthouse(q[64:], k[64:], v[64:], 1)), "each text by itself"
+
+
+# -----------------------------------------------------------------------------
+# xquant
+
+
+def test_levels_of_a_group_and_the_ends_are_kept():
+    x = torch.randn(130, 64, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 4):
+        seen = xquant.rounded(x, bits)
+        assert all(len(row.unique()) <= 2**bits for row in seen)
+        assert torch.allclose(seen.amin(1), x.amin(1)) and torch.allclose(seen.amax(1), x.amax(1), atol=1e-5)
+        step = (x.amax(1) - x.amin(1)) / (2**bits - 1)
+        assert ((seen - x).abs() <= step.unsqueeze(1) / 2 + 1e-5).all()
+        channel = xquant.rounded(x, bits, channels=True)
+        assert torch.allclose(channel[:64], xquant.rounded(x[:64].t(), bits).t())
+        assert torch.allclose(channel[128:], xquant.rounded(x[128:].t(), bits).t())
+    assert torch.equal(xquant.rounded(torch.ones(2, 64), 2), torch.ones(2, 64))
+
+
+@pytest.mark.parametrize("arm", ["whole", *xquant.ARMS])
+def test_a_cache_of_many_bits_is_the_model(tmp_path, arm):
+    model = random_matrices(GPT(GPTConfig(**SHAPE | dict(n_kv_head=4))))
+    model.save_hf(tmp_path)
+    tokens = list(range(60))
+    want = hidden(model, tokens)
+    assert torch.allclose(hidden(xquant.with_cache(tmp_path, arm, 16), tokens), want, atol=2e-2)
+    if arm == "whole":
+        assert torch.allclose(hidden(xquant.with_cache(tmp_path, arm, 2), tokens), want, atol=1e-5)
+    else:
+        assert not torch.allclose(hidden(xquant.with_cache(tmp_path, arm, 2), tokens), want, atol=0.1)
+
+
+def test_the_memory_of_each_kind():
+    c = GPTConfig(**SHAPE | dict(n_kv_head=4))
+    assert xquant.memory("KV", 2, c) == 2 * 32 * 2.5 and xquant.memory("X", 4, c) == 32 * 4.5
+
+
+# -----------------------------------------------------------------------------
+# cartridges
+
+
+def test_a_whole_cache_is_the_text_and_sixteen_places_its_first_tokens():
+    model = random_matrices(GPT(GPTConfig(**SHAPE | dict(n_kv_head=4))))
+    texts = torch.arange(60).view(2, 30)
+    asked = torch.tensor([[5, 9, 7], [1, 2, 3]])
+    cache = cartridges.cache_of(model, texts)
+    for places in (30, 16):
+        logp = cartridges.continued(model, cache[..., :places, :], asked)
+        for i in range(2):
+            whole = hidden(model, texts[i, :places].tolist() + asked[i].tolist()) @ model.head_weight.t()
+            assert torch.allclose(logp[i], whole.log_softmax(-1)[places:], atol=1e-4)
+
+
+def test_two_texts_of_a_pair_share_no_key_and_answers_stand_behind_theirs():
+    (a, known), (b, others) = (cartridges.text_of(3, i) for i in (4, 5))
+    assert not known.keys() & others.keys() and len(known) == len(others) == 16
+    assert len(a) == len(b) == 256 and all(a[a.index(key) + 1] == value for key, value in known.items())
+
+
+def test_a_cache_learns_the_answers_and_its_first_place_stays():
+    model = random_matrices(GPT(GPTConfig(**SHAPE | dict(n_kv_head=4)))).requires_grad_(False)
+    texts = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(0))
+    questions = torch.randint(61, (2, 5, 2), generator=torch.Generator().manual_seed(1))
+    losses = []
+    cache = cartridges.trained(model, texts, questions, "self-study", cartridges.Config(steps=30),
+                               lambda step, loss: losses.append(float(loss)))
+    first = cartridges.cache_of(model, texts)[..., :16, :]
+    assert torch.equal(cache[..., :1, :], first[..., :1, :]) and not torch.equal(cache, first)
+    assert losses[-1] < losses[0]
+    entropy = -(p := cartridges.continued(model, cartridges.for_each(cartridges.cache_of(model, texts), 5),
+                                          questions.flatten(0, 1))[:, -1].exp()).mul(p.log()).sum(1).mean()
+    assert losses[-1] > entropy, "the teacher's own entropy is the least there is"
+
+
+# -----------------------------------------------------------------------------
+# lact
+
+
+def test_what_a_memory_learns_is_the_gradient():
+    """against autograd, in float64: up sum_t rate_t <f(k), v>, one rate per matrix; rows keep their length"""
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.randn(1, 6, 6, generator=g, dtype=torch.double, requires_grad=True) for _ in range(3)]
+    k, v = (torch.randn(1, 9, 6, generator=g, dtype=torch.double) for _ in range(2))
+    rates = torch.rand(1, 9, 3, generator=g, dtype=torch.double)
+    new = lact.learned(weights, k, v, rates)
+    for i in range(3):
+        told = (rates[..., i:i + 1] * lact.answer(weights, k) * v).sum()
+        step, = torch.autograd.grad(told, weights[i])
+        want = F.normalize(weights[i] + step, dim=2) * weights[i].norm(dim=2, keepdim=True)
+        assert torch.allclose(new[i], want)
+
+
+def row_of(lengths, vocab=61):
+    docs = [([(7 * i + j) % vocab for j in range(n)], [False] + [True] * (n - 1))
+            for i, n in enumerate(lengths)]
+    return next(train_gpt.packed_rows(docs, 10_000, "cpu"))
+
+
+def recall_model(arm, still=False):
+    model = random_matrices(GPT(GPTConfig(**SHAPE | dict(n_kv_head=4))))
+    torch.manual_seed(0)
+    model.memories = torch.nn.ModuleList([lact.Memory(32, 1e-6, still) for _ in model.blocks])
+    return lambda row: lact.hidden_of(model, arm, row)
+
+
+def test_short_texts_in_a_window_are_attention():
+    row = row_of([40, 64, 9])
+    assert torch.allclose(recall_model("window")(row), recall_model("full")(row), atol=1e-5)
+    longer = row_of([40, 65 + 64])
+    assert not torch.allclose(recall_model("window")(longer), recall_model("full")(longer), atol=1e-3)
+
+
+def test_texts_of_a_row_do_not_meet_and_the_first_chunk_knows_nothing():
+    """alone or with others, the same; in its first chunk a memory that learns says what a still one does"""
+    learn, still = recall_model("memory"), recall_model("memory", still=True)
+    row = row_of([150, 70])
+    # sorted by length: the text of 70 comes first in the row, and its tokens are those of i = 1
+    docs = [([(7 + j) % 61 for j in range(70)], [False] + [True] * 69)]
+    alone = next(train_gpt.packed_rows(docs, 10_000, "cpu"))
+    assert torch.allclose(learn(row)[:69], learn(alone), atol=1e-4)
+    assert torch.allclose(learn(alone)[:lact.CHUNK], still(alone)[:lact.CHUNK], atol=1e-5)
+    assert not torch.allclose(learn(row), still(row), atol=1e-3)
+
+
+def test_a_memory_hears_of_no_later_token():
+    learn = recall_model("memory")
+    tokens = [j % 61 for j in range(200)]
+    rows = []
+    for changed in (tokens, tokens[:150] + [3] * 50):
+        rows.append(next(train_gpt.packed_rows([(changed, [False] + [True] * 199)], 10_000, "cpu")))
+    assert torch.allclose(learn(rows[0])[:150], learn(rows[1])[:150], atol=1e-5)
+
+
+def test_rotary_positions_are_undone():
+    model, _ = scratch("recall", 1)
+    q = torch.randn(5, 4, 16)
+    cos, sin = train_gpt.rope_tables(torch.arange(5) * 30, *train_gpt.rope_frequencies(model.config))
+    turned, _ = train_gpt.qk_norm_rope(q, q, None, None, cos, sin, 1e-6)
+    assert torch.allclose(lact.turned_back(turned, cos.unsqueeze(1), sin.unsqueeze(1)), q, atol=1e-5)
