@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import train_gpt
 from common.experts import Experts
 from common.optim import Optimizer, orthogonalize
-from ideas import cartridges, esft, fp4, lact, lighthouse, moe, roundpipe, routing, winter, xquant
+from ideas import (cartridges, esft, fp4, lact, lighthouse, moe, precision, roundpipe, routing, winter,
+                   xquant)
 from kernels import packed_attention
 from rollout import Sampler
 from tests.models import nudged, random_matrices
@@ -701,3 +702,36 @@ def test_rotary_positions_are_undone():
     cos, sin = train_gpt.rope_tables(torch.arange(5) * 30, *train_gpt.rope_frequencies(model.config))
     turned, _ = train_gpt.qk_norm_rope(q, q, None, None, cos, sin, 1e-6)
     assert torch.allclose(lact.turned_back(turned, cos.unsqueeze(1), sin.unsqueeze(1)), q, atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# precision
+
+
+def test_rounded_rows_have_as_many_levels_as_bits_say():
+    w = torch.linspace(-1, 2, 90).view(3, 30).requires_grad_()
+    for bits in (2, 3, 4):
+        seen = precision.rounded(w, bits).detach()
+        assert all(len(row.unique()) <= 2**bits - 1 for row in seen)
+        assert torch.allclose(seen.abs().amax(1), w.detach().abs().amax(1))
+    assert torch.autograd.grad(precision.rounded(w, 2).sum(), w)[0].eq(1).all()
+    assert torch.allclose(precision.rounded(w, 16), w, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", precision.LAWS)
+def test_a_law_that_made_the_numbers_is_found_again(name):
+    law = precision.LAWS[name]
+    N, P = torch.meshgrid(torch.tensor([1e4, 3e4, 8e4, 2e5], dtype=torch.double),
+                          torch.tensor([2, 3, 4, 6, 16.0], dtype=torch.double), indexing="ij")
+    N, P = N.flatten(), P.flatten()
+    a, g = torch.tensor([0.31, 1.7], dtype=torch.double)
+    u, rest = law(N, P, a, g)
+    L = 12.0 * u + 1.1 + rest
+    found = precision.fitted(law, N, P, L)
+    assert found[0] == pytest.approx(0.31, rel=0.02) and found[3] == pytest.approx(1.1, rel=0.02)
+    if name in ("effective", "additive"):
+        assert found[1] == pytest.approx(1.7, rel=0.02)
+    errors = {other: float((precision.predicted(of, N, P, L) - L).abs().max())
+              for other, of in precision.LAWS.items()}
+    assert errors[name] < 1e-3 and all(errors[other] > 2 * errors[name] for other in errors
+                                       if other != name and {name, other} != {"blind", "additive"})
