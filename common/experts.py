@@ -60,15 +60,12 @@ class Experts(nn.Module):
         return linear(x_TD, self.router.weight).float()
 
     def on_their_rows(self, x_TD, gate_TK, expert_TK):
-        T, K = expert_TK.shape
         gate_up, down = self.matrices()
         take, back, rooms = by_expert(expert_TK.flatten(), len(down), x_TD)
-        # each token K times, and those of an expert together
-        rows = x_TD.unsqueeze(1).expand(T, K, -1).reshape(T * K, -1)
-        rows = cpu.Take.apply(rows, take, back)
+        rows = Deal.apply(x_TD, take // self.active, back, self.active)
         parts = zip(gate_up, down, rows.split(rooms))
         found = [self.one(*matrices, part) for *matrices, part in parts if len(part)]
-        y_TKD = cpu.PutBack.apply(torch.cat(found), back).view(T, K, -1)
+        y_TKD = cpu.PutBack.apply(torch.cat(found), back).view(*expert_TK.shape, -1)
         return (y_TKD * gate_TK.unsqueeze(2)).sum(1)
 
     def one(self, gate_up, down, x):
@@ -77,7 +74,7 @@ class Experts(nn.Module):
 
     def on_every_row(self, x_TD, gate_TK, expert_TK):
         """The same at E / K times the work: a CUDA graph cannot ask how many rows an expert has."""
-        gate_up, down = (torch.stack(list(each)) for each in self.matrices())
+        gate_up, down = (w.view(self.count, -1, w.shape[1]) for w in (self.gate_up.weight, self.down.weight))
         weight_TE = gate_TK.new_zeros(len(x_TD), self.count).scatter(1, expert_TK, gate_TK)
         hidden = swiglu((x_TD @ gate_up.transpose(1, 2)).flatten(0, 1))
         y_ETD = hidden.view(self.count, len(x_TD), -1) @ down.transpose(1, 2)
@@ -86,6 +83,22 @@ class Experts(nn.Module):
     def matrices(self):
         """-> those of each expert. unbind: its backward is one copy, that of indexing one per expert."""
         return [w.view(self.count, -1, w.shape[1]).unbind() for w in (self.gate_up.weight, self.down.weight)]
+
+
+class Deal(torch.autograd.Function):
+    """Each token to the places of its K experts. Spare places are copies that no gradient comes from, so
+    the backward is a gather too: several times faster on a CPU than index_add."""
+
+    @staticmethod
+    def forward(ctx, x_TD, token, back, K):
+        ctx.save_for_backward(back)
+        ctx.K = K
+        return x_TD.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (back,) = ctx.saved_tensors
+        return grad.index_select(0, back).view(-1, ctx.K, grad.shape[1]).sum(1), None, None, None
 
 
 def by_expert(chosen, count, like):
