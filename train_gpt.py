@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 import kernels
 from common import cpu, hf, machine, view
+from common.experts import Experts
 from common.files import newest, run_config
 from common.flags import check_run, die, flags, positive, shares, without_effect
 from common.machine import Machine
@@ -67,6 +68,9 @@ class GPTConfig:
     qkv_bias: bool = False            # Qwen2, Qwen2.5
     qk_norm: bool = True              # Qwen3; both off: Llama 3
     tie_embeddings: bool = False
+    n_expert: int = 0                 # Qwen3-MoE: experts of a block; 0: one SwiGLU
+    n_active: int = 0                 # of them, for each token; together they are d_ff wide
+    norm_gates: bool = True           # what they count sums to 1
 
 
 def rope_frequencies(c):
@@ -129,14 +133,29 @@ class Block(nn.Module):
         q, k, v = heads.split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = qk_norm_rope(q, k, w.q_norm, w.k_norm, cos_T, sin_T, self.eps)
         x_TD = x_TD + linear(attend(layer, q, k, v).flatten(1), w.out, strided=True)
-        hidden = swiglu(linear(rms_norm(x_TD, w.mlp_norm, self.eps), w.gate_up, strided=True))
-        return x_TD + linear(hidden, w.down, strided=True)
+        return x_TD + self.mlp(rms_norm(x_TD, w.mlp_norm, self.eps), w)
+
+    def mlp(self, x_TD, w):
+        return linear(swiglu(linear(x_TD, w.gate_up, strided=True)), w.down, strided=True)
+
+
+class SparseBlock(Block):
+    """Qwen3-MoE: experts in place of the SwiGLU."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        del self.gate_up, self.down
+        self.experts = Experts(c)
+
+    def mlp(self, x_TD, w):
+        return self.experts(x_TD)
 
 
 class GPT(nn.Module):
-    def __init__(self, config, block=Block):
+    def __init__(self, config, block=None):
         super().__init__()
         self.config = c = config
+        block = block or (SparseBlock if c.n_expert else Block)
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
         self.blocks = nn.ModuleList(block(c) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.d_model, c.norm_eps)

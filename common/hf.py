@@ -8,8 +8,9 @@ is a copy of each tensor into its slice of rows, straight into place. Shards are
 memory peaks at the weights themselves.
 
 Three dense families are one table apart: Qwen2 and 2.5 (biases on q, k, v), Qwen3 (norms on q and
-k), Llama 3 (neither). A folder of another shape is refused, naming what is different, and so is a
-tensor that nothing here would read: a model that loads and is silently another one costs a week.
+k), Llama 3 (neither); Qwen3-MoE is Qwen3 with experts. A folder of another shape is refused, naming
+what is different, and so is a tensor that nothing here would read: a model that loads and is silently
+another one costs a week.
 
 Left out of the usual recipe: hub clients, auto classes, device maps, quantised weights. There is a
 folder on disk, or an error that says what to run.
@@ -49,10 +50,11 @@ def find(path):
 # -----------------------------------------------------------------------------
 # config.json <-> the keyword arguments of a GPTConfig
 
-FAMILIES = {  # architecture: (qkv_bias, qk_norm)
-    "Qwen2ForCausalLM": (True, False),     # Qwen2, Qwen2.5, and what was distilled into them
-    "Qwen3ForCausalLM": (False, True),
-    "LlamaForCausalLM": (False, False),    # Llama 3, 3.1, 3.2, and the many that share its shape
+FAMILIES = {  # architecture: (qkv_bias, qk_norm, experts)
+    "Qwen2ForCausalLM": (True, False, False),  # Qwen2, Qwen2.5, and what was distilled into them
+    "Qwen3ForCausalLM": (False, True, False),
+    "LlamaForCausalLM": (False, False, False),  # Llama 3, 3.1, 3.2, and the many that share its shape
+    "Qwen3MoeForCausalLM": (False, True, True),
 }
 
 
@@ -77,7 +79,7 @@ def read_config(folder):
     arch = (c.get("architectures") or ["?"])[0]
     if arch not in FAMILIES:
         raise ValueError(f"{path}: architecture {arch} is not known here; known: {', '.join(FAMILIES)}")
-    qkv_bias, qk_norm = FAMILIES[arch]
+    qkv_bias, qk_norm, sparse = FAMILIES[arch]
     try:
         heads = c["num_attention_heads"]
         max_len = c["max_position_embeddings"]
@@ -97,13 +99,16 @@ def read_config(folder):
             qkv_bias=qkv_bias,
             qk_norm=qk_norm,
             tie_embeddings=bool(c.get("tie_word_embeddings", False)))
+        if sparse:
+            fields |= _experts(c)
         different = _different(c, arch, max_len)
     except KeyError as e:
         raise ValueError(f"{path} has no {e}: {again}") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
         # "4" for 4, a list for a dict
         raise ValueError(f"{wrong} ({e}): {again}") from None
-    for name in "vocab_size n_layer n_head n_kv_head head_dim d_model d_ff max_len".split():
+    for name in ["vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "max_len",
+                 *(("n_expert", "n_active") if sparse else ())]:
         if not isinstance(fields[name], int) or fields[name] < 1:
             raise ValueError(f"{wrong} ({name} would be {fields[name]!r}): {again}")
     if not isinstance(theta, int | float):
@@ -147,6 +152,16 @@ def _rope(c, max_len):
     return theta, scaling
 
 
+def _experts(c):
+    """What a token meets of its experts is as wide as one SwiGLU of d_ff."""
+    active = c["num_experts_per_tok"]
+    count = c["num_experts"] if "num_experts" in c else c["num_local_experts"]
+    if active > count:
+        raise ValueError(f"{active} of {count} experts")
+    return dict(d_ff=active * c["moe_intermediate_size"], n_expert=count, n_active=active,
+                norm_gates=bool(c.get("norm_topk_prob", False)))
+
+
 def _temperature(factor, m=1.0):
     return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
@@ -165,8 +180,10 @@ def _different(c, arch, max_len):
         return "attention_bias (a bias on the output projection)"
     if c.get("mlp_bias"):
         return "mlp_bias"
-    if c.get("num_experts") or c.get("num_local_experts"):
+    if not FAMILIES[arch][2] and (c.get("num_experts") or c.get("num_local_experts")):
         return "a mixture of experts"
+    if c.get("mlp_only_layers") or c.get("decoder_sparse_step", 1) != 1:
+        return "layers without experts between those with some"
     if c.get("quantization_config"):
         method = c["quantization_config"].get("quant_method", "quantization_config")
         return f"weights quantised by {method!r}"
@@ -180,7 +197,10 @@ def _different(c, arch, max_len):
 
 def config_json(c, dtype, eos=None):
     """The config.json of GPTConfig fields `c` (a dict)."""
-    arch = next((a for a, flags in FAMILIES.items() if flags == (c["qkv_bias"], c["qk_norm"])), None)
+    kind = c["qkv_bias"], c["qk_norm"], bool(c.get("n_expert"))
+    arch = next((a for a, flags in FAMILIES.items() if flags == kind), None)
+    if arch is None and kind[2]:
+        raise ValueError("experts are written in Qwen3's shape only: qk_norm, and no qkv_bias")
     if arch is None:
         raise ValueError("a model with both qkv_bias and qk_norm has no name in Hugging Face's library: "
                          "turn one of them off")
@@ -208,6 +228,15 @@ def config_json(c, dtype, eos=None):
     written["mlp_bias" if arch == "LlamaForCausalLM" else "use_sliding_window"] = False
     if arch != "Qwen2ForCausalLM":
         written["attention_bias"] = False
+    if kind[2]:
+        written |= dict(
+            model_type="qwen3_moe",
+            num_experts=c["n_expert"],
+            num_experts_per_tok=c["n_active"],
+            moe_intermediate_size=c["d_ff"] // c["n_active"],
+            norm_topk_prob=c["norm_gates"],
+            decoder_sparse_step=1,
+            mlp_only_layers=[])
     return written
 
 
@@ -234,11 +263,25 @@ def names(c):
         if c["qk_norm"]:
             table[ours + "q_norm.weight"] = [(hf + "self_attn.q_norm.weight", c["head_dim"])]
             table[ours + "k_norm.weight"] = [(hf + "self_attn.k_norm.weight", c["head_dim"])]
+        if c.get("n_expert"):
+            table |= _expert_names(c, ours + "experts.", hf + "mlp.")
+            continue
         table[ours + "gate_up.weight"] = [
             (hf + "mlp.gate_proj.weight", c["d_ff"]),
             (hf + "mlp.up_proj.weight", c["d_ff"])]
         table[ours + "down.weight"] = [(hf + "mlp.down_proj.weight", c["d_model"])]
     return table
+
+
+def _expert_names(c, ours, hf):
+    width = c["d_ff"] // c["n_active"]
+    experts = [f"{hf}experts.{e}." for e in range(c["n_expert"])]
+    return {
+        ours + "router.weight": [(hf + "gate.weight", c["n_expert"])],
+        ours + "gate_up.weight": [(f"{expert}{part}_proj.weight", width)
+                                  for expert in experts for part in ("gate", "up")],
+        ours + "down.weight": [(expert + "down_proj.weight", c["d_model"]) for expert in experts],
+    }
 
 
 # -----------------------------------------------------------------------------

@@ -170,6 +170,9 @@ class Optimizer:
         owner = self._owners(named) if muon_lr is not None else {}
         self.shards = [Shard(name, p, owner.get(name), self.rank, self.world) for name, p in named]
         self.buckets = buckets(self.shards, self.world)
+        # parameters that are several matrices, one below the other: those of a block's experts
+        self.stacks = {f"{path}.{name}": count for path, module in model.named_modules()
+                       for name, count in getattr(module, "stacks", {}).items()}
         self.host = Host(self.device) if offload else None
         self.sharded = None
         if grads == "sharded" and self.world == 1:
@@ -372,11 +375,12 @@ class Optimizer:
         s.m.lerp_(grad, 1 - self.momentum)
         update = grad.lerp(s.m, self.momentum).view(s.param.shape)
         # on the card, one matrix at a time, also where its state lives on the host
-        update = orthogonalize(update.to(self.device)).to(update.device).reshape(-1)
+        matrices = update.to(self.device).chunk(self.stacks.get(s.name, 1))
+        update = torch.cat([orthogonalize(m) for m in matrices]).to(update.device).reshape(-1)
         if self.weight_decay:
             s.master.mul_(1 - lr * self.weight_decay)
         # 0.2 sqrt(max(rows, columns)): the update has the size of AdamW's (arXiv 2502.16982)
-        s.master.add_(update, alpha=-lr * 0.2 * max(s.param.shape) ** 0.5)
+        s.master.add_(update, alpha=-lr * 0.2 * max(matrices[0].shape) ** 0.5)
 
     def _write(self, s):
         """The master, rounded, into the weight."""

@@ -17,20 +17,24 @@ FAMILIES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, dict(qkv_bias=True, qk_norm=False)),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, dict(qkv_bias=False, qk_norm=True)),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, dict(qkv_bias=False, qk_norm=False)),
+    "moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM,
+            dict(qkv_bias=False, qk_norm=True, n_expert=6, n_active=2)),
 }
+EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=True)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def theirs(family, folder, shard="5GB", **kw):
     config, cls, _ = FAMILIES[family]
-    more = dict(head_dim=16) if family == "qwen3" else {}
+    more = dict(head_dim=16) if family in ("qwen3", "moe") else {}
+    more |= EXPERTS if family == "moe" else {}
     rope = kw.pop("rope", {"rope_type": "default"})
     model = cls(config(**SHAPE, **more, rope_parameters={"rope_theta": 10000.0, **rope}, **kw)).eval()
     g = torch.Generator().manual_seed(1)
     for p in model.parameters():  # biases and norms too: at their start they would hide a mistake
-        p.data.copy_(torch.randn(p.shape, generator=g) * (0.2 if p.ndim == 2 else 0.1)
-                     + (0 if p.ndim == 2 else 1))
+        p.data.copy_(torch.randn(p.shape, generator=g) * (0.2 if p.ndim >= 2 else 0.1)
+                     + (0 if p.ndim >= 2 else 1))
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder, max_shard_size=shard)
     return model
@@ -219,6 +223,14 @@ def cut(folder):
     ("llama", lambda f: (f / "config.json").write_text("[1]"), "config.json is not a JSON object"),
     ("llama", spoil_config(hidden_act="gelu"), "hidden_act 'gelu'"),
     ("llama", spoil_config(num_local_experts=8), "mixture of experts"),
+    ("moe", spoil_config(architectures=["Qwen2MoeForCausalLM"]), "Qwen2Moe.*is not known.*Qwen3Moe"),
+    ("moe", spoil_config(mlp_only_layers=[0]), "layers without experts"),
+    ("moe", spoil_config(decoder_sparse_step=2), "layers without experts"),
+    ("moe", spoil_config(num_experts_per_tok=7), "7 of 6 experts"),
+    ("moe", spoil_config(num_experts_per_tok="gone"), "has no 'num_experts_per_tok'"),
+    ("moe", spoil_config(moe_intermediate_size=0), "d_ff would be 0"),
+    ("moe", spoil_config(num_experts=7, num_local_experts="gone"), "lacks 6 tensors|has shape"),
+    ("moe", spoil_config(architectures=["Qwen3ForCausalLM"]), "mixture of experts"),
     ("qwen2", spoil_config(quantization_config={"quant_method": "awq"}), "quantised by 'awq'"),
     ("qwen2", spoil_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
      "rope type 'dynamic'"),

@@ -74,7 +74,7 @@ ROWS = [      # the bottom first; a row may name files that are not written yet
      "data"],
     ["common.run", "common.parity"],
     ["kernels", "common.optim", "common.hf"],
-    ["pack", "common.reward", "common.view", "common.deal"],
+    ["pack", "common.reward", "common.view", "common.deal", "common.experts"],
     ["train_gpt", "common.slabs", "common.pages"],
     ["rollout"],
     ["algos", "evaluate", "common.metrics", "common.overlap"],
