@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 import kernels
-from common.flags import as_flag, die, moved, without_effect
+from common.flags import as_flag, die, without_effect
+from common.moved import moved
 from common.reward import varies
-from kernels import linear_logprob, packed_attention
+from kernels import linear_logprob
 
 # -----------------------------------------------------------------------------
 # axis 1, the baseline: rewards of a group -> advantages, always local to the group
@@ -59,10 +60,6 @@ def mean_of_sample(values_N, sample_N, lengths_S):
     return (sums_S / lengths_S)[sample_N]
 
 
-def token(x_N, sample_N, lengths_S, p):
-    return x_N
-
-
 def sequence(x_N, sample_N, lengths_S, p):
     """GSPO: the geometric mean over the response."""
     return mean_of_sample(x_N.detach(), sample_N, lengths_S) + x_N - x_N.detach()
@@ -83,7 +80,7 @@ def power(x_N, sample_N, lengths_S, p):
     return mean_N + (log_N / p if p else 0.0) + share_N * (x_N - fixed_N)
 
 
-RATIOS = {"token": token, "sequence": sequence, "power": power}
+RATIOS = {"token": lambda x_N, sample_N, lengths_S, p: x_N, "sequence": sequence, "power": power}
 
 # -----------------------------------------------------------------------------
 # axis 3, the trust region: log-ratio and advantage of each prediction -> the objective, to be
@@ -107,8 +104,8 @@ def no_trust(x, A, low, high):
 TRUSTS = {"clip": clip, "weight": weight, "none": no_trust}
 
 # -----------------------------------------------------------------------------
-# axis 4, aggregation: length of a response -> (weight of each of its tokens, its share of the
-# normaliser)
+# axis 4, aggregation: length of a response -> (weight of each of its tokens, its divisor: what it
+# adds to the normaliser)
 
 AGGREGATES = {
     "token": lambda L, config: (1.0, L),          # DAPO: every token of the batch counts the same
@@ -121,22 +118,17 @@ AGGREGATES = {
 
 
 def weigh(groups, config):
-    """Fills sample.weight. -> what these samples add to the normaliser. Tokens that were forced on one
-    (log-prob nan), a tool's words for example, are not trained and do not count. Where the advantage
-    is zero the gradient is: unless another term needs such a sample, it counts in the normaliser and
-    costs no forward."""
+    """Fills sample.weight and sample.divisor. Tokens that were forced on one (log-prob nan), a tool's
+    words for example, are not trained and do not count. Where the advantage is zero the gradient is:
+    unless another term needs such a sample, its weight is 0, and it costs no forward."""
     always = config.entropy_coef or config.kl_coef
-    normaliser = 0.0
     for s in (s for group in groups for s in group):
         L = len(s.tokens)
         if math.isnan(sum(s.logprobs)):
             L -= sum(map(math.isnan, s.logprobs))
-        s.weight = 0.0
-        if L:
-            weight, share = AGGREGATES[config.aggregate](L, config)
-            normaliser += share
-            s.weight = weight if always or s.advantage else 0.0
-    return normaliser
+        s.weight, s.divisor = AGGREGATES[config.aggregate](L, config) if L else (0.0, 0.0)
+        if not (always or s.advantage):
+            s.weight = 0.0
 
 
 # axis 5, the regularisers: --kl-coef and the resets of its reference, --cov, --entropy-coef. They
@@ -277,22 +269,23 @@ def advantage(group, config):
         s.advantage = float(a)
 
 
-def address(s):
+def key(s):
+    """Which sample is it?"""
     return s.problem, s.visit, s.index
 
 
-def by_address(known, batch):
-    """known: {address of a sample: one number per prediction} -> these numbers for the
-    predictions of a batch."""
-    parts = [known[address(s)] for s in batch.samples]
+def by_key(known, batch):
+    """known: {key of a sample: one number per prediction} -> these numbers for the predictions of
+    a batch."""
+    parts = [known[key(s)] for s in batch.samples]
     flat = np.concatenate([np.zeros(0, np.float32), *parts])
     return kernels.to_device(flat, torch.float32, batch.targets_N.device)
 
 
 def covariant(groups, config):
-    """-> {address: 1 for the predictions that most lower the entropy, else 0}: those with the
-    largest (log-prob - mean) (advantage - mean) of the whole batch. From the sampler's log-probs,
-    so it is known before any backward; a tie goes to the lower address."""
+    """-> {key: 1 for the predictions that most lower the entropy, else 0}: those with the largest
+    (log-prob - mean) (advantage - mean) of the whole batch. From the sampler's log-probs, so it is
+    known before any backward; of a tie the earlier sample is marked."""
     samples = [s for g in groups for s in g]
     trained = [~np.isnan(s.logprobs) for s in samples]
     logps = [np.array(s.logprobs)[on] for s, on in zip(samples, trained)]
@@ -305,23 +298,17 @@ def covariant(groups, config):
         count = math.ceil(config.cov_share * len(cov_N))
         marked_N[np.argsort(-cov_N, kind="stable")[:count]] = 1
     ends = np.cumsum([on.sum() for on in trained])
-    return {address(s): part for s, part in zip(samples, np.split(marked_N, ends))}
+    return {key(s): part for s, part in zip(samples, np.split(marked_N, ends))}
 
 
 # -----------------------------------------------------------------------------
 # the loss
 
 
-def predicting(model, batch):
-    """-> hidden_ND: the hidden states that predict."""
-    attend = packed_attention(batch.cu_seqlens, batch.max_len, batch.parent)
-    return model(batch.tokens_T, batch.positions_T, attend)[batch.at_N]
-
-
 def k3_to(reference, batch, logp_N, temperature):
     """KL (k3) to a reference, of each prediction."""
     with torch.no_grad():
-        theirs_ND = predicting(reference, batch)
+        theirs_ND = batch.hidden(reference)
         reference_N, _ = linear_logprob(theirs_ND, reference.head_weight, batch.targets_N, temperature)
     x_N = reference_N - logp_N
     return x_N.expm1() - x_N
@@ -330,14 +317,14 @@ def k3_to(reference, batch, logp_N, temperature):
 def make_loss(config, done=0.0, old=None, marked=None, reference=None):
     """-> loss(batch, hidden_ND, head_VD) -> (sum to be minimised, stats as sums). done: the share
     of the run that is over. old: log-probs before the first of several updates; marked: from
-    covariant(); both by address. reference: a model for --kl-coef."""
+    covariant(); both by key. reference: a model for --kl-coef."""
     c = config
     p = None if c.power is None else c.power + done * (c.power_end - c.power)
 
     def loss(batch, hidden_ND, head_VD):
         logp_N, entropy_N = linear_logprob(hidden_ND, head_VD, batch.targets_N, c.temperature)
         # with one update per rollout the policy that sampled is this one
-        old_N = logp_N.detach() if old is None else by_address(old, batch)
+        old_N = logp_N.detach() if old is None else by_key(old, batch)
 
         # no bincount: on a GPU it waits for the largest number
         ones_N = torch.ones_like(batch.weight_N)
@@ -347,9 +334,9 @@ def make_loss(config, done=0.0, old=None, marked=None, reference=None):
         logratio_N = RATIOS[c.ratio](x_N, batch.sample_N, lengths_S, p)
         objective_N = TRUSTS[c.trust](logratio_N, batch.advantage_N, c.clip_low, c.clip_high)
         if c.cov == "clip":
-            objective_N = objective_N * (1 - by_address(marked, batch))
+            objective_N = objective_N * (1 - by_key(marked, batch))
         elif c.cov == "kl":
-            objective_N = objective_N - c.cov_coef * by_address(marked, batch) * x_N.abs()
+            objective_N = objective_N - c.cov_coef * by_key(marked, batch) * x_N.abs()
 
         # trainer against sampler: rounding, or a bug. Truncation sampled from pi / kept, where
         # kept is less than 1
@@ -384,6 +371,4 @@ def make_loss(config, done=0.0, old=None, marked=None, reference=None):
     return loss
 
 
-# names that a fork may know from here -> where they are, and under which name
-MOVED = dict(aggregated="algos:weigh")
-__getattr__ = moved(__name__, MOVED)
+__getattr__ = moved(__name__)            # names that a fork may know from here

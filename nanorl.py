@@ -37,12 +37,13 @@ import stages
 import tail
 from algos import Algo, check_updates, several_updates, with_algorithm
 from common import memory
-from common.flags import die, flags, moved, positive, without_effect
+from common.flags import die, flags, positive, without_effect
 from common.metrics import sample_rows, status, summary, warnings
+from common.moved import moved
 from common.offload import load_state
 from common.run import progress
-from stages import (Common, advantage, check_flags, close, collect, due, finish, learn, next_problems,
-                    open_run, over, save, setup, share_visits, step, stop_here, test, update)
+from stages import (Common, advantage, check_flags, close, collect, due, evaluation, finish, learn,
+                    next_problems, open_run, over, save, setup, share_visits, step, stop_here, update)
 from tail import Rounds, sample_step
 
 # what a fork imports from here; some of it `main` itself does not need
@@ -197,7 +198,7 @@ def main(argv=None):
 
     # ---- before
     if rl.step == 0:
-        before = test(rl, run, "test", "before") | test(rl, run, "eval", "  validation")
+        before = evaluation(rl, run, "test", "before") | evaluation(rl, run, "eval", "  validation")
         rl.best = before["eval/avg"]
         run.metrics(0, **before)
 
@@ -229,9 +230,9 @@ def main(argv=None):
         # evaluate
         last = over(rl)
         if last:
-            numbers |= test(rl, run, "test", "after")
+            numbers |= evaluation(rl, run, "test", "after")
         elif due(rl.step, config.eval_every):
-            numbers |= test(rl, run, "eval", "  validation")
+            numbers |= evaluation(rl, run, "eval", "  validation")
             note_best(rl, numbers["eval/avg"])
         reset_if_due(rl, run)
         run.metrics(rl.step, **numbers)
@@ -247,18 +248,7 @@ def main(argv=None):
     finish(rl, run)                                          # pictures, and where the model lies
 
 
-# names that a fork may know from here -> where they are, and under which name
-MOVED = dict(
-    ALGORITHMS="algos", BASELINES="algos", RATIOS="algos", TRUSTS="algos", AGGREGATES="algos",
-    address="algos", covariant="algos", make_loss="algos", predicting="algos", with_algorithm="algos",
-    stored="algos:by_address", elapsed="stages", accumulate="stages", backward="stages:update",
-    everyone="stages:gather_groups", together="common.metrics:merge_stats", score="stages:old_logprobs",
-    stream="tail:learn_early", rehearse="common.memory:trial_update", budget="common.memory:fixed",
-    fullest="common.memory:fullest_row", CLOCKS="common.metrics", recent="common.metrics",
-    repeats="common.metrics", varied="common.metrics", next_round="tail:Rounds",
-    groups_of="tail:sample_step", collect_round="tail", HARDWARE="nanorl:RECIPES",
-)
-__getattr__ = moved(__name__, MOVED)
+__getattr__ = moved(__name__)            # names that a fork may know from here
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ import common.overlap
 import common.teacher
 import kernels
 import stages
-from algos import BASELINES, k3_to, predicting
+from algos import BASELINES, k3_to
 from common import memory
 from common.flags import die, flags, positive, shares, without_effect
 from common.metrics import sample_rows, summary, warnings
@@ -415,7 +415,7 @@ def meet(teacher, reference, batch):
     for model in (teacher, reference):
         if model is not None:
             with torch.no_grad():
-                predicting(model, batch)
+                batch.hidden(model)
 
 
 # -----------------------------------------------------------------------------

@@ -107,6 +107,14 @@ class SharedPrompts:
         return groups
 
 
+def shared_counter(world):
+    """-> add(k), which says what it comes to over all ranks. Every call makes a new counter, so all
+    ranks make the same calls."""
+    store = dist.distributed_c10d._get_default_store() if world > 1 else dist.HashStore()
+    name = f"count/{next(calls)}"
+    return lambda k: store.add(name, k)
+
+
 def deal_out(sampler, limits):
     """{id: tokens at most} -> an iterator over the ids that this rank samples, and the SharedPrompts
     behind it, None where ranks take prompts in turn and no group moves. The longest come first, so
@@ -181,7 +189,8 @@ class Feed:
         """These samples need nothing more. -> an iterator over the groups that are complete by that,
         each in order"""
         for s in ready:
-            if s.problem in self.groups:             # it may have moved to another rank since
+            # its group may have moved to another rank since, and come back as a copy
+            if any(s is there for there in self.groups.get(s.problem, ())):
                 self.ready[s.problem].add(s.index)
         for id in dict.fromkeys(s.problem for s in ready):
             if id in self.groups and len(self.ready[id]) == self.size[id]:

@@ -23,7 +23,6 @@ import functools
 import inspect
 import io
 import math
-import opcode
 import os
 import shlex
 import sys
@@ -380,28 +379,3 @@ def _show(text):
         # or the interpreter's last flush would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
-
-
-# --------------------------------------------------------------------------------------------------
-# names that moved
-
-def moved(module, table):
-    """
-    -> the __getattr__ of a module whose names moved; table: {name: "the.place"}, or "the.place:new_name"
-
-        __getattr__ = moved(__name__, {"flags": "common.flags"})
-
-    `from module import name` then says where the name is. Such an import hides the words of an
-    AttributeError, so it gets an ImportError; everything else (module.name, hasattr) gets an
-    AttributeError with the same words.
-    """
-    def __getattr__(name):
-        if name not in table:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        place, _, renamed = table[name].partition(":")
-        message = f"{module}.{name} moved to {place}: from {place} import {renamed or name}"
-        caller = sys._getframe(1)
-        importing = opcode.opname[caller.f_code.co_code[caller.f_lasti]] == "IMPORT_FROM"
-        raise ImportError(message) if importing else AttributeError(message)
-
-    return __getattr__
