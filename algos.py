@@ -10,7 +10,8 @@ algorithm is a new row; a new choice on an axis is a function of a few lines.
 
 Left out of the usual recipe, and why:
 - no critic, and no reference model unless --kl-coef asks for one;
-- no second forward for old log-probs: with one update per rollout the ratio is 1, old = logp.detach();
+- no second forward for old log-probs: with one update per rollout the ratio is 1, so
+  old = logp.detach();
 - no mean inside the loss: it returns sums, and the one normaliser divides at the step.
 
 Definitions that others write differently are listed in records/definitions.md.
@@ -18,6 +19,7 @@ Definitions that others write differently are listed in records/definitions.md.
 
 import math
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -80,7 +82,11 @@ def power(x_N, sample_N, lengths_S, p):
     return mean_N + (log_N / p if p else 0.0) + share_N * (x_N - fixed_N)
 
 
-RATIOS = {"token": lambda x_N, sample_N, lengths_S, p: x_N, "sequence": sequence, "power": power}
+RATIOS = {
+    "token": lambda x_N, sample_N, lengths_S, p: x_N,
+    "sequence": sequence,
+    "power": power,
+}
 
 # -----------------------------------------------------------------------------
 # axis 3, the trust region: log-ratio and advantage of each prediction -> the objective, to be
@@ -118,9 +124,9 @@ AGGREGATES = {
 
 
 def weigh(groups, config):
-    """Fills sample.weight and sample.divisor. Tokens that were forced on one (log-prob nan), a tool's
-    words for example, are not trained and do not count. Where the advantage is zero the gradient is:
-    unless another term needs such a sample, its weight is 0, and it costs no forward."""
+    """Fills sample.weight and sample.divisor. Tokens that were forced on one (log-prob nan), a
+    tool's words for example, are not trained and do not count. Where the advantage is zero the
+    gradient is: unless another term needs such a sample, its weight is 0, and it costs no forward."""
     always = config.entropy_coef or config.kl_coef
     for s in (s for group in groups for s in group):
         L = len(s.tokens)
@@ -140,28 +146,31 @@ def weigh(groups, config):
 
 ALGORITHMS = {
     "grpo": dict(
-        baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="sequence"),
+        baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2,
+        aggregate="sequence"),
     "dapo": dict(
-        baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.28, aggregate="token",
-        dynamic=True),
+        baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.28,
+        aggregate="token", dynamic=True),
     "dr_grpo": dict(
-        baseline="mean", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="constant"),
+        baseline="mean", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2,
+        aggregate="constant"),
     "rloo": dict(
         baseline="loo", ratio="token", trust="none", aggregate="constant"),
     "gspo": dict(
         baseline="group", ratio="sequence", trust="clip", clip_low=3e-4, clip_high=4e-4,
         aggregate="sequence"),
     "cispo": dict(
-        baseline="group", ratio="token", trust="weight", clip_low=1.0, clip_high=4.0, aggregate="token"),
+        baseline="group", ratio="token", trust="weight", clip_low=1.0, clip_high=4.0,
+        aggregate="token"),
     "vl_norm": dict(
-        baseline="mean", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="length",
-        length_power=1.0),
+        baseline="mean", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2,
+        aggregate="length", length_power=1.0),
     "holder": dict(
-        baseline="group", ratio="power", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="sequence",
-        power=2.0, power_end=-2.0),
+        baseline="group", ratio="power", trust="clip", clip_low=0.2, clip_high=0.2,
+        aggregate="sequence", power=2.0, power_end=-2.0),
     "prorl": dict(
-        baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.4, aggregate="token",
-        temperature=1.2, kl_coef=1e-3, dynamic=True, reset_every=100),
+        baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.4,
+        aggregate="token", temperature=1.2, kl_coef=1e-3, dynamic=True, reset_every=100),
 }
 
 
@@ -189,8 +198,27 @@ class Algo:
 
 
 # what holds where neither the row nor a flag says anything
-DEFAULTS = dict(dynamic=False, temperature=1.0, kl_coef=0.0, reset_every=0, clip_low=0.2, clip_high=0.2,
-                length_power=1.0, power=1.0)
+DEFAULTS = dict(dynamic=False, temperature=1.0, kl_coef=0.0, reset_every=0, clip_low=0.2,
+                clip_high=0.2, length_power=1.0, power=1.0)
+
+
+def unused(c):
+    """-> {flag: the axis that leaves it nothing to say}"""
+    found = {}
+    if c.trust == "none":
+        found |= dict(clip_low="trust", clip_high="trust")
+    if c.ratio != "power":
+        found |= dict(power="ratio", power_end="ratio")
+    if c.aggregate != "length":
+        found |= dict(length_power="aggregate")
+    return found
+
+
+def filled_in(config):
+    """-> {flag: value} by --algo, for --help."""
+    row = DEFAULTS | ALGORITHMS[config.algo]
+    silent = unused(SimpleNamespace(**row))
+    return {name: value for name, value in row.items() if name not in silent}
 
 
 def with_algorithm(config):
@@ -207,17 +235,10 @@ def with_algorithm(config):
     c = type(config)(**{**known, **defaults, **row, **given})
     if c.power_end is None:
         c.power_end = c.power
-    for name, axis, used in [
-        ("clip_low", "trust", c.trust != "none"),
-        ("clip_high", "trust", c.trust != "none"),
-        ("power", "ratio", c.ratio == "power"),
-        ("power_end", "ratio", c.ratio == "power"),
-        ("length_power", "aggregate", c.aggregate == "length"),
-    ]:
-        if not used and name in given:
+    for name, axis in unused(c).items():
+        if name in given:
             die(f"{as_flag(name)} says nothing here: --{axis} is {getattr(c, axis)}")
-        if not used:
-            setattr(c, name, None)
+        setattr(c, name, None)
     without_effect(c, [
         ("cov_share", c.cov, "it is the share that --cov marks, and --cov is not given"),
         ("cov_coef", c.cov == "kl", "it is the coefficient of --cov kl"),
@@ -243,8 +264,8 @@ def several_updates(c):
 
 
 def check_updates(c):
-    """Refuses what only a second update of a rollout could feel. With one, every ratio is 1, whatever
-    its form and wherever it is clipped. c: with the row filled in."""
+    """Refuses what only a second update of a rollout could feel. With one, every ratio is 1,
+    whatever its form and wherever it is clipped. c: with the row filled in."""
     row = DEFAULTS | ALGORITHMS[c.algo]
     for name in ("ratio", "power", "power_end", "trust", "clip_low", "clip_high"):
         value = getattr(c, name)
@@ -309,7 +330,8 @@ def k3_to(reference, batch, logp_N, temperature):
     """KL (k3) to a reference, of each prediction."""
     with torch.no_grad():
         theirs_ND = batch.hidden(reference)
-        reference_N, _ = linear_logprob(theirs_ND, reference.head_weight, batch.targets_N, temperature)
+        reference_N, _ = linear_logprob(theirs_ND, reference.head_weight, batch.targets_N,
+                                        temperature)
     x_N = reference_N - logp_N
     return x_N.expm1() - x_N
 

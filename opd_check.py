@@ -60,7 +60,7 @@ class Config:
     k: int = 16                          # likely tokens that are compared
     cuts: int = 4                        # prefix lengths at which the teacher takes over
     shortest: int = 512                  # a prefix of at most this many tokens is never too long
-    tokens: int = 100_000                # sampled tokens of the run whose cost is told
+    tokens: int = 100_000                # sampled tokens of the run whose cost is asked
     seed: int = 0                        # of the problems
     row_tokens: int = 4096               # tokens of one packed row
     slots: int = 0                       # sequences the sampler decodes at a time; 0: its choice

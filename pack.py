@@ -81,7 +81,7 @@ def pack(lengths, budget):
 
 
 # -----------------------------------------------------------------------------
-# ranks: most work first, to whoever has least
+# ranks: most work first, to the rank that has least
 #
 #   rank 0  aaaaaaaaaaaaaa              the longest item is a floor that no dealing can beat
 #   rank 1  bbbbbbbbb ffff
@@ -126,24 +126,24 @@ def improve(shares, costs):
         best = min(trades(shares, costs, loads, top), default=None)
         if best is None or best[0] >= loads[top]:
             break
-        _, moved, rank, given, taken = best
-        loads[top] -= moved
-        loads[rank] += moved
+        _, relief, rank, given, taken = best
+        loads[top] -= relief
+        loads[rank] += relief
         shares[top] = [i for i in shares[top] if i != given] + [taken] * (taken != NOTHING)
         shares[rank] = [i for i in shares[rank] if i != taken] + [given]
     return shares
 
 
 def trades(shares, costs, loads, top):
-    """Every way to lighten rank `top`: (the heavier load of the two afterwards, cost moved, the
-    other rank, the item given, the item taken)."""
+    """Every way to lighten rank `top`: (the heavier load of the two afterwards, by how much `top` is
+    relieved, the other rank, the item given, the item taken)."""
     others = [rank for rank in range(len(shares)) if rank != top]
     for rank in others:
         for given in shares[top]:
             for taken in (*shares[rank], NOTHING):
-                moved = costs[given] - costs[taken]
-                if moved > 0:
-                    yield max(loads[top] - moved, loads[rank] + moved), moved, rank, given, taken
+                relief = costs[given] - costs[taken]
+                if relief > 0:
+                    yield max(loads[top] - relief, loads[rank] + relief), relief, rank, given, taken
 
 
 # -----------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def ahead(segments):
     return before
 
 
-# a segment under a parent costs more than its flops: the parent's keys are copied beside its own,
+# a segment under a parent costs more than its flops: the parent's keys are copied next to its own,
 # and its attention is masked instead of causal. One CPU thread, 4M model, prompts of 2..64, 2 or
 # 8 responses of 64..512: as much as 0 to 26 more tokens, median 5 (bench/pack.py, part d)
 ATTACH = 8
@@ -366,7 +366,7 @@ def plan(groups, budget, shape, ranks=1, order="length", share=None):
     that hold the same samples agree without talking.
     order  "length": long rows first, so that a row too big for memory fails at once.
            "correct": right and wrong answers in rows of their own, right first.
-           "mixed": together, a row of many right ones beside a row of few.
+           "mixed": together, a row of many right ones next to a row of few.
            All three are the same sum, so one update does not change; several updates of one plan do.
     share  None: where it is predicted to pay. True, False: always, never."""
     if order not in ("length", "correct", "mixed"):

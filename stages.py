@@ -1,21 +1,21 @@
 """
 stages.py: what every loop is made of. Each stage is a function of `rl`, the state that they share.
 
-    setup          a model, a task, a sampler, an optimizer; what a user got wrong is reported here,
-                   before anything is written
+    setup          a model, a task, a sampler, an optimizer; what a user got wrong is
+                   reported here, before anything is written
     open_run       a run folder; with --resume, rl as the last checkpoint left it
     next_problems  the next problems of an endless list
     collect        n samples per problem, yielded group by group with their rewards
     advantage      (algos.py) fills the samples
-    update         the gradient: packs the groups of all ranks, gives each rank its share, back-
-                   propagates sums
+    update         the gradient: packs the groups of all ranks, gives each rank its
+                   share, back-propagates sums
     step           sums them over ranks; one division, clipping, the optimizer
     learn          all updates of a rollout: update and step, once per mini-batch and epoch
     evaluation     avg@k of the model as it is
     save           a checkpoint
 
-A loop is these, top to bottom; nanorl.py's is the one to read first. Left out of the usual recipe: a
-trainer that owns the loop, and callbacks to get back into it.
+A loop is these, top to bottom; nanorl.py's is the one to read first. Left out of the usual
+recipe: a trainer that owns the loop, and callbacks to get back into it.
 
     rl = setup(config)
     while not over(rl):
@@ -26,7 +26,7 @@ trainer that owns the loop, and callbacks to get back into it.
             advantage(group, rl.config)
         stats = learn(rl, groups)
         share_visits(rl)
-        numbers = summary(rl, groups, stats, start)   # common/metrics.py; counts what over() looks at
+        numbers = summary(rl, groups, stats, start)   # common/metrics.py
 """
 
 import math
@@ -56,9 +56,10 @@ from kernels import linear_logprob
 from rollout import Sample, Sampler, completion, prompt_ids
 from train_gpt import GPT
 
-__all__ = ["Common", "RL", "Settings", "advantage", "close", "collect", "due", "evaluation", "finish",
-           "gather_groups", "learn", "make_loss", "next_problems", "open_run", "over", "save", "setup",
-           "share_visits", "step", "update"]
+# what a fork imports from here
+__all__ = ["Common", "RL", "Settings", "advantage", "close", "collect", "due", "evaluation",
+           "finish", "gather_groups", "learn", "make_loss", "next_problems", "open_run",
+           "over", "save", "setup", "share_visits", "step", "update"]
 
 # -----------------------------------------------------------------------------
 # what a run is told, and what it knows
@@ -68,19 +69,23 @@ __all__ = ["Common", "RL", "Settings", "advantage", "close", "collect", "due", "
 class Common(Machine):
     """every loop"""
     name: str = "rl"                     # the run: everything it writes lies in runs/NAME
-    init: str = "runs/base"              # a Hugging Face folder, or a run; missing bases are trained first
+    init: str = "runs/base"    # a Hugging Face folder, or a run; missing bases are trained first
     task: str = "countdown"              # a task of data/; the word after a colon is its variant
     tokens: int = 0          # end after this many sampled tokens, if that comes first; 0: no limit
     prompts: int = 32                    # prompts per step, over all ranks
     max_new: int = 48  # tokens of a sample, at most; look at `truncated` before anything else
     top_p: float = 1.0                   # 1: off; below it, importance weights correct the truncation
     tis: float = 2.0                     # cap on the importance weight trainer / sampler; 0: no weight
+
+    # ---- the optimizer
     lr: float = 2e-3                     # AdamW
     muon_lr: float = 0.0                 # Muon for the matrices of the blocks; 0: AdamW for all
     warmup: int = 5                      # steps of linear warm-up
     decay: float = 0.6                   # share of the steps, at the end, with linear decay to zero
     weight_decay: float = 0.0            # decoupled, matrices only
     clip: float = 1.0                    # global norm of the gradient; 0: no clipping
+
+    # ---- the run
     slots: int = 0          # sequences that the sampler decodes at a time; 0: from the device
     workers: int = 2                     # reward processes of each rank
     save_every: int = 50                 # steps between checkpoints
@@ -134,16 +139,16 @@ class RL:
     steps: int = 0                       # rollouts of the whole run
     longest: int = 0                     # tokens of the longest prompt, and --max-new
 
-    step: int = saved(0)                  # rollouts that were learned from
-    progress: float = saved(0.0)  # rollouts and fractions of one: schedules move within a rollout, too
-    cursor: int = saved(0)                # problems taken from the endless list
-    spent: int = saved(0)                 # tokens sampled
-    seconds: float = saved(0.0)           # of all steps, evaluations apart: the same on every rank
-    visits: dict = saved(factory=dict)    # problem -> times it was completed: part of its noise
-    late: list = saved(factory=list)      # problems that were put off: see tail.py
-    best: float = saved(-math.inf)        # the highest eval/avg
-    stalled: int = saved(0)               # evaluations since then
-    history: list = saved(factory=list)   # the numbers of earlier steps
+    step: int = saved(0)                 # rollouts that were learned from
+    progress: float = saved(0.0)         # rollouts and fractions of one, for the schedules
+    cursor: int = saved(0)               # problems taken from the endless list
+    spent: int = saved(0)                # tokens sampled
+    seconds: float = saved(0.0)          # of all steps, evaluations apart: the same on every rank
+    visits: dict = saved(factory=dict)   # problem -> times it was completed: part of its noise
+    late: list = saved(factory=list)     # problems that were put off: see tail.py
+    best: float = saved(-math.inf)       # the highest eval/avg
+    stalled: int = saved(0)              # evaluations since then
+    history: list = saved(factory=list)  # the numbers of earlier steps
 
     # of the step that is being made
     normaliser: float = 0.0              # what the sums will be divided by
@@ -167,10 +172,15 @@ def check_flags(c):
     memory.check_flags(c)
 
 
-def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", teacher_at="device"):
-    """-> RL. problems: to train on, instead of the task's. reward: a task or my.py:score, instead
-    of config.task's own. longest: tokens of the longest prompt that will come, if above these.
-    task: instead of config.task. teacher: a model that the caller loads later, and needs room for."""
+def setup(config, problems=None, reward=None, longest=0, task=None, teacher="",
+          teacher_at="device"):
+    """-> RL
+    problems  to train on, instead of the task's
+    reward    a task or my.py:score, instead of config.task's own
+    longest   tokens of the longest prompt that will come, if above these
+    task      instead of config.task
+    teacher   a model that the caller loads later, and needs room for
+    """
     parity.prepare(config.parity)
     env = start(config.device, config.dtype, config.threads, config.deterministic, begun_with(config))
     if isinstance(config, Algo):
@@ -203,13 +213,7 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
         config = dated(config, tok, chats)
         prompts = [len(prompt_ids(p, tok)) for p in [*problems, *valid, *final]]
         need = max([longest, *prompts]) + config.max_new         # tokens of the longest sample
-        if need > config.row_tokens:
-            raise ValueError(f"--row-tokens {config.row_tokens} is below one sample: a prompt and --max-new "
-                             f"take {need}")
-        if need > model.config.max_len:
-            raise ValueError(f"a prompt and --max-new {config.max_new} take {need} tokens, the model serves "
-                             f"{model.config.max_len}")
-
+        memory.check_lengths(config, model.config, need)
         if config.dry_run:
             return RL(config, env, model, tok, task, None, None, problems, longest=need)
         if config.parity:
@@ -226,11 +230,11 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
     except (ValueError, FileNotFoundError) as e:
         die(e)
     except torch.cuda.OutOfMemoryError:
-        die(f"an update of --row-tokens {config.row_tokens} does not fit on the GPU: lower it, or give "
-            "--checkpoint or --offload (--dry-run lists what a run needs)")
+        die(f"an update of --row-tokens {config.row_tokens} does not fit on the GPU: lower it, "
+            "or give --checkpoint or --offload (--dry-run lists what a run needs)")
     workers = Rewards(reward, workers=config.workers)
-    return RL(config, env, model, tok, task, sampler, workers, problems, valid, final, optimizer, reference,
-              steps=getattr(config, "steps", 0), longest=need)
+    return RL(config, env, model, tok, task, sampler, workers, problems, valid, final,
+              optimizer, reference, steps=getattr(config, "steps", 0), longest=need)
 
 
 # flags that may differ on --resume: they change when something is done, where, or by how many, and
@@ -243,13 +247,14 @@ def open_run(rl, sources):
     """-> the run folder. sources: the files whose text its log keeps. With --resume rl is as the
     last checkpoint left it; a run that was stopped before its first one begins again."""
     config = rl.config
-    run = Run(f"runs/{config.name}", config, rl.env, resume=config.resume, free=FREE, sources=sources)
+    run = Run(f"runs/{config.name}", config, rl.env, resume=config.resume, free=FREE,
+              sources=sources)
     rl.workers.log = run.log
     run.log_machine()
     count = len(rl.problems)
     if config.prompts > count:
-        run.log(f"--prompts {config.prompts} is more than the {count} problems there are: a step holds "
-                f"{count}")
+        run.log(f"--prompts {config.prompts} is more than the {count} problems there are: "
+                f"a step holds {count}")
     if not config.resume:
         return run
     found = run.latest()
@@ -306,13 +311,14 @@ def next_problems(rl, count):
 
 
 def collect(rl, problems, n, resume=None, max_new=None, stop_strings=(), reward=True, seed=None):
-    """Yields the groups of this rank as they finish, rewards in. Rewards run in worker processes while
-    sampling continues.
+    """Yields the groups of this rank as they finish, rewards in. Rewards run in worker processes
+    while sampling continues.
 
-    resume  {id: Samples or token lists}: the group of id is exactly these, in this order. Entry j is
-            sample j and draws noise of its own from here on, so that several may begin with the same
-            text. A Sample keeps its log-probs (nan: forced, and not trained); plain tokens are forced.
-            max_new counts the tokens that an entry begins with.
+    resume  {id: Samples or token lists}: the group of id is exactly these, in this order.
+            Entry j is sample j and draws noise of its own from here on, so that several may
+            begin with the same text. A Sample keeps its log-probs (nan: forced, and not
+            trained); plain tokens are forced. max_new counts the tokens that an entry begins
+            with.
     reward  False: not scored; a segment, or a turn.
     seed    of an evaluation: that noise, visit 0, and nothing of rl moves.
     """
@@ -333,7 +339,7 @@ def collect(rl, problems, n, resume=None, max_new=None, stop_strings=(), reward=
                 stop_strings=stop_strings, seed=c.seed if seed is None else seed,
                 temperature=c.temperature, top_p=c.top_p)
     with feed, ExitStack() as at_the_end:
-        at_the_end.callback(rl.workers.forget)                   # what nobody waits for any more
+        at_the_end.callback(rl.workers.forget)                   # what is still pending
         while feed.busy:
             with clock("rollout" if feed.prompts_left or sampler.live else "idle"):
                 ready = feed.step()                              # samples that ended
@@ -348,8 +354,8 @@ def collect(rl, problems, n, resume=None, max_new=None, stop_strings=(), reward=
 
 def get_rewards(rl, problems, ended, wait=False):
     """Sends samples that ended to the workers, where task.reward(problem, text) or a function of
-    yours runs. -> the samples whose rewards are in; a reward may be nan. problems: by id. wait: until a
-    reward comes."""
+    yours runs. -> the samples whose rewards are in; a reward may be nan. problems: by id. wait:
+    until a reward comes."""
     # a group that another rank handed over may have its rewards
     ready = [s for s in ended if not math.isnan(s.reward)]
     for s in ended:
@@ -399,8 +405,8 @@ def learn(rl, groups):
 
 def update(rl, groups, loss, gathered=False):
     """The gradient of one update from the groups of all ranks: each rank gets its share and
-    back-propagates sums; ranks meet in Optimizer.step. -> stats as sums over ranks. gathered: groups
-    are those of all ranks already; otherwise each rank passes its own."""
+    back-propagates sums; ranks meet in Optimizer.step. -> stats as sums over ranks. gathered:
+    groups are those of all ranks already; otherwise each rank passes its own."""
     c = rl.config
     if not gathered:
         groups = gather_groups(rl, groups)
@@ -409,7 +415,7 @@ def update(rl, groups, loss, gathered=False):
     for group in groups:
         for s in group:
             rl.normaliser += s.divisor
-    if c.stream:                         # what a rank has learned early counts in the normaliser alone
+    if c.stream:         # what a rank has learned early counts in the normaliser alone
         learned = {k for part in gather(set(rl.early)) for k in part}
         groups = [g for g in groups if key(g[0]) not in learned]
     with rl.clock("pack"):
@@ -418,8 +424,7 @@ def update(rl, groups, loss, gathered=False):
     with rl.clock("train"):
         for batch in batches:
             batch = batch.to(rl.env.device)
-            hidden_ND = batch.hidden(rl.model)
-            total, stats = loss(batch, hidden_ND, rl.model.head_weight)
+            total, stats = loss(batch, batch.hidden(rl.model), rl.model.head_weight)
             total.backward()
             rl.optimizer.finish_micro_batch()
             parts.append(stats)
@@ -434,7 +439,7 @@ def step(rl, share=1.0):
     c = rl.config
     with rl.clock("opt"):
         factor = min(1.0, (rl.progress + 1) / max(1, c.warmup))
-        if c.decay:                  # at least over the last rollout, however small a share is asked for
+        if c.decay:      # at least over the last rollout, however small a share is asked for
             factor = min(factor, (1 - elapsed(rl)) / max(1 / rl.steps, c.decay))
         stats = rl.optimizer.step(divide=rl.normaliser, factor=max(0.0, factor))
     rl.normaliser = 0.0
@@ -451,7 +456,8 @@ def elapsed(rl):
 
 @torch.no_grad()
 def old_logprobs(rl, groups):
-    """-> {key: log-probs of the policy as it is now}, of every sample that is trained, on all ranks."""
+    """-> {key: log-probs of the policy as it is now}, of every sample that is trained, on all
+    ranks."""
     c = rl.config
     weigh(groups, c)                     # so that those of weight 0 are left out here, too
     mine = {}
@@ -471,8 +477,10 @@ def old_logprobs(rl, groups):
 
 
 def over(rl):
-    """After its steps, or after --tokens sampled ones or --minutes: metrics.summary counts those."""
-    return rl.step >= rl.steps or 0 < rl.config.tokens <= rl.spent or bool(out_of_time(rl.config, rl.seconds))
+    """After its steps, or after --tokens or --minutes, which metrics.summary counts."""
+    c = rl.config
+    used_up = 0 < c.tokens <= rl.spent
+    return rl.step >= rl.steps or used_up or bool(out_of_time(c, rl.seconds))
 
 
 def due(step, every):
@@ -480,8 +488,8 @@ def due(step, every):
 
 
 def evaluation(rl, run, name, title):
-    """-> {NAME/metric: value} of the model as it is. name: "test", the test problems, before and after a
-    run; "eval", the validation problems, during it."""
+    """-> {NAME/metric: value} of the model as it is. name: "test", the test problems, before and
+    after a run; "eval", the validation problems, during it."""
     problems = rl.test_problems if name == "test" else rl.valid_problems
     c = rl.config
     result = evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, c.eval_k, c.max_new)
@@ -503,8 +511,8 @@ def finish(rl, run):
         run.log(f"stopped after step {rl.step} of {rl.steps}: {why}")
     if rl.env.master:
         view.pages(run.folder)
-        run.log(f"wrote {run.folder}: curves.png, samples.html, and the model in ckpt/step_{rl.step} "
-                "(a Hugging Face folder)")
+        run.log(f"wrote {run.folder}: curves.png, samples.html, and the model in "
+                f"ckpt/step_{rl.step} (a Hugging Face folder)")
     run.close()
 
 

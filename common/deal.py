@@ -72,7 +72,7 @@ class SharedPrompts:
         return self.count("offers") < self.count("requests")
 
     def offer(self, groups):
-        """Groups for whoever takes them."""
+        """Groups for the rank that takes them."""
         parcel = pickle.dumps(groups)
         key = f"{self.name}/parcel/{self.count('offers', 1)}"
         pieces = [parcel[start : start + PIECE] for start in range(0, len(parcel), PIECE)]
@@ -145,7 +145,7 @@ class Feed:
         """prompts {id: tokens}, n samples each; limits {id: tokens of a sample, at most}; visits
         {id: visit}, 0 where it has none. resume {id: what submit() resumes}: the group of id is
         exactly these. wait: without sequences, wait for some from other ranks. ahead: how many samples
-        may wait for a slot, where another rank may be free sooner; n, unless it is given. settings:
+        may wait for a slot, where another rank may be free earlier; n, unless it is given. settings:
         those of submit()."""
         self.sampler = sampler
         self.prompts = prompts

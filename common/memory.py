@@ -43,6 +43,16 @@ def check_flags(c):
                 "reduce with; leave one of the two out")
 
 
+def check_lengths(c, shape, need):
+    """Refuses what the longest sample, of `need` tokens with its prompt, does not fit into."""
+    if need > c.row_tokens:
+        raise ValueError(f"--row-tokens {c.row_tokens} is below one sample: a prompt and --max-new take "
+                         f"{need}")
+    if need > shape.max_len:
+        raise ValueError(f"a prompt and --max-new {c.max_new} take {need} tokens, the model serves "
+                         f"{shape.max_len}")
+
+
 # -----------------------------------------------------------------------------
 # arithmetic
 

@@ -55,6 +55,14 @@ MOVED = {
     ),
     "tail": dict(
         kaplan_meier="common.metrics", length_bias="common.metrics", median="common.metrics",
+        shared_counter="common.deal",
+    ),
+    "train_gpt": dict(
+        mfu="common.machine", rope_frequencies="common.hf",
+    ),
+    "ttrl": dict(
+        Graders="common.reward", ended_runs="common.files", in_metrics="common.view:has",
+        test="ttrl:evaluation",
     ),
 }
 

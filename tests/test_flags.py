@@ -101,6 +101,18 @@ def test_help_shows_every_flag_with_its_comment(capsys):
     assert len({r.index("(") for r in rows}) == 1, "the columns are aligned"
 
 
+def test_help_shows_what_a_script_fills_in_later(capsys):
+    """--trust (None) and --temperature (None): a reader of --help could not see with what a run would
+    begin, since the row of --algo filled it in"""
+    with pytest.raises(SystemExit):
+        flags(Config, ["--algo", "dapo", "--help"],
+              filled=lambda config: {"cap": 7 if config.algo == "dapo" else 3, "steps": 1})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    shown = {row[0]: next(word for word in row if word.startswith("(")) for row in rows}
+    assert shown["--cap"] == "(7)" and shown["--steps"] == "(10)", "what has a value keeps it"
+    assert flags(Config, [], filled=lambda config: {"cap": 7}).cap is None, "for --help alone"
+
+
 def test_a_field_without_default_is_required(capsys):
     @dataclass
     class Needs:
