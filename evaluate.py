@@ -80,7 +80,7 @@ def tally(classes_M, weights_M=None):
 
 
 def largest(shares):
-    """The class with most votes; on a tie the smallest number, which is the one that was answered first."""
+    """The class with most votes; on a tie the smallest number, which was answered first."""
     return max(shares, key=lambda c: (shares[c], -c))
 
 
@@ -121,7 +121,8 @@ def evaluate(sampler, tok, task, rewards, problems, k, max_new, temperature=1.0,
 
 
 def sample_and_score(sampler, tok, rewards, problems, k, max_new, temperature, top_p, seed):
-    """-> {problem: its samples} and {(problem, index): reward}, of the problems that this rank sampled."""
+    """-> {problem: its samples} and {(problem, index): reward}, of the problems that this rank
+    sampled."""
     by_id = {problem.id: problem for problem in problems}
     prompts = [prompt_ids(problem, tok) for problem in problems]
     ids = list(by_id)

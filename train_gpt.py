@@ -393,6 +393,7 @@ def steps(model, document, optimizer, total, begin=0, loss=forward, schedule=Non
         docs = [document("train", i) for i in ids]
         count = all_sum(targets_of(docs))        # the one normaliser, over ranks and rows
         packed = time.perf_counter()
+
         loss_sum = torch.zeros((), device=device)
         rows = packed_rows(docs, config.row_tokens, device)
         if optimizer.sharded:
@@ -403,6 +404,7 @@ def steps(model, document, optimizer, total, begin=0, loss=forward, schedule=Non
             optimizer.finish_micro_batch()
             loss_sum += row_loss.detach()
         trained = time.perf_counter()
+
         factor = schedule(step) if schedule else trapezoid(step, total, config)
         divide = count
         if gradient and count:
