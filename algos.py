@@ -10,7 +10,8 @@ algorithm is a new row; a new choice on an axis is a function of a few lines.
 
 Left out of the usual recipe, and why:
 - no critic, and no reference model unless --kl-coef asks for one;
-- no second forward for old log-probs: with one update per rollout the ratio is 1, old = logp.detach();
+- no second forward for old log-probs: with one update per rollout the ratio is 1, so
+  old = logp.detach();
 - no mean inside the loss: it returns sums, and the one normaliser divides at the step.
 
 Definitions that others write differently are listed in records/definitions.md.
@@ -18,15 +19,17 @@ Definitions that others write differently are listed in records/definitions.md.
 
 import math
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import torch
 
 import kernels
-from common.flags import as_flag, die, moved, without_effect
+from common.flags import as_flag, die, without_effect
+from common.moved import moved
 from common.reward import varies
-from kernels import linear_logprob, packed_attention
+from kernels import linear_logprob
 
 # -----------------------------------------------------------------------------
 # axis 1, the baseline: rewards of a group -> advantages, always local to the group
@@ -66,10 +69,6 @@ def mean_of_sample(values_N, sample_N, lengths_S):
     return (sums_S / lengths_S)[sample_N]
 
 
-def token(x_N, sample_N, lengths_S, p):
-    return x_N
-
-
 def sequence(x_N, sample_N, lengths_S, p):
     """GSPO: the geometric mean over the response."""
     return mean_of_sample(x_N.detach(), sample_N, lengths_S) + x_N - x_N.detach()
@@ -90,7 +89,11 @@ def power(x_N, sample_N, lengths_S, p):
     return mean_N + (log_N / p if p else 0.0) + share_N * (x_N - fixed_N)
 
 
-RATIOS = {"token": token, "sequence": sequence, "power": power}
+RATIOS = {
+    "token": lambda x_N, sample_N, lengths_S, p: x_N,
+    "sequence": sequence,
+    "power": power,
+}
 
 # -----------------------------------------------------------------------------
 # axis 3, the trust region: log-ratio and advantage of each prediction, and its log-prob under the
@@ -127,8 +130,8 @@ def no_trust(x, A, low, high, old):
 TRUSTS = {"clip": clip, "weight": weight, "probability": probability, "none": no_trust}
 
 # -----------------------------------------------------------------------------
-# axis 4, aggregation: length of a response -> (weight of each of its tokens, its share of the
-# normaliser)
+# axis 4, aggregation: length of a response -> (weight of each of its tokens, its divisor: what it
+# adds to the normaliser)
 
 AGGREGATES = {
     "token": lambda L, config: (1.0, L),          # DAPO: every token of the batch counts the same
@@ -141,22 +144,17 @@ AGGREGATES = {
 
 
 def weigh(groups, config):
-    """Fills sample.weight. -> what these samples add to the normaliser. Tokens that were forced on one
-    (log-prob nan), a tool's words for example, are not trained and do not count. Where the advantage
-    is zero the gradient is: unless another term needs such a sample, it counts in the normaliser and
-    costs no forward."""
+    """Fills sample.weight and sample.divisor. Tokens that were forced on one (log-prob nan), a
+    tool's words for example, are not trained and do not count. Where the advantage is zero the
+    gradient is: unless another term needs such a sample, its weight is 0, and it costs no forward."""
     always = config.entropy_coef or config.kl_coef
-    normaliser = 0.0
     for s in (s for group in groups for s in group):
         L = len(s.tokens)
         if math.isnan(sum(s.logprobs)):
             L -= sum(map(math.isnan, s.logprobs))
-        s.weight = 0.0
-        if L:
-            weight, share = AGGREGATES[config.aggregate](L, config)
-            normaliser += share
-            s.weight = weight if always or s.advantage else 0.0
-    return normaliser
+        s.weight, s.divisor = AGGREGATES[config.aggregate](L, config) if L else (0.0, 0.0)
+        if not (always or s.advantage):
+            s.weight = 0.0
 
 
 # axis 5, the regularisers: --kl-coef and the resets of its reference, --cov, --entropy-coef. They
@@ -170,28 +168,31 @@ def weigh(groups, config):
 
 ALGORITHMS = {
     "grpo": dict(
-        baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="sequence"),
+        baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2,
+        aggregate="sequence"),
     "dapo": dict(
-        baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.28, aggregate="token",
-        dynamic=True),
+        baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.28,
+        aggregate="token", dynamic=True),
     "dr_grpo": dict(
-        baseline="mean", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="constant"),
+        baseline="mean", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2,
+        aggregate="constant"),
     "rloo": dict(
         baseline="loo", ratio="token", trust="none", aggregate="constant"),
     "gspo": dict(
         baseline="group", ratio="sequence", trust="clip", clip_low=3e-4, clip_high=4e-4,
         aggregate="sequence"),
     "cispo": dict(
-        baseline="group", ratio="token", trust="weight", clip_low=1.0, clip_high=4.0, aggregate="token"),
+        baseline="group", ratio="token", trust="weight", clip_low=1.0, clip_high=4.0,
+        aggregate="token"),
     "vl_norm": dict(
-        baseline="mean", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="length",
-        length_power=1.0),
+        baseline="mean", ratio="token", trust="clip", clip_low=0.2, clip_high=0.2,
+        aggregate="length", length_power=1.0),
     "holder": dict(
-        baseline="group", ratio="power", trust="clip", clip_low=0.2, clip_high=0.2, aggregate="sequence",
-        power=2.0, power_end=-2.0),
+        baseline="group", ratio="power", trust="clip", clip_low=0.2, clip_high=0.2,
+        aggregate="sequence", power=2.0, power_end=-2.0),
     "prorl": dict(
-        baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.4, aggregate="token",
-        temperature=1.2, kl_coef=1e-3, dynamic=True, reset_every=100),
+        baseline="group", ratio="token", trust="clip", clip_low=0.2, clip_high=0.4,
+        aggregate="token", temperature=1.2, kl_coef=1e-3, dynamic=True, reset_every=100),
     "dppo": dict(
         baseline="mean", ratio="token", trust="probability", clip_low=0.15, clip_high=0.15,
         aggregate="constant"),
@@ -225,8 +226,27 @@ class Algo:
 
 
 # what holds where neither the row nor a flag says anything
-DEFAULTS = dict(dynamic=False, temperature=1.0, kl_coef=0.0, reset_every=0, clip_low=0.2, clip_high=0.2,
-                length_power=1.0, power=1.0)
+DEFAULTS = dict(dynamic=False, temperature=1.0, kl_coef=0.0, reset_every=0, clip_low=0.2,
+                clip_high=0.2, length_power=1.0, power=1.0)
+
+
+def unused(c):
+    """-> {flag: the axis that leaves it nothing to say}"""
+    found = {}
+    if c.trust == "none":
+        found |= dict(clip_low="trust", clip_high="trust")
+    if c.ratio != "power":
+        found |= dict(power="ratio", power_end="ratio")
+    if c.aggregate != "length":
+        found |= dict(length_power="aggregate")
+    return found
+
+
+def filled_in(config):
+    """-> {flag: value} by --algo, for --help."""
+    row = DEFAULTS | ALGORITHMS[config.algo]
+    silent = unused(SimpleNamespace(**row))
+    return {name: value for name, value in row.items() if name not in silent}
 
 
 def with_algorithm(config):
@@ -243,17 +263,10 @@ def with_algorithm(config):
     c = type(config)(**{**known, **defaults, **row, **given})
     if c.power_end is None:
         c.power_end = c.power
-    for name, axis, used in [
-        ("clip_low", "trust", c.trust != "none"),
-        ("clip_high", "trust", c.trust != "none"),
-        ("power", "ratio", c.ratio == "power"),
-        ("power_end", "ratio", c.ratio == "power"),
-        ("length_power", "aggregate", c.aggregate == "length"),
-    ]:
-        if not used and name in given:
+    for name, axis in unused(c).items():
+        if name in given:
             die(f"{as_flag(name)} says nothing here: --{axis} is {getattr(c, axis)}")
-        if not used:
-            setattr(c, name, None)
+        setattr(c, name, None)
     without_effect(c, [
         ("cov_share", c.cov, "it is the share that --cov marks, and --cov is not given"),
         ("cov_coef", c.cov == "kl", "it is the coefficient of --cov kl"),
@@ -281,8 +294,8 @@ def several_updates(c):
 
 
 def check_updates(c):
-    """Refuses what only a second update of a rollout could feel. With one, every ratio is 1, whatever
-    its form and wherever it is clipped. c: with the row filled in."""
+    """Refuses what only a second update of a rollout could feel. With one, every ratio is 1,
+    whatever its form and wherever it is clipped. c: with the row filled in."""
     row = DEFAULTS | ALGORITHMS[c.algo]
     for name in ("ratio", "power", "power_end", "trust", "clip_low", "clip_high"):
         value = getattr(c, name)
@@ -307,22 +320,23 @@ def advantage(group, config):
         s.advantage = float(a)
 
 
-def address(s):
+def key(s):
+    """Which sample is it?"""
     return s.problem, s.visit, s.index
 
 
-def by_address(known, batch):
-    """known: {address of a sample: one number per prediction} -> these numbers for the
-    predictions of a batch."""
-    parts = [known[address(s)] for s in batch.samples]
+def by_key(known, batch):
+    """known: {key of a sample: one number per prediction} -> these numbers for the predictions of
+    a batch."""
+    parts = [known[key(s)] for s in batch.samples]
     flat = np.concatenate([np.zeros(0, np.float32), *parts])
     return kernels.to_device(flat, torch.float32, batch.targets_N.device)
 
 
 def covariant(groups, config):
-    """-> {address: 1 for the predictions that most lower the entropy, else 0}: those with the
-    largest (log-prob - mean) (advantage - mean) of the whole batch. From the sampler's log-probs,
-    so it is known before any backward; a tie goes to the lower address."""
+    """-> {key: 1 for the predictions that most lower the entropy, else 0}: those with the largest
+    (log-prob - mean) (advantage - mean) of the whole batch. From the sampler's log-probs, so it is
+    known before any backward; of a tie the earlier sample is marked."""
     samples = [s for g in groups for s in g]
     trained = [~np.isnan(s.logprobs) for s in samples]
     logps = [np.array(s.logprobs)[on] for s, on in zip(samples, trained)]
@@ -335,24 +349,19 @@ def covariant(groups, config):
         count = math.ceil(config.cov_share * len(cov_N))
         marked_N[np.argsort(-cov_N, kind="stable")[:count]] = 1
     ends = np.cumsum([on.sum() for on in trained])
-    return {address(s): part for s, part in zip(samples, np.split(marked_N, ends))}
+    return {key(s): part for s, part in zip(samples, np.split(marked_N, ends))}
 
 
 # -----------------------------------------------------------------------------
 # the loss
 
 
-def predicting(model, batch):
-    """-> hidden_ND: the hidden states that predict."""
-    attend = packed_attention(batch.cu_seqlens, batch.max_len, batch.parent)
-    return model(batch.tokens_T, batch.positions_T, attend)[batch.at_N]
-
-
 def k3_to(reference, batch, logp_N, temperature):
     """KL (k3) to a reference, of each prediction."""
     with torch.no_grad():
-        theirs_ND = predicting(reference, batch)
-        reference_N, _ = linear_logprob(theirs_ND, reference.head_weight, batch.targets_N, temperature)
+        theirs_ND = batch.hidden(reference)
+        reference_N, _ = linear_logprob(theirs_ND, reference.head_weight, batch.targets_N,
+                                        temperature)
     x_N = reference_N - logp_N
     return x_N.expm1() - x_N
 
@@ -360,14 +369,14 @@ def k3_to(reference, batch, logp_N, temperature):
 def make_loss(config, done=0.0, old=None, marked=None, reference=None):
     """-> loss(batch, hidden_ND, head_VD) -> (sum to be minimised, stats as sums). done: the share
     of the run that is over. old: log-probs before the first of several updates; marked: from
-    covariant(); both by address. reference: a model for --kl-coef."""
+    covariant(); both by key. reference: a model for --kl-coef."""
     c = config
     p = None if c.power is None else c.power + done * (c.power_end - c.power)
 
     def loss(batch, hidden_ND, head_VD):
         logp_N, entropy_N = linear_logprob(hidden_ND, head_VD, batch.targets_N, c.temperature)
         # with one update per rollout the policy that sampled is this one
-        old_N = logp_N.detach() if old is None else by_address(old, batch)
+        old_N = logp_N.detach() if old is None else by_key(old, batch)
 
         # no bincount: on a GPU it waits for the largest number
         ones_N = torch.ones_like(batch.weight_N)
@@ -377,9 +386,9 @@ def make_loss(config, done=0.0, old=None, marked=None, reference=None):
         logratio_N = RATIOS[c.ratio](x_N, batch.sample_N, lengths_S, p)
         objective_N = TRUSTS[c.trust](logratio_N, batch.advantage_N, c.clip_low, c.clip_high, old_N)
         if c.cov == "clip":
-            objective_N = objective_N * (1 - by_address(marked, batch))
+            objective_N = objective_N * (1 - by_key(marked, batch))
         elif c.cov == "kl":
-            objective_N = objective_N - c.cov_coef * by_address(marked, batch) * x_N.abs()
+            objective_N = objective_N - c.cov_coef * by_key(marked, batch) * x_N.abs()
 
         # trainer against sampler: rounding, or a bug. Truncation sampled from pi / kept, where
         # kept is less than 1
@@ -417,6 +426,4 @@ def make_loss(config, done=0.0, old=None, marked=None, reference=None):
     return loss
 
 
-# names that a fork may know from here -> where they are, and under which name
-MOVED = dict(aggregated="algos:weigh")
-__getattr__ = moved(__name__, MOVED)
+__getattr__ = moved(__name__)            # names that a fork may know from here

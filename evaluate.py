@@ -68,14 +68,27 @@ def pass_at(n, right, k):
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
+def tally(classes_M, weights_M=None):
+    """-> {class: its votes, or their weights}. Class -1, no answer, is no vote."""
+    shares = {}
+    if weights_M is None:
+        weights_M = [1] * len(classes_M)
+    for c, w in zip(classes_M, weights_M):
+        if c >= 0:
+            shares[c] = shares.get(c, 0) + w
+    return shares
+
+
+def largest(shares):
+    """The class with most votes; on a tie the smallest number, which was answered first."""
+    return max(shares, key=lambda c: (shares[c], -c))
+
+
 def majority(task, texts, rewards):
-    """The reward of the largest class of equivalent answers, the earliest on a tie; 0 without answers."""
+    """The reward of the largest class of equivalent answers; 0 without answers."""
     classes = data.classes(task, [task.answer(text) for text in texts])
-    votes = [c for c in classes if c >= 0]
-    if not votes:
-        return 0.0
-    winner = max(set(votes), key=lambda c: (votes.count(c), -c))
-    return rewards[classes.index(winner)]
+    votes = tally(classes)
+    return rewards[classes.index(largest(votes))] if votes else 0.0
 
 
 def evaluate(sampler, tok, task, rewards, problems, k, max_new, temperature=1.0, top_p=1.0, seed=SEED,
@@ -108,7 +121,8 @@ def evaluate(sampler, tok, task, rewards, problems, k, max_new, temperature=1.0,
 
 
 def sample_and_score(sampler, tok, rewards, problems, k, max_new, temperature, top_p, seed):
-    """-> {problem: its samples} and {(problem, index): reward}, of the problems that this rank sampled."""
+    """-> {problem: its samples} and {(problem, index): reward}, of the problems that this rank
+    sampled."""
     by_id = {problem.id: problem for problem in problems}
     prompts = [prompt_ids(problem, tok) for problem in problems]
     ids = list(by_id)

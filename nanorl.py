@@ -35,19 +35,21 @@ import algos
 import kernels
 import stages
 import tail
-from algos import Algo, check_updates, several_updates, with_algorithm
+from algos import Algo, check_updates, filled_in, several_updates, with_algorithm
 from common import memory
-from common.flags import die, flags, moved, positive, without_effect
+from common.flags import die, flags, positive, without_effect
 from common.metrics import sample_rows, status, summary, warnings
+from common.moved import moved
 from common.offload import load_state
 from common.run import progress
-from stages import (Common, advantage, check_flags, close, collect, due, finish, learn, next_problems,
-                    open_run, over, save, setup, share_visits, step, stop_here, test, update)
+from stages import (Common, advantage, check_flags, close, collect, due, evaluation, finish,
+                    learn, next_problems, open_run, over, save, setup, share_visits, step,
+                    stop_here, update)
 from tail import Rounds, sample_step
 
 # what a fork imports from here; some of it `main` itself does not need
-__all__ = ["Config", "advantage", "close", "collect", "learn", "main", "next_problems", "open_run",
-           "setup", "share_visits", "step", "update"]
+__all__ = ["Config", "advantage", "close", "collect", "learn", "main", "next_problems",
+           "open_run", "setup", "share_visits", "step", "update"]
 
 
 @dataclass
@@ -63,14 +65,20 @@ class Config(Algo, Common):
     reset_every: int | None = None       # steps between resets of reference and optimizer; 0: never
     reset_patience: int = 0  # evaluations without a new best before such a reset; 0: never
     problems: int = 8192  # training problems, at most; a long run meets them again, with new noise
-    tail_batching: Literal["off", "race", "prompt", "continue"] = "off"  # see tail.py
-    more_prompts: float = 1.25           # tail batching: prompts launched per prompt wanted
+
+    # ---- tail batching and streaming, see tail.py
+    tail_batching: Literal["off", "race", "prompt", "continue"] = "off"  # who races whom
+    more_prompts: float = 1.25           # prompts launched per prompt wanted
     more_samples: float = 1.25           # the same for samples; mode race only
     stream: bool = False                 # a rank with nothing left to sample learns from its groups
+
+    # ---- evaluation
     eval_every: int = 50                 # steps between evaluations; 0: only before and after
     eval_n: int = 200                    # validation problems per evaluation
     eval_k: int = 4                      # samples of each
     final_n: int = 1000          # test problems of the evaluations before and after
+
+    # ---- does it fit a card
     dry_run: bool = False                # print what the run needs in memory, and stop
     card: float = 0.0                    # GB of the GPU that --dry-run is for; 0: the one that is here
     host: float = 0.0                    # GB of its host's memory; 0: this one's, or not asked
@@ -80,20 +88,20 @@ class Config(Algo, Common):
 RECIPES = {
     "cpu": dict(
         flags="--prompts 64 --n 4 --slots 256 --steps 540 --eval-every 90",
-        about="two CPU cores: the base, then 540 steps, a few minutes together; test accuracy from 32 to "
-              "39% to 59 to 66%, by the seed",
+        about="two CPU cores: the base, then 540 steps, a few minutes together; test accuracy "
+              "from 32 to 39% to 59 to 66%, by the seed",
     ),
     "cuda": dict(
-        flags="--init runs/mixed100m --task countdown:4 --prompts 128 --max-new 96 --row-tokens 16384 "
-              "--lr 2e-4 --steps 300 --eval-every 50",
-        about="eight GPUs: a base of 100M in about 10 minutes, then 300 steps in about 15 (an estimate, "
-              "not measured yet)",
+        flags="--init runs/mixed100m --task countdown:4 --prompts 128 --max-new 96 "
+              "--row-tokens 16384 --lr 2e-4 --steps 300 --eval-every 50",
+        about="eight GPUs: a base of 100M in about 10 minutes, then 300 steps in about 15 "
+              "(an estimate, not measured yet)",
     ),
 }
 
 
 def recipe_of(config):
-    """-> which row of RECIPES a run begins from; "" if it is told a model or a task of its own.
+    """-> which row of RECIPES a run begins from; "" if it is given a model or a task.
     config: from the command line alone."""
     if config.init != Config.init or config.task != Config.task or config.data:
         return ""
@@ -108,18 +116,22 @@ def configure(argv):
     """-> (config, what its recipe is for). What does not go together is refused, with the reason,
     and so is a flag without effect."""
     c = flags(Config, argv, __doc__, defaults=recipe_flags,
-              recipe=lambda config: f"on {recipe_of(config)}")
-    positive(c, "steps prompts n max_new problems row_tokens eval_n eval_k final_n save_every workers "
-                "epochs")
-    recipe = recipe_of(flags(Config, argv))      # of what was asked for: a recipe fills in a model, too
+              recipe=lambda config: f"on {recipe_of(config)}", filled=filled_in)
+    positive(c, "steps prompts n max_new problems row_tokens eval_n eval_k final_n save_every "
+                "workers epochs")
+
+    # of what was asked for: a recipe fills in a model, too
+    recipe = recipe_of(flags(Config, argv))
     c = with_algorithm(c)
+
     if c.data and not c.reward:
         die("--data needs --reward my.py:score: what is a good answer to your prompts?")
     for wrong, why in [
-        (c.n < 2, "--n is 1: a group of one has no baseline, so no advantage; give at least 2"),
+        (c.n < 2,
+         "--n is 1: a group of one has no baseline, so no advantage; give at least 2"),
         (c.minibatch > c.prompts,
-         f"--minibatch {c.minibatch} is above --prompts {c.prompts}, and an update holds no more than a "
-         "rollout"),
+         f"--minibatch {c.minibatch} is above --prompts {c.prompts}, and an update holds no more "
+         "than a rollout"),
         ((c.reset_every or c.reset_patience) and not c.kl_coef,
          "--reset-every and --reset-patience need a reference: give --kl-coef"),
         (c.reset_patience and not c.eval_every,
@@ -127,20 +139,22 @@ def configure(argv):
         (min(c.more_prompts, c.more_samples) < 1,
          "--more-prompts and --more-samples: launch at least what is wanted, 1"),
         (c.tail_batching == "continue" and not c.tis,
-         "--tail-batching continue with --tis 0: resumed tokens come from an older policy, and nothing would "
-         "correct them"),
+         "--tail-batching continue with --tis 0: resumed tokens come from an older policy, and "
+         "nothing would correct them"),
         (c.stream and (several_updates(c) or c.cov),
-         "--stream learns before the rollout is whole: not with --cov, which chooses from all of it, nor "
-         "with --minibatch or --epochs, whose first update would change what is still sampled"),
+         "--stream learns before the rollout is whole: not with --cov, which chooses from all of "
+         "it, nor with --minibatch or --epochs, whose first update would change what is still "
+         "sampled"),
     ]:
         if wrong:
             die(why)
+
     without_effect(c, [
         ("task", not c.data, "--data brings the problems, and --reward the reward"),
         ("card host", c.dry_run, "it is for --dry-run"),
         ("more_prompts more_samples", c.tail_batching != "off", "it is for --tail-batching"),
-        ("more_samples", c.tail_batching == "race", f"--tail-batching {c.tail_batching} launches no more "
-         "samples than --n; race does"),
+        ("more_samples", c.tail_batching == "race",
+         f"--tail-batching {c.tail_batching} launches no more samples than --n; race does"),
     ])
     check_updates(c)
     check_flags(c)
@@ -156,8 +170,8 @@ def note_best(rl, avg):
 
 
 def reset(rl):
-    """ProRL: the policy becomes its own reference, so the KL is 0 again, and the optimizer forgets its
-    moments."""
+    """ProRL: the policy becomes its own reference, so the KL is 0 again, and the optimizer forgets
+    its moments."""
     load_state(rl.reference, rl.model.state_dict(), rl.env)
     rl.optimizer.reset()
 
@@ -181,23 +195,25 @@ def main(argv=None):
     rl = setup(config, reward=config.reward, task=config.data)
     config = rl.config                                           # with the day that a chat may ask for
     if config.tail_batching != "off":
-        rl.rounds = Rounds(config.tail_batching, config.prompts, config.n, config.more_prompts,
-                           config.more_samples)
+        rl.rounds = Rounds(config.tail_batching, config.prompts, config.n,
+                           config.more_prompts, config.more_samples)
     if config.dry_run:
         if rl.env.master:
             print(memory.table(rl))
         return
-    run = open_run(rl, sources=[__file__, algos.__file__, stages.__file__, tail.__file__])
+    files = [__file__, algos.__file__, stages.__file__, tail.__file__]
+    run = open_run(rl, sources=files)
     size = sum(p.numel() for p in rl.model.parameters()) / 1e6
-    run.log(f"{config.algo} on {config.data or config.task} from {config.init}: {size:.2f}M "
-            f"parameters, {config.prompts} x {config.n} samples per step, "
+    run.log(f"{config.algo} on {config.data or config.task} from {config.init}: "
+            f"{size:.2f}M parameters, {config.prompts} x {config.n} samples per step, "
             f"{rl.env.world} x {rl.env.device}, {kernels.backend(rl.env.device)}")
     if about:
         run.log(f"on {about}")
 
     # ---- before
     if rl.step == 0:
-        before = test(rl, run, "test", "before") | test(rl, run, "eval", "  validation")
+        before = evaluation(rl, run, "test", "before")
+        before |= evaluation(rl, run, "eval", "  validation")
         rl.best = before["eval/avg"]
         run.metrics(0, **before)
 
@@ -207,8 +223,8 @@ def main(argv=None):
         rl.step += 1
         start = time.perf_counter()
 
-        # rollout: n samples per prompt; a group arrives when all its rewards are in. sample_step is
-        # collect(rl, next_problems(rl, config.prompts), config.n), and what tail.py has if asked for
+        # rollout: n samples per prompt; a group arrives when all its rewards are in. sample_step
+        # is collect(rl, next_problems(rl, config.prompts), config.n), and what tail.py has if asked
         groups = []
         for group in sample_step(rl):
             advantage(group, config)                             # reward minus the group's baseline
@@ -229,9 +245,9 @@ def main(argv=None):
         # evaluate
         last = over(rl)
         if last:
-            numbers |= test(rl, run, "test", "after")
+            numbers |= evaluation(rl, run, "test", "after")
         elif due(rl.step, config.eval_every):
-            numbers |= test(rl, run, "eval", "  validation")
+            numbers |= evaluation(rl, run, "eval", "  validation")
             note_best(rl, numbers["eval/avg"])
         reset_if_due(rl, run)
         run.metrics(rl.step, **numbers)
@@ -247,18 +263,7 @@ def main(argv=None):
     finish(rl, run)                                          # pictures, and where the model lies
 
 
-# names that a fork may know from here -> where they are, and under which name
-MOVED = dict(
-    ALGORITHMS="algos", BASELINES="algos", RATIOS="algos", TRUSTS="algos", AGGREGATES="algos",
-    address="algos", covariant="algos", make_loss="algos", predicting="algos", with_algorithm="algos",
-    stored="algos:by_address", elapsed="stages", accumulate="stages", backward="stages:update",
-    everyone="stages:gather_groups", together="common.metrics:merge_stats", score="stages:old_logprobs",
-    stream="tail:learn_early", rehearse="common.memory:trial_update", budget="common.memory:fixed",
-    fullest="common.memory:fullest_row", CLOCKS="common.metrics", recent="common.metrics",
-    repeats="common.metrics", varied="common.metrics", next_round="tail:Rounds",
-    groups_of="tail:sample_step", collect_round="tail", HARDWARE="nanorl:RECIPES",
-)
-__getattr__ = moved(__name__, MOVED)
+__getattr__ = moved(__name__)            # names that a fork may know from here
 
 
 if __name__ == "__main__":

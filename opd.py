@@ -47,7 +47,7 @@ import common.overlap
 import common.teacher
 import kernels
 import stages
-from algos import BASELINES, k3_to, predicting
+from algos import BASELINES, k3_to
 from common import memory
 from common.flags import die, flags, positive, shares, without_effect
 from common.metrics import sample_rows, summary, warnings
@@ -58,8 +58,8 @@ from common.run import gather, progress
 from common.teacher import audit, load_teacher, privileged, read_gold, sides, stop_class
 from kernels import linear_logprob, linear_logprob_at, linear_topk
 from rollout import Sample, Sampler, prompt_ids
-from stages import (RL, Common, check_flags, collect, due, finish, next_problems, open_run, over, save,
-                    setup, share_visits, step, stop_here, test, update)
+from stages import (RL, Common, check_flags, collect, due, evaluation, finish, next_problems,
+                    open_run, over, save, setup, share_visits, step, stop_here, update)
 from train_gpt import GPT
 
 # -----------------------------------------------------------------------------
@@ -219,40 +219,50 @@ class Config(Common):
     teacher: str = ""                    # a model; self: the student as it is; "": as it starts
     data: str = ""                       # your prompts instead: a .jsonl file of {prompt, gold?}
     reward: str = ""                     # your own: my.py:score; learned from by --reward-coef only
-    loss: Literal[*LOSSES] = "sampled"   # see the functions above
-    k: int = 16                          # K of student_topk, tail, teacher_topk (32 in its paper)
-    baseline_k: int = 0                  # --loss sampled: baseline over the top this many; 0: none
-    divergence: Literal["reverse", "forward", "jsd"] = "reverse"  # --loss full
-    beta: float = 0.5                    # the teacher's share of the mixture of --divergence jsd
-    bound: float = 5.0                   # cuts log-ratios that are weights (sampled, student_topk)
-    control: Literal["", "fixed_negative", "sft"] = ""  # -0.5 on the unlikely; the teacher's texts
-    context: Literal["", "gold", "hint"] = ""  # only the teacher sees the answer, or its first half
-    context_text: str = "{context}\n{prompt}"  # and how
-    reward_coef: float = 0.0             # adds this times (reward - mean of the group)
-    kl_coef: float = 0.0                 # KL (k3) to the student as it starts
-    reference_at: Literal["device", "host", "sharded"] = "device"  # where its blocks are between uses
-    gold: str = ""                       # texts: a .jsonl of {prompt, response}, or task, teacher
-    gold_share: float = 0.25             # of those, for every rollout
-    mask_special: bool = False           # no signal at special tokens that are no stop ids
-    eos_class: bool = True               # all stop ids of both tokenizers are one action, for both
-    horizon: int = 0                     # rollouts end after this many tokens; 0: after --max-new
-    horizon_steps: int = 0               # and it grows to --max-new in this many steps; 0: it stays
-    teacher_at: Literal["device", "sharded", "host"] = "device"  # where its blocks are between uses
-    look_k: int = 16                     # the k of the diagnostics
-    repeat_n: int = 4                    # a token repeats if it ends an n-gram seen before
-    guard: int = 12                      # stop when texts get worse for this many steps; 0: never
-    guard_rise: float = 0.1              # truncated or repeating: by at least this share of them
     steps: int = 60                      # rollouts
     prompts: int = 64                    # prompts per step, over all ranks
     n: int = 2                           # samples per prompt
     temperature: float = 1.0             # of the rollout, and of both models' log-probs
     problems: int = 4096                 # training problems; the epochs repeat them with new noise
     decay: float = 0.5                   # share of the steps, at the end, with linear decay to zero
+    kl_coef: float = 0.0                 # KL (k3) to the student as it starts
+    reference_at: Literal["device", "host", "sharded"] = "device"  # where its blocks are between uses
+    reward_coef: float = 0.0             # adds this times (reward - mean of the group)
+    control: Literal["", "fixed_negative", "sft"] = ""  # -0.5 on the unlikely; the teacher's texts
+    save_every: int = 20                 # steps between checkpoints
+
+    # ---- the loss
+    loss: Literal[*LOSSES] = "sampled"   # see the functions above
+    k: int = 16                          # K of student_topk, tail, teacher_topk (32 in its paper)
+    baseline_k: int = 0                  # --loss sampled: baseline over the top this many; 0: none
+    divergence: Literal["reverse", "forward", "jsd"] = "reverse"  # --loss full
+    beta: float = 0.5                    # the teacher's share of the mixture of --divergence jsd
+    bound: float = 5.0                   # cuts log-ratios that are weights (sampled, student_topk)
+    mask_special: bool = False           # no signal at special tokens that are no stop ids
+    eos_class: bool = True               # all stop ids of both tokenizers are one action, for both
+
+    # ---- what the teacher sees, and where it is
+    context: Literal["", "gold", "hint"] = ""  # only the teacher sees the answer, or its first half
+    context_text: str = "{context}\n{prompt}"  # and how
+    teacher_at: Literal["device", "sharded", "host"] = "device"  # where its blocks are between uses
+
+    # ---- texts that are given
+    gold: str = ""                       # texts: a .jsonl of {prompt, response}, or task, teacher
+    gold_share: float = 0.25             # of those, for every rollout
+
+    # ---- length, and the guard
+    horizon: int = 0                     # rollouts end after this many tokens; 0: after --max-new
+    horizon_steps: int = 0               # and it grows to --max-new in this many steps; 0: it stays
+    guard: int = 12                      # stop when texts get worse for this many steps; 0: never
+    guard_rise: float = 0.1              # truncated or repeating: by at least this share of them
+
+    # ---- evaluation
     eval_every: int = 10                 # steps between evaluations; 0: only before and after
     eval_n: int = 200                    # validation problems of one
     eval_k: int = 4                      # samples of each
     final_n: int = 1000                  # test problems of the evaluations before and after
-    save_every: int = 20                 # steps between checkpoints
+    look_k: int = 16                     # the k of the diagnostics
+    repeat_n: int = 4                    # a token repeats if it ends an n-gram seen before
 
 
 def configure(argv):
@@ -341,6 +351,7 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
         if len(batch.targets_N) == 0:                    # a rank out of work
             meet(teacher, reference, batch)
             return linear_logprob(hidden_ND, head_VD, batch.targets_N)[0].sum(), {}
+
         p = SimpleNamespace(hidden_ND=hidden_ND, head_VD=head_VD)
         if taught:
             p, q, bad_N = sides(model, teacher, batch, hidden_ND, head_VD, contexts)
@@ -354,6 +365,7 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
             beta=c.beta,
             stop=torch.tensor(stop, device=device) if len(stop) > 1 else None,
         )
+
         s.logp_N, entropy_N = of_target(p, s)
         gold_N = torch.tensor([x.index < 0 for x in batch.samples], device=device)[batch.sample_N]
         with torch.no_grad():
@@ -415,7 +427,7 @@ def meet(teacher, reference, batch):
     for model in (teacher, reference):
         if model is not None:
             with torch.no_grad():
-                predicting(model, batch)
+                batch.hidden(model)
 
 
 # -----------------------------------------------------------------------------
@@ -699,7 +711,8 @@ def main(argv=None):
 
     # ---- before
     if rl.step == 0:
-        before = test(rl, run, "test", "before") | test(rl, run, "eval", "  validation")
+        before = evaluation(rl, run, "test", "before")
+        before |= evaluation(rl, run, "eval", "  validation")
         run.metrics(0, spent=0, **before)
         keep_best(rl, run, before["eval/avg"])
 
@@ -736,13 +749,14 @@ def main(argv=None):
 
         # evaluate
         if due(rl.step, config.eval_every) and not last:
-            numbers |= test(rl, run, "eval", "  validation")
+            numbers |= evaluation(rl, run, "eval", "  validation")
             if numbers["eval/avg"] > rl.best:
                 keep_best(rl, run, numbers["eval/avg"])
         if reason:
             go_back(rl, run, reason)
         if last:
-            numbers |= test(rl, run, "test", "after") | test(rl, run, "eval", "  validation")
+            numbers |= evaluation(rl, run, "test", "after")
+            numbers |= evaluation(rl, run, "eval", "  validation")
         run.metrics(rl.step, **numbers)
         run.samples(samples_of(rl, groups, log_ratios))
 

@@ -36,9 +36,9 @@ import torch
 
 import data
 import pack
-from algos import predicting
 from common import hf
-from common.flags import die, flags, moved, positive
+from common.flags import die, flags, positive
+from common.moved import moved
 from common.overlap import describe, means_of, measure
 from common.reward import Rewards
 from common.run import gather, start
@@ -48,14 +48,6 @@ from kernels import linear_logprob
 from rollout import Sampler, prompt_ids
 from stages import RL, collect, gather_groups
 from train_gpt import GPT
-
-OVERLAP = """MEASURES EDGES PROBED log_softmax in_top compare places repeated disagreement by_sample pulls_of
-    diagnosis rising guard"""
-TEACHER = "PROBES token_bytes chat_differs read_gold privileged"
-MOVED = {name: "common.overlap" for name in OVERLAP.split()}
-MOVED |= {name: "common.teacher" for name in TEACHER.split()}
-__getattr__ = moved(__name__, MOVED)
-
 
 @dataclass
 class Config:
@@ -68,7 +60,7 @@ class Config:
     k: int = 16                          # likely tokens that are compared
     cuts: int = 4                        # prefix lengths at which the teacher takes over
     shortest: int = 512                  # a prefix of at most this many tokens is never too long
-    tokens: int = 100_000                # sampled tokens of the run whose cost is told
+    tokens: int = 100_000                # sampled tokens of the run whose cost is asked
     seed: int = 0                        # of the problems
     row_tokens: int = 4096               # tokens of one packed row
     slots: int = 0                       # sequences the sampler decodes at a time; 0: its choice
@@ -112,12 +104,12 @@ def scored(model, teacher, batches, k, stop, device):
     q_VD = teacher.head_weight[:width]
     for batch in batches:
         batch = batch.to(device)
-        hidden_ND = predicting(model, batch)
+        hidden_ND = batch.hidden(model)
         logp_N, _ = linear_logprob(hidden_ND, model.head_weight, batch.targets_N)
         if len(logp_N):
             worst = max(worst, float((logp_N - batch.old_logp_N).abs().max()))
         begin = time.perf_counter()
-        taught_ND = predicting(teacher, batch)
+        taught_ND = batch.hidden(teacher)
         logq_N, _ = linear_logprob(taught_ND, teacher.head_weight, batch.targets_N)
         logq_N.sum().item()                                      # until a GPU is done
         seconds += time.perf_counter() - begin
@@ -319,6 +311,9 @@ def main(argv=None):
                     continuation=continuation, **means)
     word, reason = verdict(config, numbers)
     return conclude(env, word, reason, numbers)
+
+
+__getattr__ = moved(__name__)            # names that a fork may know from here
 
 
 if __name__ == "__main__":

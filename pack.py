@@ -33,7 +33,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common.flags import die, flags, moved, positive
+from common.flags import die, flags, positive
+from common.moved import moved
+from kernels import packed_attention
 
 # -----------------------------------------------------------------------------
 # bins: best fit decreasing
@@ -79,7 +81,7 @@ def pack(lengths, budget):
 
 
 # -----------------------------------------------------------------------------
-# ranks: most work first, to whoever has least
+# ranks: most work first, to the rank that has least
 #
 #   rank 0  aaaaaaaaaaaaaa              the longest item is a floor that no dealing can beat
 #   rank 1  bbbbbbbbb ffff
@@ -124,24 +126,24 @@ def improve(shares, costs):
         best = min(trades(shares, costs, loads, top), default=None)
         if best is None or best[0] >= loads[top]:
             break
-        _, moved, rank, given, taken = best
-        loads[top] -= moved
-        loads[rank] += moved
+        _, relief, rank, given, taken = best
+        loads[top] -= relief
+        loads[rank] += relief
         shares[top] = [i for i in shares[top] if i != given] + [taken] * (taken != NOTHING)
         shares[rank] = [i for i in shares[rank] if i != taken] + [given]
     return shares
 
 
 def trades(shares, costs, loads, top):
-    """Every way to lighten rank `top`: (the heavier load of the two afterwards, cost moved, the
-    other rank, the item given, the item taken)."""
+    """Every way to lighten rank `top`: (the heavier load of the two afterwards, by how much `top` is
+    relieved, the other rank, the item given, the item taken)."""
     others = [rank for rank in range(len(shares)) if rank != top]
     for rank in others:
         for given in shares[top]:
             for taken in (*shares[rank], NOTHING):
-                moved = costs[given] - costs[taken]
-                if moved > 0:
-                    yield max(loads[top] - moved, loads[rank] + moved), moved, rank, given, taken
+                relief = costs[given] - costs[taken]
+                if relief > 0:
+                    yield max(loads[top] - relief, loads[rank] + relief), relief, rank, given, taken
 
 
 # -----------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def ahead(segments):
     return before
 
 
-# a segment under a parent costs more than its flops: the parent's keys are copied beside its own,
+# a segment under a parent costs more than its flops: the parent's keys are copied next to its own,
 # and its attention is masked instead of causal. One CPU thread, 4M model, prompts of 2..64, 2 or
 # 8 responses of 64..512: as much as 0 to 26 more tokens, median 5 (bench/pack.py, part d)
 ATTACH = 8
@@ -232,6 +234,11 @@ class Batch:
     max_len: int
     parent: list
     samples: list
+
+    def hidden(self, model):
+        """-> hidden_ND: the model's hidden states at the tokens that predict."""
+        attend = packed_attention(self.cu_seqlens, self.max_len, self.parent)
+        return model(self.tokens_T, self.positions_T, attend)[self.at_N]
 
     def to(self, device):
         """The same Batch on a device, by one copy: its tensors there are views of one buffer."""
@@ -324,10 +331,6 @@ def check(sample, budget):
                          "give one for each (nan: forced, not trained)")
 
 
-def right(sample):
-    return sample.reward > 0.5
-
-
 def pays(samples, shape):
     """Is it predicted to be less work to store what these samples share once?"""
     return work(tree(samples), shape) < sum(work(alone(s), shape) for s in samples)
@@ -353,73 +356,63 @@ def join(items):
     return segments
 
 
+def right(sample):
+    return sample.reward > 0.5
+
+
 def plan(groups, budget, shape, ranks=1, order="length", share=None):
     """-> for each rank its micro-batches, each a list of segments, as many on every rank. groups:
     lists of Samples that may share, or Samples. The answer depends only on the arguments: ranks
     that hold the same samples agree without talking.
     order  "length": long rows first, so that a row too big for memory fails at once.
            "correct": right and wrong answers in rows of their own, right first.
-           "mixed": together, a row of many right ones beside a row of few.
+           "mixed": together, a row of many right ones next to a row of few.
            All three are the same sum, so one update does not change; several updates of one plan do.
     share  None: where it is predicted to pay. True, False: always, never."""
     if order not in ("length", "correct", "mixed"):
         raise ValueError(f'order is "{order}": it must be length, correct or mixed')
-    items = items_of(groups, budget, shape, ranks, order, share)
-    shares = balance([work(item, shape) for item in items], ranks)
-    dealt = [[items[i] for i in share] for share in shares]
-    if order != "correct":
-        return fill(dealt, budget, order)
-    first, last = (fill([[item for item in mine if hits(item)[0] == hit] for mine in dealt], budget)
-                   for hit in (True, False))
-    return [a + b for a, b in zip(first, last)]
-
-
-def items_of(groups, budget, shape, ranks, order, share):
-    """-> lists of segments that stay together in a row: samples that share what they begin with, and
-    single ones."""
-    items = []
-    sharing = []                         # lists of samples that become one item, or a few
-    for group in groups:
-        samples = group if isinstance(group, list) else [group]
-        # a response without tokens predicts nothing
-        samples = [s for s in samples if s.tokens and s.weight]
-        samples.sort(key=lambda s: (s.prompt, s.tokens))  # so that what shares stays together when cut
-        for s in samples:
-            check(s, budget)
-        parts = [samples]
-        if order == "correct":
-            parts = [[s for s in samples if right(s)], [s for s in samples if not right(s)]]
-        for part in parts:
-            if len(part) > 1 and (pays(part, shape) if share is None else share):
-                sharing.append(part)
-            else:
-                items += [alone(s) for s in part]
-    total = sum(work(item, shape) for item in [*items, *map(tree, sharing)])
-    # one heavy group must not make its rank the slowest
-    most = total / ranks / 2 if ranks > 1 else total
-    for samples in sharing:
-        items += cut(samples, budget, most, shape)
-    return items
-
-
-def fill(dealt, budget, order="length"):
-    """Items of each rank -> for each rank its packed rows, in order, as many on every rank."""
+    groups = [group if isinstance(group, list) else [group] for group in groups]
+    if order == "correct":
+        parts = []
+        for hit in (True, False):
+            some = [[s for s in group if right(s) == hit] for group in groups]
+            parts.append(plan(some, budget, shape, ranks, share=share))
+        return [first + last for first, last in zip(*parts)]
+    items = items_of(groups, budget, shape, ranks, share)
     micro = []
-    for items in dealt:
-        bins = pack([size(item) for item in items], budget)
-        made = [join([items[i] for i in bin]) for bin in bins]
+    for mine in balance([work(item, shape) for item in items], ranks):
+        bins = pack([size(items[i]) for i in mine], budget)
+        made = [join([items[mine[k]] for k in bin]) for bin in bins]
         made.sort(key=lambda row: -max(len(s.tokens) for s in row))
         if order == "mixed":             # from both ends of the rows sorted by how many are right
-            made.sort(key=lambda row: np.mean(hits(row)))
+            made.sort(key=lambda row: np.mean([right(s.sample) for s in row if s.sample]))
             made = [made[k // 2 if k % 2 else -1 - k // 2] for k in range(len(made))]
         micro.append(made)
     most = max(map(len, micro))
     return [made + [[]] * (most - len(made)) for made in micro]
 
 
-def hits(segments):
-    """For each response in these segments: is it right?"""
-    return [right(s.sample) for s in segments if s.sample]
+def items_of(groups, budget, shape, ranks, share):
+    """-> lists of segments that stay together in a row: samples that share what they begin with, and
+    single ones."""
+    items = []
+    sharing = []                         # lists of samples that become one item, or a few
+    for samples in groups:
+        # a response without tokens predicts nothing
+        samples = [s for s in samples if s.tokens and s.weight]
+        samples.sort(key=lambda s: (s.prompt, s.tokens))  # so that what shares stays together when cut
+        for s in samples:
+            check(s, budget)
+        if len(samples) > 1 and (pays(samples, shape) if share is None else share):
+            sharing.append(samples)
+        else:
+            items += [alone(s) for s in samples]
+    total = sum(work(item, shape) for item in [*items, *map(tree, sharing)])
+    # one heavy group must not make its rank the slowest
+    most = total / ranks / 2 if ranks > 1 else total
+    for samples in sharing:
+        items += cut(samples, budget, most, shape)
+    return items
 
 
 def batches(groups, budget, shape, rank=0, ranks=1, order="length", share=None):
@@ -493,12 +486,7 @@ def main(argv=None):
     print(path)
 
 
-# names that a fork may know from here -> where they are, and under which name
-MOVED = dict(
-    Launch="tail", Round="tail", Rounds="tail", in_order="tail:Race", as_they_come="tail:Race",
-    longer="tail:kaplan_meier", selected="tail:length_bias",
-)
-__getattr__ = moved(__name__, MOVED)
+__getattr__ = moved(__name__)            # names that a fork may know from here
 
 
 if __name__ == "__main__":

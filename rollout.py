@@ -34,7 +34,8 @@ import torch
 
 from common import cpu, machine
 from common.deal import Feed
-from common.flags import die, flags, moved, positive, truncation, without_effect
+from common.flags import die, flags, positive, truncation, without_effect
+from common.moved import moved
 from common.pages import Pages, PagesView, Pool, recorded
 from common.run import progress, start
 from common.slabs import Slabs
@@ -57,6 +58,7 @@ class Sample:
     reward: float = NAN
     advantage: float | list[float] = NAN
     weight: float = 1.0                  # of each of its tokens in the loss; 0: it is left out
+    divisor: float = 0.0                 # what it adds to the normaliser
 
 
 def prompt_ids(problem, tok):
@@ -890,12 +892,7 @@ def _ask(prompt):
         return ""
 
 
-# names that a fork may know from here -> where they are, and under which name
-MOVED = dict(
-    Deal="common.deal:SharedPrompts", Slab="common.slabs", causal="common.slabs", calls="common.deal",
-    Row="rollout:Sequence", PAGE="common.pages",
-)
-__getattr__ = moved(__name__, MOVED)
+__getattr__ = moved(__name__)            # names that a fork may know from here
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """
 stages.py: what every loop is made of. Each stage is a function of `rl`, the state that they share.
 
-    setup          a model, a task, a sampler, an optimizer; what a user got wrong is reported here,
-                   before anything is written
+    setup          a model, a task, a sampler, an optimizer; what a user got wrong is
+                   reported here, before anything is written
     open_run       a run folder; with --resume, rl as the last checkpoint left it
     next_problems  the next problems of an endless list
     collect        n samples per problem, yielded group by group with their rewards
     advantage      (algos.py) fills the samples
-    update         the gradient: packs the groups of all ranks, gives each rank its share, back-
-                   propagates sums
+    update         the gradient: packs the groups of all ranks, gives each rank its
+                   share, back-propagates sums
     step           sums them over ranks; one division, clipping, the optimizer
     learn          all updates of a rollout: update and step, once per mini-batch and epoch
-    test, save     an evaluation; a checkpoint
+    evaluation     avg@k of the model as it is
+    save           a checkpoint
 
-A loop is these, top to bottom; nanorl.py's is the one to read first. Left out of the usual recipe: a
-trainer that owns the loop, and callbacks to get back into it.
+A loop is these, top to bottom; nanorl.py's is the one to read first. Left out of the usual
+recipe: a trainer that owns the loop, and callbacks to get back into it.
 
     rl = setup(config)
     while not over(rl):
@@ -25,7 +26,7 @@ trainer that owns the loop, and callbacks to get back into it.
             advantage(group, rl.config)
         stats = learn(rl, groups)
         share_visits(rl)
-        numbers = summary(rl, groups, stats, start)   # common/metrics.py; counts what over() looks at
+        numbers = summary(rl, groups, stats, start)   # common/metrics.py
 """
 
 import math
@@ -39,12 +40,13 @@ import data
 import kernels
 import pack
 import train_gpt
-from algos import Algo, address, advantage, covariant, make_loss, predicting, weigh, with_algorithm
+from algos import Algo, advantage, covariant, key, make_loss, weigh, with_algorithm
 from common import hf, memory, parity, view
 from common.deal import Feed
-from common.flags import check_run, check_sampling, die, moved, positive, shares
+from common.flags import check_run, check_sampling, die, positive, shares
 from common.machine import Machine
 from common.metrics import Clock, in_order, merge_stats, recent
+from common.moved import moved
 from common.offload import load_state, lodge, state_of
 from common.optim import Optimizer
 from common.reward import Rewards, check
@@ -54,9 +56,10 @@ from kernels import linear_logprob
 from rollout import Sample, Sampler, completion, prompt_ids
 from train_gpt import GPT
 
-__all__ = ["Common", "RL", "Settings", "advantage", "close", "collect", "due", "finish", "gather_groups",
-           "learn", "make_loss", "next_problems", "open_run", "over", "predicting", "save", "setup",
-           "share_visits", "step", "test", "update"]
+# what a fork imports from here
+__all__ = ["Common", "RL", "Settings", "advantage", "close", "collect", "due", "evaluation",
+           "finish", "gather_groups", "learn", "make_loss", "next_problems", "open_run",
+           "over", "save", "setup", "share_visits", "step", "update"]
 
 # -----------------------------------------------------------------------------
 # what a run is told, and what it knows
@@ -66,19 +69,23 @@ __all__ = ["Common", "RL", "Settings", "advantage", "close", "collect", "due", "
 class Common(Machine):
     """every loop"""
     name: str = "rl"                     # the run: everything it writes lies in runs/NAME
-    init: str = "runs/base"              # a Hugging Face folder, or a run; missing bases are trained first
+    init: str = "runs/base"    # a Hugging Face folder, or a run; missing bases are trained first
     task: str = "countdown"              # a task of data/; the word after a colon is its variant
     tokens: int = 0          # end after this many sampled tokens, if that comes first; 0: no limit
     prompts: int = 32                    # prompts per step, over all ranks
     max_new: int = 48  # tokens of a sample, at most; look at `truncated` before anything else
     top_p: float = 1.0                   # 1: off; below it, importance weights correct the truncation
     tis: float = 2.0                     # cap on the importance weight trainer / sampler; 0: no weight
+
+    # ---- the optimizer
     lr: float = 2e-3                     # AdamW
     muon_lr: float = 0.0                 # Muon for the matrices of the blocks; 0: AdamW for all
     warmup: int = 5                      # steps of linear warm-up
     decay: float = 0.6                   # share of the steps, at the end, with linear decay to zero
     weight_decay: float = 0.0            # decoupled, matrices only
     clip: float = 1.0                    # global norm of the gradient; 0: no clipping
+
+    # ---- the run
     slots: int = 0          # sequences that the sampler decodes at a time; 0: from the device
     workers: int = 2                     # reward processes of each rank
     save_every: int = 50                 # steps between checkpoints
@@ -108,13 +115,13 @@ class Settings(Algo, Common):
     problems: int = 8192                 # training problems, at most
 
 
-def kept(default=MISSING, factory=MISSING):
-    return field(default=default, default_factory=factory, metadata=dict(kept=True))
+def saved(default=MISSING, factory=MISSING):
+    return field(default=default, default_factory=factory, metadata=dict(saved=True))
 
 
 @dataclass
 class RL:
-    """What the stages share. Fields that are `kept` are in a checkpoint."""
+    """What the stages share. Fields that are `saved` are in a checkpoint."""
     config: object                       # with the row of --algo filled in
     env: object                          # rank, world, device, dtype
     model: GPT
@@ -128,20 +135,20 @@ class RL:
     optimizer: Optimizer | None = None
     reference: GPT | None = None         # for --kl-coef: see --reference-at
     rounds: object = None                # tail.Rounds, for --tail-batching
-    own: object = None                   # what a script adds: a dataclass, kept whole
+    own: object = None                   # what a script adds: a dataclass, saved whole
     steps: int = 0                       # rollouts of the whole run
     longest: int = 0                     # tokens of the longest prompt, and --max-new
 
-    step: int = kept(0)                  # rollouts that were learned from
-    progress: float = kept(0.0)  # rollouts and fractions of one: schedules move within a rollout, too
-    cursor: int = kept(0)                # problems taken from the endless list
-    spent: int = kept(0)                 # tokens sampled
-    seconds: float = kept(0.0)           # of all steps, evaluations apart: the same on every rank
-    visits: dict = kept(factory=dict)    # problem -> times it was completed: part of its noise
-    late: list = kept(factory=list)      # problems that were put off: see tail.py
-    best: float = kept(-math.inf)        # the highest eval/avg
-    stalled: int = kept(0)               # evaluations since then
-    history: list = kept(factory=list)   # the numbers of earlier steps
+    step: int = saved(0)                 # rollouts that were learned from
+    progress: float = saved(0.0)         # rollouts and fractions of one, for the schedules
+    cursor: int = saved(0)               # problems taken from the endless list
+    spent: int = saved(0)                # tokens sampled
+    seconds: float = saved(0.0)          # of all steps, evaluations apart: the same on every rank
+    visits: dict = saved(factory=dict)   # problem -> times it was completed: part of its noise
+    late: list = saved(factory=list)     # problems that were put off: see tail.py
+    best: float = saved(-math.inf)       # the highest eval/avg
+    stalled: int = saved(0)              # evaluations since then
+    history: list = saved(factory=list)  # the numbers of earlier steps
 
     # of the step that is being made
     normaliser: float = 0.0              # what the sums will be divided by
@@ -165,10 +172,15 @@ def check_flags(c):
     memory.check_flags(c)
 
 
-def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", teacher_at="device"):
-    """-> RL. problems: to train on, instead of the task's. reward: a task or my.py:score, instead
-    of config.task's own. longest: tokens of the longest prompt that will come, if above these.
-    task: instead of config.task. teacher: a model that the caller loads later, and needs room for."""
+def setup(config, problems=None, reward=None, longest=0, task=None, teacher="",
+          teacher_at="device"):
+    """-> RL
+    problems  to train on, instead of the task's
+    reward    a task or my.py:score, instead of config.task's own
+    longest   tokens of the longest prompt that will come, if above these
+    task      instead of config.task
+    teacher   a model that the caller loads later, and needs room for
+    """
     parity.prepare(config.parity)
     env = start(config.device, config.dtype, config.threads, config.deterministic, begun_with(config))
     if isinstance(config, Algo):
@@ -201,13 +213,7 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
         config = dated(config, tok, chats)
         prompts = [len(prompt_ids(p, tok)) for p in [*problems, *valid, *final]]
         need = max([longest, *prompts]) + config.max_new         # tokens of the longest sample
-        if need > config.row_tokens:
-            raise ValueError(f"--row-tokens {config.row_tokens} is below one sample: a prompt and --max-new "
-                             f"take {need}")
-        if need > model.config.max_len:
-            raise ValueError(f"a prompt and --max-new {config.max_new} take {need} tokens, the model serves "
-                             f"{model.config.max_len}")
-
+        memory.check_lengths(config, model.config, need)
         if config.dry_run:
             return RL(config, env, model, tok, task, None, None, problems, longest=need)
         if config.parity:
@@ -224,11 +230,11 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="", 
     except (ValueError, FileNotFoundError) as e:
         die(e)
     except torch.cuda.OutOfMemoryError:
-        die(f"an update of --row-tokens {config.row_tokens} does not fit on the GPU: lower it, or give "
-            "--checkpoint or --offload (--dry-run lists what a run needs)")
+        die(f"an update of --row-tokens {config.row_tokens} does not fit on the GPU: lower it, "
+            "or give --checkpoint or --offload (--dry-run lists what a run needs)")
     workers = Rewards(reward, workers=config.workers)
-    return RL(config, env, model, tok, task, sampler, workers, problems, valid, final, optimizer, reference,
-              steps=getattr(config, "steps", 0), longest=need)
+    return RL(config, env, model, tok, task, sampler, workers, problems, valid, final,
+              optimizer, reference, steps=getattr(config, "steps", 0), longest=need)
 
 
 # flags that may differ on --resume: they change when something is done, where, or by how many, and
@@ -241,13 +247,14 @@ def open_run(rl, sources):
     """-> the run folder. sources: the files whose text its log keeps. With --resume rl is as the
     last checkpoint left it; a run that was stopped before its first one begins again."""
     config = rl.config
-    run = Run(f"runs/{config.name}", config, rl.env, resume=config.resume, free=FREE, sources=sources)
+    run = Run(f"runs/{config.name}", config, rl.env, resume=config.resume, free=FREE,
+              sources=sources)
     rl.workers.log = run.log
     run.log_machine()
     count = len(rl.problems)
     if config.prompts > count:
-        run.log(f"--prompts {config.prompts} is more than the {count} problems there are: a step holds "
-                f"{count}")
+        run.log(f"--prompts {config.prompts} is more than the {count} problems there are: "
+                f"a step holds {count}")
     if not config.resume:
         return run
     found = run.latest()
@@ -271,7 +278,7 @@ def open_run(rl, sources):
 def save(rl, run, history=50):
     """A checkpoint: the model's folder, and one state file per rank. history: how many of the
     last steps it keeps."""
-    state = {f.name: getattr(rl, f.name) for f in fields(rl) if f.metadata.get("kept")}
+    state = {f.name: getattr(rl, f.name) for f in fields(rl) if f.metadata.get("saved")}
     state["history"] = recent(rl.history, history)
     parts = dict(optimizer=rl.optimizer.state_dict(), kept=state)
     reference = state_of(rl.reference, rl.env) if rl.reference else None
@@ -304,13 +311,14 @@ def next_problems(rl, count):
 
 
 def collect(rl, problems, n, resume=None, max_new=None, stop_strings=(), reward=True, seed=None):
-    """Yields the groups of this rank as they finish, rewards in. Rewards run in worker processes while
-    sampling continues.
+    """Yields the groups of this rank as they finish, rewards in. Rewards run in worker processes
+    while sampling continues.
 
-    resume  {id: Samples or token lists}: the group of id is exactly these, in this order. Entry j is
-            sample j and draws noise of its own from here on, so that several may begin with the same
-            text. A Sample keeps its log-probs (nan: forced, and not trained); plain tokens are forced.
-            max_new counts the tokens that an entry begins with.
+    resume  {id: Samples or token lists}: the group of id is exactly these, in this order.
+            Entry j is sample j and draws noise of its own from here on, so that several may
+            begin with the same text. A Sample keeps its log-probs (nan: forced, and not
+            trained); plain tokens are forced. max_new counts the tokens that an entry begins
+            with.
     reward  False: not scored; a segment, or a turn.
     seed    of an evaluation: that noise, visit 0, and nothing of rl moves.
     """
@@ -325,43 +333,37 @@ def collect(rl, problems, n, resume=None, max_new=None, stop_strings=(), reward=
     for id, entries in (resume or {}).items():
         branches[id] = [replace(entry, index=j) if isinstance(entry, Sample) else entry
                         for j, entry in enumerate(entries)]
-    unscored = {}                                                # what the reward workers have
 
     # with --stream a rank without sequences has better to do than to wait for some
     feed = Feed(sampler, prompts, n, limits, visits=visits, resume=branches, wait=not c.stream,
                 stop_strings=stop_strings, seed=c.seed if seed is None else seed,
                 temperature=c.temperature, top_p=c.top_p)
     with feed, ExitStack() as at_the_end:
-        at_the_end.callback(rl.workers.forget)                   # what nobody waits for any more
+        at_the_end.callback(rl.workers.forget)                   # what is still pending
         while feed.busy:
             with clock("rollout" if feed.prompts_left or sampler.live else "idle"):
                 ready = feed.step()                              # samples that ended
             if reward:
                 with clock("reward"):                            # waits if nothing else is missing
                     wait = not feed.samples_left and bool(feed.groups)
-                    ready = get_rewards(rl, by_id, ready, unscored, wait)
+                    ready = get_rewards(rl, by_id, ready, wait)
             for group in feed.complete(ready):
                 visits[group[0].problem] = group[0].visit + 1
                 yield group
 
 
-def get_rewards(rl, problems, ended, unscored, wait=False):
+def get_rewards(rl, problems, ended, wait=False):
     """Sends samples that ended to the workers, where task.reward(problem, text) or a function of
-    yours runs. -> the samples whose rewards are in; a reward may be nan. problems: by id.
-    unscored: the samples that workers have. wait: until a reward comes."""
-    ready = []
+    yours runs. -> the samples whose rewards are in; a reward may be nan. problems: by id. wait:
+    until a reward comes."""
+    # a group that another rank handed over may have its rewards
+    ready = [s for s in ended if not math.isnan(s.reward)]
     for s in ended:
-        if not math.isnan(s.reward):     # its group was handed over by another rank, with this reward
-            ready.append(s)
-            continue
-        key = s.problem, s.index, s.visit
-        unscored[key] = s
-        rl.workers.put(key, problems[s.problem], completion(s, rl.tok))
-    for key, reward, _ in rl.workers.get(block=wait):
-        if key in unscored:              # it was asked for twice, if its group moved and came back
-            sample = unscored.pop(key)
-            sample.reward = reward
-            ready.append(sample)
+        if math.isnan(s.reward):
+            rl.workers.put((s.problem, s.index, s), problems[s.problem], completion(s, rl.tok))
+    for (_, _, sample), reward, _ in rl.workers.get(block=wait):
+        sample.reward = reward
+        ready.append(sample)
     return ready
 
 
@@ -372,7 +374,7 @@ def share_visits(rl):
 
 
 def gather_groups(rl, groups):
-    """The groups of all ranks, by their address: the same list everywhere, however many ranks
+    """The groups of all ranks, by problem and visit: the same list everywhere, however many ranks
     there are."""
     with rl.clock("idle"):                                       # waits for the slowest rank
         parts = gather(groups)
@@ -385,7 +387,7 @@ def gather_groups(rl, groups):
 
 def learn(rl, groups):
     """Every update of a rollout: one, unless --minibatch or --epochs ask for more; mini-batches by
-    address, the same for any number of ranks. -> stats of them all."""
+    problem and visit, the same for any number of ranks. -> stats of them all."""
     c = rl.config
     groups = gather_groups(rl, groups)
     count = max(1, len(groups))          # a step without groups is an update, too: of nothing
@@ -403,37 +405,32 @@ def learn(rl, groups):
 
 def update(rl, groups, loss, gathered=False):
     """The gradient of one update from the groups of all ranks: each rank gets its share and
-    back-propagates sums. -> stats as sums over ranks. gathered: groups are those of all ranks
-    already; otherwise each rank passes its own."""
+    back-propagates sums; ranks meet in Optimizer.step. -> stats as sums over ranks. gathered:
+    groups are those of all ranks already; otherwise each rank passes its own."""
+    c = rl.config
     if not gathered:
         groups = gather_groups(rl, groups)
     # an advantage of 0 gives a weight of 0: such a sample counts here, and pack leaves it out
-    rl.normaliser += weigh(groups, rl.config)
-    if rl.config.stream:                 # what a rank has learned early counts in the normaliser alone
+    weigh(groups, c)
+    for group in groups:
+        for s in group:
+            rl.normaliser += s.divisor
+    if c.stream:         # what a rank has learned early counts in the normaliser alone
         learned = {k for part in gather(set(rl.early)) for k in part}
-        groups = [g for g in groups if address(g[0]) not in learned]
-    stats = accumulate(rl, groups, loss, rl.env.rank, rl.env.world)
-    return merge_stats(gather(merge_stats([*rl.early.values(), stats])))
-
-
-def accumulate(rl, groups, loss, rank, ranks):
-    """Adds to this rank's gradients those of its share of the groups, as sums; ranks meet in
-    Optimizer.step. -> stats, as sums"""
+        groups = [g for g in groups if key(g[0]) not in learned]
     with rl.clock("pack"):
-        micro = pack.batches(groups, rl.config.row_tokens, rl.model.config, rank, ranks)
+        batches = pack.batches(groups, c.row_tokens, rl.model.config, rl.env.rank, rl.env.world)
     parts = []
     with rl.clock("train"):
-        for batch in micro:
+        for batch in batches:
             batch = batch.to(rl.env.device)
-            value, stats = loss(batch, predicting(rl.model, batch), rl.model.head_weight)
-            value.backward()
-            if rl.optimizer:                     # without one the gradients are the caller's
-                rl.optimizer.finish_micro_batch()
+            total, stats = loss(batch, batch.hidden(rl.model), rl.model.head_weight)
+            total.backward()
+            rl.optimizer.finish_micro_batch()
             parts.append(stats)
-        # copied only now, when all rows are launched: a copy waits for the GPU
-        parts = [{k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in stats.items()}
-                 for stats in parts]
-    return merge_stats(parts)
+        # only now, when all rows are launched: to read a number waits for the GPU
+        stats = merge_stats(parts)
+    return merge_stats(gather(merge_stats([*rl.early.values(), stats])))
 
 
 def step(rl, share=1.0):
@@ -442,7 +439,7 @@ def step(rl, share=1.0):
     c = rl.config
     with rl.clock("opt"):
         factor = min(1.0, (rl.progress + 1) / max(1, c.warmup))
-        if c.decay:                  # at least over the last rollout, however small a share is asked for
+        if c.decay:      # at least over the last rollout, however small a share is asked for
             factor = min(factor, (1 - elapsed(rl)) / max(1 / rl.steps, c.decay))
         stats = rl.optimizer.step(divide=rl.normaliser, factor=max(0.0, factor))
     rl.normaliser = 0.0
@@ -459,7 +456,7 @@ def elapsed(rl):
 
 @torch.no_grad()
 def old_logprobs(rl, groups):
-    """-> {address: log-probs of the policy as it is now}, of every sample that is trained, on all
+    """-> {key: log-probs of the policy as it is now}, of every sample that is trained, on all
     ranks."""
     c = rl.config
     weigh(groups, c)                     # so that those of weight 0 are left out here, too
@@ -467,11 +464,11 @@ def old_logprobs(rl, groups):
     with rl.clock("train"):
         for batch in pack.batches(groups, c.row_tokens, rl.model.config, rl.env.rank, rl.env.world):
             batch = batch.to(rl.env.device)
-            hidden_ND = predicting(rl.model, batch)
+            hidden_ND = batch.hidden(rl.model)
             logp_N, _ = linear_logprob(hidden_ND, rl.model.head_weight, batch.targets_N, c.temperature)
             lengths = torch.bincount(batch.sample_N, minlength=len(batch.samples)).tolist()
             parts = logp_N.cpu().split(lengths)
-            mine |= {address(s): part.numpy() for s, part in zip(batch.samples, parts)}
+            mine |= {key(s): part.numpy() for s, part in zip(batch.samples, parts)}
     return {k: v for part in gather(mine) for k, v in part.items()}
 
 
@@ -480,17 +477,19 @@ def old_logprobs(rl, groups):
 
 
 def over(rl):
-    """After its steps, or after --tokens sampled ones or --minutes: metrics.summary counts those."""
-    return rl.step >= rl.steps or 0 < rl.config.tokens <= rl.spent or bool(out_of_time(rl.config, rl.seconds))
+    """After its steps, or after --tokens or --minutes, which metrics.summary counts."""
+    c = rl.config
+    used_up = 0 < c.tokens <= rl.spent
+    return rl.step >= rl.steps or used_up or bool(out_of_time(c, rl.seconds))
 
 
 def due(step, every):
     return every > 0 and step % every == 0
 
 
-def test(rl, run, name, title):
-    """-> {NAME/metric: value} of an evaluation. name: "test", the test problems, before and after a
-    run; "eval", the validation problems, during it."""
+def evaluation(rl, run, name, title):
+    """-> {NAME/metric: value} of the model as it is. name: "test", the test problems, before and
+    after a run; "eval", the validation problems, during it."""
     problems = rl.test_problems if name == "test" else rl.valid_problems
     c = rl.config
     result = evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, c.eval_k, c.max_new)
@@ -512,8 +511,8 @@ def finish(rl, run):
         run.log(f"stopped after step {rl.step} of {rl.steps}: {why}")
     if rl.env.master:
         view.pages(run.folder)
-        run.log(f"wrote {run.folder}: curves.png, samples.html, and the model in ckpt/step_{rl.step} "
-                "(a Hugging Face folder)")
+        run.log(f"wrote {run.folder}: curves.png, samples.html, and the model in "
+                f"ckpt/step_{rl.step} (a Hugging Face folder)")
     run.close()
 
 
@@ -526,9 +525,4 @@ def close(rl):
         torch.cuda.empty_cache()
 
 
-# names that a fork may know from here -> where they are, and under which name
-MOVED = dict(backward="stages:update", backward_share="stages:accumulate", ask_rewards="stages:get_rewards",
-             take_rewards="stages:get_rewards", micro_batches="pack:batches", aggregated="algos:weigh",
-             find_base="train_gpt:train_missing", new_optimizer="common.memory", reset="nanorl",
-             check_memory="common.memory:check_flags")
-__getattr__ = moved(__name__, MOVED)
+__getattr__ = moved(__name__)            # names that a fork may know from here

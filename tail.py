@@ -15,7 +15,8 @@ long waits in a queue, and when the queue is a batch, a long round runs it:
     continue          prompts               is resumed            everything once; its first tokens
                                                                   are of an older policy
 
-A race that prefers short samples changes what is learned: length_bias estimates how much.
+A race that prefers short samples changes what is learned: length_bias in common/metrics.py
+estimates how much.
 
 Left out of the usual recipe, and why:
 - a scheduler process: ranks exchange what is done every few steps, and all come to one decision;
@@ -31,14 +32,15 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-import torch.distributed as dist
 
-from algos import address, make_loss, weigh
-from common.deal import calls
-from common.metrics import varied
+import pack
+from algos import key, make_loss, weigh
+from common.deal import shared_counter
+from common.metrics import length_bias, merge_stats, varied
+from common.moved import moved
 from common.run import all_sum, gather
 from rollout import Sample, prompt_ids
-from stages import accumulate, collect, elapsed, get_rewards, next_problems, share_visits
+from stages import collect, elapsed, get_rewards, next_problems, share_visits
 
 # -----------------------------------------------------------------------------
 # a round, and what happens to the prompts in it
@@ -72,7 +74,7 @@ class Racing:
     ended: list                          # samples that ended,
     came: list                           # those of them whose rewards are in, in that order
     cut: list                            # samples that were aborted
-    kept: list                           # the group, once the prompt counts
+    group: list                          # of the prompt, once it counts
 
 
 class Race:
@@ -138,14 +140,14 @@ class Race:
         groups = []
         for _, place in counted:
             prompt = self.racing[self.round.launches[place].id]
-            prompt.kept = sorted(prompt.came[: self.round.keep], key=lambda s: s.index)
-            groups.append(prompt.kept)
+            prompt.group = sorted(prompt.came[: self.round.keep], key=lambda s: s.index)
+            groups.append(prompt.group)
         return groups
 
     def close(self):
         """Aborts what does not count."""
         for id, prompt in self.racing.items():
-            if not prompt.kept:
+            if not prompt.group:
                 prompt.cut += self.engine.abort(id)
 
 
@@ -169,7 +171,7 @@ class Rounds:
         # of the last round, over all ranks
         self.long = False
         self.wasted = 0                  # tokens thrown away
-        self.older = 0                   # tokens kept that an earlier policy sampled
+        self.older = 0                   # tokens of groups that an earlier policy sampled
         self.bias = math.nan if mode == "race" else 0.0    # at the last long round
 
     def missing(self, want=None):
@@ -203,8 +205,8 @@ class Rounds:
             seen = [[len(s.tokens), 1] for s in prompt.ended]
             seen += [[len(s.tokens), 0] for s in prompt.cut]
             sampled = sum(n for n, _ in seen)
-            if prompt.kept:
-                lengths = [len(s.tokens) for s in prompt.kept]
+            if prompt.group:
+                lengths = [len(s.tokens) for s in prompt.group]
                 records.append([lengths, launch.first or seen, bool(launch.first)])
                 wasted += sampled - sum(lengths)
                 older += sum(len(s.tokens) for s in launch.ended + launch.unfinished)
@@ -220,8 +222,8 @@ class Rounds:
         deferred = {id: launch for part in parts for id, launch in part[1].items()}
         self.wasted = sum(part[2] for part in parts)
         self.older = sum(part[3] for part in parts)
-        kept = set().union(*(part[4] for part in parts))
-        self.queue += [deferred.get(x.id, x) for x in race.round.launches if x.id not in kept]
+        counted = set().union(*(part[4] for part in parts))
+        self.queue += [deferred.get(x.id, x) for x in race.round.launches if x.id not in counted]
         # after a whole period, with those in it that were deferred
         if self.mode == "race" and (race.round.long or not self.queue):
             self.bias = length_bias([record for part in self.window for record in part], max_new)
@@ -234,10 +236,10 @@ class Rounds:
         between = math.nan
         if len(logs) > 1:
             between = float(np.var([x.mean() for x in logs], ddof=1)) - within / self.n
-        kept = sum(sum(lengths) for lengths, _, _ in self.window[-1])
+        trained = sum(sum(lengths) for lengths, _, _ in self.window[-1])
         return dict(length_between=between, length_within=within, length_bias=self.bias,
-                    queue=len(self.queue), long=int(self.long), older=self.older / max(1, kept),
-                    wasted=self.wasted / max(1, self.wasted + kept))
+                    queue=len(self.queue), long=int(self.long), older=self.older / max(1, trained),
+                    wasted=self.wasted / max(1, self.wasted + trained))
 
     def state_dict(self):
         """Plain numbers, strings and lists."""
@@ -253,50 +255,6 @@ class Rounds:
         self.window = deque(state["window"], maxlen=20)
         for name in self.NUMBERS:
             setattr(self, name, state[name])
-
-
-# -----------------------------------------------------------------------------
-# does the race prefer short samples?
-
-
-def kaplan_meier(seen):
-    """[tokens, ended] of samples, some of them aborted -> lengths in order, and for each the estimated
-    share of all samples that is longer (E. L. Kaplan and P. Meier, 1958, JASA 53)."""
-    lengths, ended = np.array(sorted(seen, key=lambda x: (x[0], -x[1])), float).T
-    at_risk = np.arange(len(lengths), 0, -1)
-    return lengths, np.cumprod(1 - ended / at_risk)
-
-
-def median(seen):
-    lengths, longer = kaplan_meier(seen)
-    below = longer <= 0.5
-    return max(1.0, lengths[np.argmax(below)] if below[-1] else lengths[-1])
-
-
-def length_bias(records, most):
-    """How much longer kept responses are than all that were drawn (below 0: shorter). records: for
-    each prompt the lengths that were kept, [tokens, ended] of the samples of its first launch, which
-    nothing selected, and whether there was another. An aborted sample would have become as long as
-    others that came so far, in units of its prompt's median: prompts differ, and the race sees the
-    short ones first. most: where a response is cut."""
-    scales = []
-    pool = []
-    for kept, first, again in records:
-        seen = first + [[n, 1] for n in kept] if again else first
-        scale = median(seen)
-        scales.append(scale)
-        pool += [[n / scale, ended] for n, ended in seen]
-    lengths, longer = kaplan_meier(pool)
-    areas = longer[:-1] * np.diff(lengths)           # under the curve, between two lengths
-    beyond = np.append(np.cumsum(areas[::-1])[::-1], 0.0)
-    drawn = []
-    for (_, first, _), scale in zip(records, scales):
-        i = np.searchsorted(lengths, [n / scale for n, _ in first], "right") - 1
-        rest = np.divide(beyond[i], longer[i], out=np.zeros(len(i)), where=longer[i] > 0) * scale
-        whole = [n if ended else min(most, n + more) for (n, ended), more in zip(first, rest)]
-        drawn.append(np.mean(whole))
-    kept = np.mean([np.mean(kept) for kept, _, _ in records])
-    return float(kept / np.mean(drawn)) - 1
 
 
 # -----------------------------------------------------------------------------
@@ -349,7 +307,7 @@ def collect_all(rl, count, handed):
     """The groups of the next `count` problems. With --stream it ends when every rank has none left."""
     yield from collect(rl, next_problems(rl, count), rl.config.n)
     if rl.config.stream:
-        add = shared_counter(rl)
+        add = shared_counter(rl.env.world)
         add(1)
         while add(0) < rl.env.world:
             meanwhile(rl, handed)
@@ -357,27 +315,25 @@ def collect_all(rl, count, handed):
 
 def collect_round(rl, count, handed):
     """The same for a round, which may end before its last prompt."""
-    c = rl.config
     world = rl.env.world
-    room = rl.sampler.slots + c.n
     round = rl.rounds.plan(fresh_problems(rl, rl.rounds.missing(count)), count)
     by_id = {p.id: p for p in rl.problems}
     prompts = {launch.id: prompt_ids(by_id[launch.id], rl.tok) for launch in round.launches}
-    race = Race(round, rl.sampler, range(rl.env.rank, len(prompts), world), room)
-    add = None if rl.env.deterministic or world == 1 else shared_counter(rl)
-    unscored = {}                        # what the reward workers have
+    mine = range(rl.env.rank, len(prompts), world)
+    race = Race(round, rl.sampler, mine, rl.sampler.slots + rl.config.n)
+    add = None if rl.env.deterministic or world == 1 else shared_counter(rl.env.world)
     try:
         while race.taken < round.want:
             done = []
             for step in range(EVERY if world > 1 else 1):
-                places, idle = race_step(rl, race, prompts, by_id, unscored)
+                places, idle = race_step(rl, race, prompts, by_id)
                 done += [(step, place) for place in places]
                 if idle:
                     break
             with rl.clock("idle"):
                 groups = race.claim(done, add)
             for group in groups:
-                await_rewards(rl, group, by_id, unscored)
+                await_rewards(rl, group, by_id)
                 rl.visits[group[0].problem] = group[0].visit + 1
                 yield group
             if idle and race.taken < round.want:
@@ -385,11 +341,11 @@ def collect_round(rl, count, handed):
     finally:
         race.close()
     with rl.clock("idle"):
-        rl.rounds.settle(race, c.max_new)
+        rl.rounds.settle(race, rl.config.max_new)
     rl.workers.forget()                  # the rewards of samples that lost
 
 
-def race_step(rl, race, prompts, by_id, unscored):
+def race_step(rl, race, prompts, by_id):
     """A decode step. -> places of the prompts that are done by it, and whether this rank had nothing
     to sample. To be repeatable, a sample is in when it ended; faster is: when its reward is."""
     c = rl.config
@@ -399,14 +355,14 @@ def race_step(rl, race, prompts, by_id, unscored):
         ended += race.step()
     with rl.clock("reward"):
         wait = idle and not ended and rl.env.world == 1 and not rl.env.deterministic
-        scored = get_rewards(rl, by_id, ended, unscored, wait)
+        scored = get_rewards(rl, by_id, ended, wait)
     return race.rewarded(ended if rl.env.deterministic else scored), idle
 
 
-def await_rewards(rl, group, by_id, unscored):
+def await_rewards(rl, group, by_id):
     with rl.clock("reward"):
-        while any((s.problem, s.index, s.visit) in unscored for s in group):
-            get_rewards(rl, by_id, [], unscored, wait=True)
+        while any(math.isnan(s.reward) for s in group):
+            get_rewards(rl, by_id, [], wait=True)
 
 
 def fresh_problems(rl, count):
@@ -434,23 +390,26 @@ def meanwhile(rl, handed):
     """Nothing is left to sample here, but elsewhere there is. With --stream this rank learns from a
     group that it handed out."""
     for group in handed if rl.config.stream else ():
-        if address(group[0]) not in rl.early:
+        if key(group[0]) not in rl.early:
             learn_early(rl, group)
             return
     time.sleep(0.001)
 
 
 def learn_early(rl, group):
-    """The gradient of one complete group, before the others are sampled: sums are divided at the
-    step, so when does not matter."""
+    """The gradient of one complete group, before the others are sampled: sums are divided at the step,
+    so when does not matter. In the normaliser it counts later, in update()."""
     loss = make_loss(rl.config, elapsed(rl), reference=rl.reference)
-    weigh([group], rl.config)                    # in the normaliser it counts later, in update()
-    rl.early[address(group[0])] = accumulate(rl, [group], loss, 0, 1)
+    weigh([group], rl.config)
+    parts = []
+    with rl.clock("train"):
+        for batch in pack.batches([group], rl.config.row_tokens, rl.model.config):
+            batch = batch.to(rl.env.device)
+            total, stats = loss(batch, batch.hidden(rl.model), rl.model.head_weight)
+            total.backward()
+            rl.optimizer.finish_micro_batch()
+            parts.append(stats)
+        rl.early[key(group[0])] = merge_stats(parts)
 
 
-def shared_counter(rl):
-    """-> add(k), which says what it comes to over all ranks. Every call makes a new counter, so all
-    ranks make the same calls."""
-    store = dist.distributed_c10d._get_default_store() if rl.env.world > 1 else dist.HashStore()
-    key = f"count/{next(calls)}"
-    return lambda k: store.add(key, k)
+__getattr__ = moved(__name__)            # names that a fork may know from here

@@ -1,10 +1,10 @@
 """
 train_gpt.py: the compact model (Qwen3 shape), its pretraining and its fine-tuning on chats.
 
-The model is a function of (tokens, positions, attend). Its input is one flat ragged row of tokens,
-sequences one after another; `attend(layer, q, k, v)` is handed in by the caller and is the only place
-where sequences see each other. A trainer passes packed attention, the sampler passes attention over
-its cache: the model never learns which.
+The model is a function of (tokens, positions, attend). Its input is one flat ragged row of
+tokens, sequences one after another; `attend(layer, q, k, v)` is handed in by the caller and is
+the only place where sequences see each other. A trainer passes packed attention, the sampler
+passes attention over its cache: the model never learns which.
 
 Left out of the usual recipe, and why:
 - no batch dimension and no padding: rows are packed to a token budget, so every position is a real
@@ -41,11 +41,12 @@ from common.experts import Experts
 from common.files import newest, run_config
 from common.flags import check_run, die, flags, positive, shares, without_effect
 from common.machine import Machine
+from common.moved import moved
 from common.optim import Optimizer
 from common.run import Run, all_max, all_sum, barrier, begun_with, dated, out_of_time, progress, start
 from data.documents import documents, kind_of
-from kernels import (linear, linear_logprob, packed_attention, qk_norm_rope, rms_norm, rope_tables, swiglu,
-                     uniform)
+from kernels import (linear, linear_logprob, packed_attention, qk_norm_rope, rms_norm,
+                     rope_tables, swiglu, uniform)
 from pack import pack
 
 # -----------------------------------------------------------------------------
@@ -71,33 +72,6 @@ class GPTConfig:
     n_expert: int = 0                 # Qwen3-MoE: experts of a block; 0: one SwiGLU
     n_active: int = 0                 # of them, for each token; together they are d_ff wide
     norm_gates: bool = True           # what they count sums to 1
-
-
-def rope_frequencies(c):
-    """-> inv_freq (head_dim/2) and the factor on cos and sin (yarn's attention temperature, else 1)."""
-    inv = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
-    s = c.rope_scaling
-    if s is None:
-        return inv, 1.0
-    kind = s["rope_type"]
-    factor = s["factor"]
-    if kind == "linear":
-        return inv / factor, 1.0
-    if kind == "llama3":  # long waves interpolated, short ones kept, a ramp between
-        turns = s["original_max_position_embeddings"] * inv / (2 * math.pi)  # in the original context
-        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
-        return inv * (keep + (1 - keep) / factor), 1.0
-    if kind == "yarn":  # the same idea, the ramp linear in the dimension's index
-        def index(turns):
-            wave = s["original_max_position_embeddings"] / (turns * 2 * math.pi)
-            return c.head_dim * math.log(wave) / (2 * math.log(c.rope_theta))
-        low, high = index(s.get("beta_fast") or 32), index(s.get("beta_slow") or 1)
-        if s.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, c.head_dim - 1)
-        ramp = ((torch.arange(c.head_dim // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
-        return inv * (1 - ramp + ramp / factor), s.get("attention_factor") or 0.1 * math.log(factor) + 1.0
-    raise ValueError(f"rope_scaling type {kind!r} is not known here; known: linear, llama3, yarn")
 
 
 class RMSNorm(nn.Module):
@@ -170,7 +144,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens_T, positions_T, attend):
         if self._rope is None or self._rope[0].device != tokens_T.device:
-            inv_freq, scale = rope_frequencies(self.config)
+            inv_freq, scale = hf.rope_frequencies(self.config)
             self._rope = inv_freq.to(tokens_T.device), scale
         x_TD = F.embedding(tokens_T, self.embed.weight)
         x_TD, positions_T, attend = cpu.padded(x_TD, positions_T, attend)
@@ -185,14 +159,14 @@ class GPT(nn.Module):
         return self.norm(x_TD[: len(tokens_T)])  # (T, D): hidden states; the head is the caller's
 
     def lone_row(self, keys, values):
-        """-> forward() of a single token, for the sampler: a copy of this model in numpy where the two
-        agree, else the model."""
+        """-> forward() of a single token, for the sampler: a copy of this model in numpy where the
+        two agree, else the model."""
         return cpu.lone_row(self, keys, values, Block, packed_attention, (globals(), vars(kernels)))
 
     @torch.no_grad()
     def init_weights(self, seed, embedding=0.02):
-        """Normal with 1/sqrt(fan in), and the embedding as it is told; what writes into the residual
-        stream starts at zero, so each block starts as the identity."""
+        """Normal with 1/sqrt(fan in), and the embedding as `embedding` says; what writes into the
+        residual stream starts at zero, so each block starts as the identity."""
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.ndim == 2:
@@ -227,9 +201,10 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def sample(model, prompt, max_new, stop=(), temperature=1.0, seed=0, problem=0, index=0, visit=0):
-    """The oracle: one sequence, no cache, the whole prefix run again for every token. The sampler must
-    give the same."""
+def sample(model, prompt, max_new, stop=(), temperature=1.0, seed=0, problem=0, index=0,
+           visit=0):
+    """The oracle: one sequence, no cache, the whole prefix run again for every token. The sampler
+    must give the same."""
     device = model.embed.weight.device
     tokens = list(prompt)
     for t in range(max_new):
@@ -264,6 +239,9 @@ class Config(Machine):
     steps: int = 1200                    # optimizer steps
     batch: int = 64                      # documents per step, over all ranks
     seq_len: int = 1024                  # tokens of a document cut from a text or from shards
+    prompts: bool = False                # train on the prompts of a task, too
+
+    # ---- the model
     n_layer: int = 3                     # blocks
     n_head: int = 6                      # query heads
     n_kv_head: int = 2                   # key and value heads
@@ -273,6 +251,8 @@ class Config(Machine):
     max_len: int = 4096                  # positions the model promises to serve
     rope_theta: float = 10000.0          # base of the rotary waves
     tie_embeddings: bool = False         # one matrix for embedding and head
+
+    # ---- the optimizer
     lr: float = 2e-2                     # AdamW: embeddings, head, norms; with --no-muon everything
     muon: bool = True                    # Muon for the matrices of the blocks
     muon_lr: float = 1.4e-2              # its learning rate
@@ -280,21 +260,22 @@ class Config(Machine):
     clip: float = 1.0                    # global norm of the gradient; 0: no clipping
     warmup: float = 0.02                 # share of the steps to warm up
     decay: float = 0.5                   # share of the steps to decay to zero, linearly, at the end
-    prompts: bool = False                # train on the prompts of a task, too
+
+    # ---- the run
     eval_every: int = 200                # steps between evaluations on the valid split
     eval_docs: int = 512                 # documents of one
     save_every: int = 400                # steps between checkpoints
     target: float = 0.0                  # a validation loss to compare the last one with
     seed: int = 0                        # weights and data
-    grads: Literal["whole", "sharded"] = "whole"  # on each rank: whole, or reduced during the backward
+    grads: Literal["whole", "sharded"] = "whole"  # on each rank: whole, or reduced meanwhile
     compile: bool = False                # torch.compile the blocks
 
 
 PRESETS = {
     "base": "",
     "small": "--name small --steps 800 --d-model 64 --n-head 4 --d-ff 192",
-    "tiny": "--name tiny --data stdlib --tokenizer bytes --d-model 64 --n-head 4 --n-kv-head 4 --d-ff 128 "
-            "--steps 900 --batch 16 --seq-len 128",
+    "tiny": "--name tiny --data stdlib --tokenizer bytes --d-model 64 --n-head 4 --n-kv-head 4 "
+            "--d-ff 128 --steps 900 --batch 16 --seq-len 128",
     "recall": "--name recall --data recall --tokenizer chars --n-layer 2 --d-model 64 --n-head 4 "
               "--n-kv-head 4 --d-ff 128 --steps 600 --batch 48 --lr 1e-2 --weight-decay 0 --decay 0.3",
     "mixed100m": "--name mixed100m --data mixed:4 --n-layer 12 --n-head 12 --n-kv-head 4 "
@@ -364,7 +345,8 @@ def packed_rows(docs, budget, device):
 
 
 def as_many(rows, device):
-    """-> the rows, as many on every rank: an empty one predicts nothing and takes part in reductions."""
+    """-> the rows, as many on every rank: an empty one predicts nothing and takes part in
+    reductions."""
     rows = list(rows)
     token = torch.zeros(1, dtype=torch.int64, device=device)
     return rows + [(token, token, token[:0], token[:0], [0, 1])] * (all_max(len(rows)) - len(rows))
@@ -412,18 +394,6 @@ def trapezoid(step, total, config):
     return min(1.0, (step + 1) / max(1.0, up), (total - step) / max(1.0, down))
 
 
-def mfu(model, docs, seconds):
-    """Model FLOPs of these documents over what the GPU could do; None where that is not known."""
-    peak = machine.peak_flops()
-    c = model.config
-    weights = sum(p.numel() for name, p in model.named_parameters()
-                  if not name.startswith("embed") or c.tie_embeddings)
-    tokens = sum(len(t) for t, _ in docs)
-    squares = sum(len(t) ** 2 for t, _ in docs)
-    flops = 6 * weights * tokens + 6 * c.n_layer * c.n_head * c.head_dim * squares
-    return peak and flops / seconds / peak
-
-
 def steps(model, document, optimizer, total, begin=0, loss=forward, schedule=None, gradient=None,
           numbers=None):
     """Trains; yields (step, mean loss per trained token) after each step.
@@ -442,6 +412,7 @@ def steps(model, document, optimizer, total, begin=0, loss=forward, schedule=Non
         docs = [document("train", i) for i in ids]
         count = all_sum(targets_of(docs))        # the one normaliser, over ranks and rows
         packed = time.perf_counter()
+
         loss_sum = torch.zeros((), device=device)
         rows = packed_rows(docs, config.row_tokens, device)
         if optimizer.sharded:
@@ -452,6 +423,7 @@ def steps(model, document, optimizer, total, begin=0, loss=forward, schedule=Non
             optimizer.finish_micro_batch()
             loss_sum += row_loss.detach()
         trained = time.perf_counter()
+
         factor = schedule(step) if schedule else trapezoid(step, total, config)
         divide = count
         if gradient and count:
@@ -465,7 +437,7 @@ def steps(model, document, optimizer, total, begin=0, loss=forward, schedule=Non
 
         if numbers is not None:
             tokens = all_sum(sum(len(t) for t, _ in docs))
-            used = mfu(model, docs, ended - started) if device.type == "cuda" else None
+            used = machine.mfu(model, docs, ended - started) if device.type == "cuda" else None
             numbers.clear()
             numbers.update(
                 loss=mean,
@@ -498,7 +470,8 @@ def setup(config, device, dtype):
         else:
             names = {f.name for f in fields(GPTConfig)}
             shape = GPTConfig(tok.vocab_size, **{k: v for k, v in vars(c).items() if k in names})
-            embedding = 0.02 if c.tie_embeddings else 0.7        # a large one moves little, step by step
+            # a large one moves little, step by step
+            embedding = 0.02 if c.tie_embeddings else 0.7
             model = GPT(shape).init_weights(c.seed, embedding).to(device, dtype)
         kernels.backend(device)
         document, count = documents(c, tok)
@@ -533,8 +506,8 @@ def scratch(preset, seed=0):
 
 
 def last_checkpoint(run, model, optimizer):
-    """-> the step after which it was written, everything as it was then, and the seconds of the steps
-    until there; 0 if there is none yet."""
+    """-> the step after which it was written, everything as it was then, and the seconds of the
+    steps until there; 0 if there is none yet."""
     found = run.latest()
     begin = 0
     seconds = 0.0
@@ -653,8 +626,8 @@ def train_missing(folder, env, dry_run=False):
     if dry_run:
         die(f"--dry-run: {folder} is not trained yet; give a model by --init")
     if env.master:
-        print(f"no whole base in {folder} yet: training it first (python train_gpt.py --preset {preset})",
-              flush=True)
+        print(f"no whole base in {folder} yet: training it first (python train_gpt.py --preset "
+              f"{preset})", flush=True)
     begun = Path(folder, "config.json").exists()
     main(["--preset", preset] + ["--resume"] * begun)
     machine.use(env.threads)                     # again: the base had Threads of its own
@@ -662,6 +635,9 @@ def train_missing(folder, env, dry_run=False):
         # what it held is neither this run's peak nor lost to its pool
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+__getattr__ = moved(__name__)            # names that a fork may know from here
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ would let the short answers elect the label.
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -52,12 +52,15 @@ import numpy as np
 import algos
 import data
 import stages
-from algos import Algo, check_updates, with_algorithm
+from algos import Algo, check_updates, filled_in, with_algorithm
 from common import view
+from common.files import ended_runs
 from common.flags import die, flags, positive, shares, truncation, without_effect
 from common.metrics import sample_rows, summary, warnings
+from common.moved import moved
+from common.reward import Graders
 from common.run import gather, out_of_time, progress
-from evaluate import evaluate, paired, words
+from evaluate import evaluate, largest, paired, tally, words
 from rollout import completion
 from stages import (Common, advantage, check_flags, collect, due, learn, next_problems, open_run, over,
                     save, setup, share_visits, stop_here)
@@ -68,30 +71,38 @@ class Config(Algo, Common):
     """test-time RL"""
     name: str = ""                       # the run, in runs/NAME; empty: ttrl_REWARD
     preset: Literal["", "aime", "amc", "math500"] = ""  # the paper's settings for that test
+    reward: Literal["majority", "label", "random", "has_answer"] = "majority"  # or a control
+    passes: int = 18                     # over the questions, at most
+    prompts: int = 25                    # questions per step, over all ranks
+    lr: float = 1e-3                     # AdamW
+    decay: float = 0.0                   # share of the steps, at the end, with linear decay to zero
+    save_every: int = 20                 # steps between checkpoints
+
+    # ---- the questions
     task: str = "arith"                  # a task of data/ with an answer() to vote on; task:variant
     split: Literal["test", "valid", "train"] = "test"  # of the task: where the questions come from
     data: str = ""                       # your own questions: a .jsonl file of {prompt, gold?}
     questions: int = 100                 # to learn on, at most
     unseen: str = ""                     # a task never trained on; empty: another split of --task
     unseen_n: int = 100                  # its questions; 0: none
+
+    # ---- the vote
     votes: int = 64                      # M: samples that vote
     samples: int = 32                    # N: samples of these that are trained on
     min_votes: int = 4                   # a question with fewer readable answers is skipped
-    reward: Literal["majority", "label", "random", "has_answer"] = "majority"  # or a control
     judge: Literal["majority", "weighted", "soft", "abstain"] = "majority"  # how votes are counted
     abstain_share: float = 0.25          # --judge abstain: skip a lower share of the largest class
     abstain_entropy: float = 0.8         # or the votes' entropy a higher share of its maximum
-    prompts: int = 25                    # questions per step, over all ranks
-    passes: int = 18                     # over the questions, at most
+
+    # ---- when to stop
     scattered: float = 0.45  # learn nothing if the first votes' largest class holds less of them; 0: learn
     patience: int = 3                    # stop after this many passes without change; 0: never
     settled: float = 0.02                # that is: at most this share of the majorities flipped
-    lr: float = 1e-3                     # AdamW
-    decay: float = 0.0                   # share of the steps, at the end, with linear decay to zero
-    eval_k: int = 16                     # samples of a question in the evaluation before and after
-    eval_temperature: float = 1.0        # of these
-    eval_top_p: float = 1.0              # of these
-    save_every: int = 20                 # steps between checkpoints
+
+    # ---- the evaluation before and after
+    eval_k: int = 16                     # samples of a question
+    eval_temperature: float = 1.0        # of these samples
+    eval_top_p: float = 1.0              # of these samples
 
 
 PAPER = ("--votes 64 --samples 32 --min-votes 8 --prompts 8 --algo grpo --aggregate token "
@@ -108,7 +119,7 @@ def configure(argv):
     """-> Config. What does not go together is refused, with the reason, and so is a flag without
     effect."""
     c = flags(Config, argv, __doc__, defaults=lambda config: PRESETS.get(config.preset, ""),
-              recipe=lambda config: f"by --preset {config.preset}")
+              recipe=lambda config: f"by --preset {config.preset}", filled=filled_in)
     c.name = c.name or f"ttrl_{c.reward}"
     positive(c, "questions votes min_votes prompts passes max_new eval_k save_every workers row_tokens")
     for wrong, why in [
@@ -143,22 +154,6 @@ def configure(argv):
 
 # -----------------------------------------------------------------------------
 # the vote. classes_M: the class of each vote's answer (data.classes); -1, no answer, never counts
-
-
-def tally(classes_M, weights_M=None):
-    """{class: its votes, or their weights}"""
-    shares = {}
-    if weights_M is None:
-        weights_M = [1] * len(classes_M)
-    for c, w in zip(classes_M, weights_M):
-        if c >= 0:
-            shares[c] = shares.get(c, 0) + w
-    return shares
-
-
-def largest(shares):
-    """The class with most votes; on a tie the smallest number, which is the one that was answered first."""
-    return max(shares, key=lambda c: (shares[c], -c))
 
 
 def vote_entropy(shares):
@@ -228,23 +223,23 @@ def votes(task, texts_M, logps_M, config):
                            answer=first.get(label), counts=counts)
 
 
-def rewards(config, ballot, truth_M, address):
+def rewards(config, ballot, truth_M, lot):
     """The reward of each sample, None where the question is skipped: the same questions in every
-    arm, or a control would learn from what the vote leaves out. Only `label` looks at the truth."""
+    arm, or a control would learn from what the vote leaves out. Only `label` looks at the truth.
+    lot: the question's own, (seed, problem, visit)."""
     if config.reward == "majority" or ballot.rewards_M is None:
         return ballot.rewards_M
     if config.reward == "label":
         return list(truth_M)
     if config.reward == "random":
-        coins_M = np.random.default_rng([*address, 1]).random(len(ballot.classes_M))
+        coins_M = np.random.default_rng([*lot, 1]).random(len(ballot.classes_M))
         return (coins_M < 0.5).astype(float).tolist()
     return [float(c >= 0) for c in ballot.classes_M]     # has_answer: the format alone
 
 
-def subsample(m, n, address):
-    """N of the M, by the question's address (seed, problem, visit): no length, no order of arrival
-    has a say."""
-    return sorted(np.random.default_rng([*address, 0]).permutation(m)[:n].tolist())
+def subsample(m, n, lot):
+    """N of the M, by the question's lot: no length, no order of arrival has a say."""
+    return sorted(np.random.default_rng([*lot, 0]).permutation(m)[:n].tolist())
 
 
 # -----------------------------------------------------------------------------
@@ -291,18 +286,15 @@ def remember(task, memory, entry):
                never said cannot be learned"""
     past = memory.setdefault(entry["problem"], dict(answer=None, right=False, pool=[]))
     votes_by_answer = past["pool"] + entry["counts"]
-    classes = data.classes(task, [answer for answer, _ in votes_by_answer])
-    pool = {}                                            # class -> its votes of all visits
-    today = {}                                           # class -> its votes of this visit
-    first = {}                                           # class -> how it was first written
-    for i, ((answer, n), c) in enumerate(zip(votes_by_answer, classes)):
-        pool[c] = pool.get(c, 0) + n
-        today[c] = today.get(c, 0) + n * (i >= len(past["pool"]))
-        first.setdefault(c, answer)
-    votes_today = sum(today.values())
+    answers = [answer for answer, _ in votes_by_answer]
+    counts = [n for _, n in votes_by_answer]
+    classes = data.classes(task, answers)
+    earlier = len(past["pool"])
+    pool = tally(classes, counts)
+    today = tally(classes[earlier:], counts[earlier:])
     entry["consensus"] = 0.0
-    if votes_today:
-        entry["consensus"] = today[largest(pool)] / votes_today * entry["answered"]
+    if today:
+        entry["consensus"] = today.get(largest(pool), 0) / sum(today.values()) * entry["answered"]
     entry["flips"] = math.nan
     entry["extinct"] = math.nan
     if past["answer"] is not None and entry["answer"] is not None:
@@ -312,7 +304,7 @@ def remember(task, memory, entry):
     memory[entry["problem"]] = dict(
         answer=past["answer"] if entry["answer"] is None else entry["answer"],
         right=past["right"] or entry["pass"] == 1,
-        pool=[(first[c], pool[c]) for c in sorted(pool)],
+        pool=[(answers[classes.index(c)], pool[c]) for c in sorted(pool)],
     )
     return entry
 
@@ -359,33 +351,8 @@ def ended(rl):
     return out_of_time(config, rl.seconds)
 
 
-class Graders:
-    """Stands before the reward workers: a question without a label is answered at once, with nan."""
-
-    def __init__(self, workers):
-        self.workers = workers
-        self.failed = workers.failed
-        self.close = workers.close
-        self.blank = []                          # (key, nan, None) of questions without a label
-
-    def put(self, key, problem, text):
-        if problem.gold is None:
-            self.blank.append((key, math.nan, None))
-        else:
-            self.workers.put(key, problem, text)
-
-    def get(self, block=False):
-        blank = self.blank
-        self.blank = []
-        return blank + self.workers.get(block=block and not blank)
-
-    def forget(self):
-        self.blank = []
-        self.workers.forget()
-
-
 # -----------------------------------------------------------------------------
-# the questions, and the state that is kept
+# the questions, and the state of a checkpoint
 
 
 def questions(config):
@@ -439,7 +406,7 @@ def next_questions(rl):
 # before and after
 
 
-def test(rl, problems):
+def evaluation(rl, problems):
     """-> avg, maj, pass at --eval-k, and each question's scores for `paired`. {} without labels."""
     config = rl.config
     known = [p for p in problems if p.gold is not None]
@@ -449,13 +416,12 @@ def test(rl, problems):
                     config.eval_temperature, config.eval_top_p, scores=True)
 
 
-def test_both(rl, unseen):
-    return {"trained": test(rl, rl.problems), "unseen": test(rl, unseen)}
+def evaluations(rl, unseen):
+    return {"trained": evaluation(rl, rl.problems), "unseen": evaluation(rl, unseen)}
 
 
 def gain(before, after):
-    """(mean, standard error over questions) of after - before, paired: the questions' own
-    difficulty cancels."""
+    """-> what paired() says, as a share instead of points."""
     points, se = paired(after, before, "avg")
     return points / 100, se / 100
 
@@ -464,14 +430,6 @@ def numbers_of(results):
     """{eval/trained/avg: ...} for metrics.jsonl"""
     return {f"eval/{name}/{k}": v for name, result in results.items() for k, v in result.items()
             if k != "scores"}
-
-
-def in_metrics(run, step, numbers):
-    """Are these in metrics.jsonl already? A run that is resumed at its end adds no second row."""
-    if not numbers or not run.env.master:
-        return True
-    known = view.read(run.folder)
-    return any(step in known[name][0] for name in numbers if name in known)
 
 
 def report(config, results):
@@ -492,24 +450,14 @@ def report(config, results):
     return lines
 
 
-def ended_runs(config):
-    """-> [(reward, seed, result)] of ended runs that differ in reward, judge or seed alone."""
-    free = "name reward judge seed resume threads workers save_every wandb".split()
-    ours = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in free}))
-    found = []
-    for path in sorted(Path("runs").glob("*/result.json")):
-        other = json.loads((path.parent / "config.json").read_text())
-        if {k: other.get(k) for k in ours} == ours:
-            name = other["reward"]
-            if name == "majority":
-                name = f"majority ({other['judge']})"
-            found.append((name, other["seed"], json.loads(path.read_text())))
-    return sorted(found, key=lambda entry: entry[:2])
-
-
 def compare_runs(config):
-    """-> the lines that compare this run with its controls."""
-    runs = ended_runs(config)
+    """-> the lines that compare this run with those that differ in reward, judge or seed alone."""
+    runs = []
+    free = "name reward judge seed resume threads workers save_every wandb".split()
+    for other, result in ended_runs(config, free):
+        judge = f" ({other['judge']})" if other["reward"] == "majority" else ""
+        runs.append((other["reward"] + judge, other["seed"], result))
+    runs.sort(key=lambda entry: entry[:2])
     if len(runs) < 2:
         return []
     ceiling = {}                                         # seed -> the gain with true labels
@@ -529,8 +477,7 @@ def compare_runs(config):
 def write_result(rl, run, results):
     """result.json, which compare_runs reads; the comparison; pictures."""
     gains = {name: gain(*pair) for name, pair in results.items() if pair[0]}
-    own = rl.own
-    found = dict(step=own.best_step, steps=rl.step, seconds=rl.seconds, gain=gains, **results)
+    found = dict(step=rl.own.best_step, steps=rl.step, seconds=rl.seconds, gain=gains, **results)
     Path(run.folder, "result.json").write_text(json.dumps(found) + "\n")
     for line in compare_runs(rl.config):
         run.log(line)
@@ -578,13 +525,13 @@ def elect(rl, group):
     truth_M = [s.reward for s in group]                  # for the metrics: the votes decide
     logps_M = [float(np.nanmean(s.logprobs)) for s in group]
     ballot = votes(rl.task, [completion(s, rl.tok) for s in group], logps_M, config)
-    address = (config.seed, group[0].problem, group[0].visit)
-    rewards_M = rewards(config, ballot, truth_M, address)
+    lot = (config.seed, group[0].problem, group[0].visit)
+    rewards_M = rewards(config, ballot, truth_M, lot)
     for i, s in enumerate(group):
         s.reward = rewards_M[i] if rewards_M else 0.0
     chosen = []
     if rewards_M:
-        chosen = [group[i] for i in subsample(config.votes, config.samples, address)]
+        chosen = [group[i] for i in subsample(config.votes, config.samples, lot)]
     return chosen, record(group[0].problem, ballot, rewards_M, truth_M)
 
 
@@ -652,7 +599,7 @@ def main(argv=None):
 
     # ---- before
     if own.before is None:
-        own.before = test_both(rl, unseen)
+        own.before = evaluations(rl, unseen)
         for name, result in own.before.items():
             if result:
                 run.log(f"{name}, before: {words(result)}")
@@ -716,16 +663,21 @@ def main(argv=None):
     if reason:
         run.log(f"stopped after step {rl.step}: {reason}")
     load_best(rl, run)
-    after = test_both(rl, unseen)
+    after = evaluations(rl, unseen)
     rl.workers.close()
-    if not in_metrics(run, rl.step, numbers_of(after)):
-        run.metrics(rl.step, **numbers_of(after))
+    numbers = numbers_of(after)
+    # a run that is resumed at its end adds no second row
+    if numbers and rl.env.master and not view.has(run.folder, rl.step, numbers):
+        run.metrics(rl.step, **numbers)
     results = {name: (own.before[name], after[name]) for name in after}
     for line in report(config, results):
         run.log(line)
     if rl.env.master:
         write_result(rl, run, results)
     run.close()
+
+
+__getattr__ = moved(__name__)            # names that a fork may know from here
 
 
 if __name__ == "__main__":

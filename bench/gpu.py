@@ -144,14 +144,13 @@ def sides(on, tiny):
 def trained(model, groups):
     """-> sampled less trained log-probs of these groups, and milliseconds of forward and backward"""
     import pack
-    from algos import predicting
     from kernels import linear_logprob
     apart = []
     for turn in range(2):                                            # the first compiles
         start = now()
         for batch in pack.batches(groups, 1024, model.config, share=True):
             batch = batch.to(model.head_weight.device)
-            hidden_ND = predicting(model, batch)
+            hidden_ND = batch.hidden(model)
             logp_N, _ = linear_logprob(hidden_ND, model.head_weight, batch.targets_N, 0.8)
             logp_N.sum().backward()
             if turn:

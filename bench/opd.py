@@ -48,7 +48,7 @@ import opd
 import opd_check
 import pack
 import train_gpt
-from algos import address, predicting
+from algos import key
 from bench import ROOT, alternate, finish, peer, ratio, show
 from bench.algorithms import curve, metrics, run_all
 from common import hf
@@ -234,7 +234,7 @@ def cosines(student, teacher, rows, n=128, samples=4):
         loss = opd.make_loss(config, model, q, stop=sorted(tok.stop))
         model.zero_grad()
         for batch in pack.batches(drawn[config.top_p], 4096, model.config):
-            loss(batch, predicting(model, batch), model.head_weight)[0].backward()
+            loss(batch, batch.hidden(model), model.head_weight)[0].backward()
         gradients[row] = torch.cat([p.grad.flatten() for p in model.parameters()])
     whole = gradients["full, reverse"]
     return {row: float(torch.cosine_similarity(g, whole, dim=0)) for row, g in gradients.items()}
@@ -405,9 +405,9 @@ def scoring(config, found, cache):
             out = {}
             with torch.no_grad():
                 for batch in pack.batches(groups, 4096, model.config):
-                    logp_N, _ = linear_logprob(predicting(model, batch), model.head_weight, batch.targets_N)
+                    logp_N, _ = linear_logprob(batch.hidden(model), model.head_weight, batch.targets_N)
                     lengths = torch.bincount(batch.sample_N, minlength=len(batch.samples)).tolist()
-                    out |= {address(s): part for s, part in zip(batch.samples, logp_N.split(lengths))}
+                    out |= {key(s): part for s, part in zip(batch.samples, logp_N.split(lengths))}
             return out
 
         if transformers is None:
@@ -429,7 +429,7 @@ def scoring(config, found, cache):
                                             attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
                         logp = logp.gather(2, ids[:, 1:, None]).squeeze(2)
                         for s, row in zip(flat[a:a + size], logp):
-                            out[address(s)] = row[len(s.prompt) - 1:len(s.prompt) - 1 + len(s.tokens)]
+                            out[key(s)] = row[len(s.prompt) - 1:len(s.prompt) - 1 + len(s.tokens)]
                 return out
 
             by_length = sorted(flat, key=lambda s: len(s.prompt) + len(s.tokens))

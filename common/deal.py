@@ -72,7 +72,7 @@ class SharedPrompts:
         return self.count("offers") < self.count("requests")
 
     def offer(self, groups):
-        """Groups for whoever takes them."""
+        """Groups for the rank that takes them."""
         parcel = pickle.dumps(groups)
         key = f"{self.name}/parcel/{self.count('offers', 1)}"
         pieces = [parcel[start : start + PIECE] for start in range(0, len(parcel), PIECE)]
@@ -107,6 +107,14 @@ class SharedPrompts:
         return groups
 
 
+def shared_counter(world):
+    """-> add(k), which says what it comes to over all ranks. Every call makes a new counter, so all
+    ranks make the same calls."""
+    store = dist.distributed_c10d._get_default_store() if world > 1 else dist.HashStore()
+    name = f"count/{next(calls)}"
+    return lambda k: store.add(name, k)
+
+
 def deal_out(sampler, limits):
     """{id: tokens at most} -> an iterator over the ids that this rank samples, and the SharedPrompts
     behind it, None where ranks take prompts in turn and no group moves. The longest come first, so
@@ -137,7 +145,7 @@ class Feed:
         """prompts {id: tokens}, n samples each; limits {id: tokens of a sample, at most}; visits
         {id: visit}, 0 where it has none. resume {id: what submit() resumes}: the group of id is
         exactly these. wait: without sequences, wait for some from other ranks. ahead: how many samples
-        may wait for a slot, where another rank may be free sooner; n, unless it is given. settings:
+        may wait for a slot, where another rank may be free earlier; n, unless it is given. settings:
         those of submit()."""
         self.sampler = sampler
         self.prompts = prompts
@@ -181,7 +189,8 @@ class Feed:
         """These samples need nothing more. -> an iterator over the groups that are complete by that,
         each in order"""
         for s in ready:
-            if s.problem in self.groups:             # it may have moved to another rank since
+            # its group may have moved to another rank since, and come back as a copy
+            if any(s is there for there in self.groups.get(s.problem, ())):
                 self.ready[s.problem].add(s.index)
         for id in dict.fromkeys(s.problem for s in ready):
             if id in self.groups and len(self.ready[id]) == self.size[id]:

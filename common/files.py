@@ -94,6 +94,18 @@ def run_config(run_folder):
     return said if isinstance(said, dict) else {}
 
 
+def ended_runs(config, free):
+    """-> [(config.json, result.json)] of the ended runs that differ from this config in the flags `free`
+    alone"""
+    ours = json.loads(json.dumps({name: value for name, value in vars(config).items() if name not in free}))
+    found = []
+    for path in sorted(Path("runs").glob("*/result.json")):
+        theirs = run_config(path.parent)
+        if {name: theirs.get(name) for name in ours} == ours:
+            found.append((theirs, json.loads(path.read_text())))
+    return found
+
+
 def discard(folder):
     """removes a checkpoint. The marker goes first: half a removal must not leave what counts as one"""
     (folder / "meta.json").unlink(missing_ok=True)

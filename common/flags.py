@@ -23,7 +23,6 @@ import functools
 import inspect
 import io
 import math
-import opcode
 import os
 import shlex
 import sys
@@ -307,7 +306,7 @@ def _parse(known, words):
     return values, False
 
 
-def flags(Config, argv=None, doc="", defaults=(), recipe="by default here"):
+def flags(Config, argv=None, doc="", defaults=(), recipe="by default here", filled=None):
     """
     argv -> Config. Negative numbers are refused where the default is not negative (a step count, a
     rate, a size), unless the field's comment says "may be negative". nan and inf are refused too,
@@ -317,6 +316,9 @@ def flags(Config, argv=None, doc="", defaults=(), recipe="by default here"):
     instead of the class's, and `recipe` beside them. Either may also be a function of the Config
     that the user's words alone would make, where the preset depends on them; a required field that
     is not given is None there.
+
+    filled: a function of the Config -> {field: value} that the script fills in later, where nothing is
+    given; --help shows these values, too.
     """
     known = _read(Config)
     given, asked_for_help = _parse(known, sys.argv[1:] if argv is None else argv)
@@ -327,7 +329,9 @@ def flags(Config, argv=None, doc="", defaults=(), recipe="by default here"):
         recipe = recipe(alone) if callable(recipe) else recipe
     preset, _ = _parse(known, shlex.split(defaults) if isinstance(defaults, str) else defaults)
     if asked_for_help:
-        _show(_help(Config, known, doc, preset, recipe))
+        words = {**dict.fromkeys(flag.field.name for flag in missing), **preset, **given}
+        later = filled(Config(**words)) if filled else {}
+        _show(_help(Config, known, doc, preset, recipe, later))
     for flag in missing:
         if flag.field.name not in preset:
             die(f"--{flag.name} is required: {flag.help or flag.expected}")
@@ -337,13 +341,15 @@ def flags(Config, argv=None, doc="", defaults=(), recipe="by default here"):
 # --------------------------------------------------------------------------------------------------
 # --help
 
-def _row(flag, preset, recipe):
+def _row(flag, preset, recipe, later):
     usage = f"--{flag.name}, --no-{flag.name}" if flag.switch else f"--{flag.name} {flag.expected}"
     name, default = flag.field.name, flag.field.default
     if name in preset and preset[name] != default:
         return usage, f"({preset[name]}, {recipe})", flag.help
     if flag.required:
         return usage, "(required)", flag.help
+    if default in (None, ""):
+        default = later.get(name, default)
     return usage, '("")' if default == "" else f"({default})", flag.help
 
 
@@ -358,8 +364,8 @@ def _heading(cls, title, Config):
     return "flags:" if cls is Config else f"flags of {cls.__name__}:"
 
 
-def _help(Config, known, doc, preset, recipe):
-    rows = {name: _row(flag, preset, recipe) for name, flag in known.items()}
+def _help(Config, known, doc, preset, recipe, later):
+    rows = {name: _row(flag, preset, recipe, later) for name, flag in known.items()}
     usage = max((len(row[0]) for row in rows.values()), default=0)
     default = max((len(row[1]) for row in rows.values()), default=0)
     lines = [doc.strip(), ""] if doc else []
@@ -380,28 +386,3 @@ def _show(text):
         # or the interpreter's last flush would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
-
-
-# --------------------------------------------------------------------------------------------------
-# names that moved
-
-def moved(module, table):
-    """
-    -> the __getattr__ of a module whose names moved; table: {name: "the.place"}, or "the.place:new_name"
-
-        __getattr__ = moved(__name__, {"flags": "common.flags"})
-
-    `from module import name` then says where the name is. Such an import hides the words of an
-    AttributeError, so it gets an ImportError; everything else (module.name, hasattr) gets an
-    AttributeError with the same words.
-    """
-    def __getattr__(name):
-        if name not in table:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        place, _, renamed = table[name].partition(":")
-        message = f"{module}.{name} moved to {place}: from {place} import {renamed or name}"
-        caller = sys._getframe(1)
-        importing = opcode.opname[caller.f_code.co_code[caller.f_lasti]] == "IMPORT_FROM"
-        raise ImportError(message) if importing else AttributeError(message)
-
-    return __getattr__

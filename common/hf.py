@@ -166,6 +166,33 @@ def _temperature(factor, m=1.0):
     return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+def rope_frequencies(c):
+    """-> inv_freq (head_dim/2) and the factor on cos and sin (yarn's attention temperature, else 1)."""
+    inv = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
+    s = c.rope_scaling
+    if s is None:
+        return inv, 1.0
+    kind = s["rope_type"]
+    factor = s["factor"]
+    if kind == "linear":
+        return inv / factor, 1.0
+    if kind == "llama3":  # long waves interpolated, short ones kept, a ramp between
+        turns = s["original_max_position_embeddings"] * inv / (2 * math.pi)  # in the original context
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        return inv * (keep + (1 - keep) / factor), 1.0
+    if kind == "yarn":  # the same idea, the ramp linear in the dimension's index
+        def index(turns):
+            wave = s["original_max_position_embeddings"] / (turns * 2 * math.pi)
+            return c.head_dim * math.log(wave) / (2 * math.log(c.rope_theta))
+        low, high = index(s.get("beta_fast") or 32), index(s.get("beta_slow") or 1)
+        if s.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, c.head_dim - 1)
+        ramp = ((torch.arange(c.head_dim // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
+        return inv * (1 - ramp + ramp / factor), s.get("attention_factor") or 0.1 * math.log(factor) + 1.0
+    raise ValueError(f"rope_scaling type {kind!r} is not known here; known: linear, llama3, yarn")
+
+
 def _different(c, arch, max_len):
     """what this config asks for and the shape here cannot give, in words; "" where there is nothing"""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}

@@ -94,6 +94,18 @@ def peak_flops():
     return next((peak for card, peak in known.items() if card in name), None)
 
 
+def mfu(model, docs, seconds):
+    """model FLOPs of these documents over what the GPU could do; None where that is not known"""
+    peak = peak_flops()
+    c = model.config
+    weights = sum(p.numel() for name, p in model.named_parameters()
+                  if not name.startswith("embed") or c.tie_embeddings)
+    tokens = sum(len(t) for t, _ in docs)
+    squares = sum(len(t) ** 2 for t, _ in docs)
+    flops = 6 * weights * tokens + 6 * c.n_layer * c.n_head * c.head_dim * squares
+    return peak and flops / seconds / peak
+
+
 # ------------------------------------------------------------------------------
 # which cores are free?
 

@@ -17,7 +17,6 @@ import torch
 import kernels
 import pack
 import rollout
-from algos import predicting
 from common import hf
 from common.flags import die, without_effect
 from common.offload import BUFFER, BUFFERS, GB, host_free
@@ -42,6 +41,16 @@ def check_flags(c):
         if c.stream and value == "sharded":
             die(f"--stream with {flag} sharded: a rank that learns before the others are done has nobody to "
                 "reduce with; leave one of the two out")
+
+
+def check_lengths(c, shape, need):
+    """Refuses what the longest sample, of `need` tokens with its prompt, does not fit into."""
+    if need > c.row_tokens:
+        raise ValueError(f"--row-tokens {c.row_tokens} is below one sample: a prompt and --max-new take "
+                         f"{need}")
+    if need > shape.max_len:
+        raise ValueError(f"a prompt and --max-new {c.max_new} take {need} tokens, the model serves "
+                         f"{shape.max_len}")
 
 
 # -----------------------------------------------------------------------------
@@ -415,11 +424,11 @@ def trial_rows(model, optimizer, reference, config, longest):
         rows += pack.batches(groups, config.row_tokens, model.config, share=True)[:1]
     for batch in rows:
         batch = batch.to(model.head_weight.device)
-        hidden_ND = predicting(model, batch)
+        hidden_ND = batch.hidden(model)
         logp_N, entropy_N = linear_logprob(hidden_ND, model.head_weight, batch.targets_N)
         if reference:
             with torch.no_grad():
-                theirs_ND = predicting(reference, batch)
+                theirs_ND = batch.hidden(reference)
                 linear_logprob(theirs_ND, reference.head_weight, batch.targets_N)
         (0 * (logp_N.sum() + entropy_N.sum())).backward()
         optimizer.finish_micro_batch()

@@ -57,6 +57,8 @@ def merge_stats(parts):
     total = {}
     for part in parts:
         for name, value in part.items():
+            if hasattr(value, "cpu"):                            # a tensor
+                value = value.cpu().numpy()
             if name.endswith("_all"):
                 total[name] = np.append(total.get(name, np.zeros(0, np.float32)), value)
             elif name.endswith("_max"):
@@ -201,6 +203,50 @@ def recent(history, last=50):
     """What a checkpoint keeps of the history: the warnings look at the first step and at the last
     ones."""
     return history[:1] + history[1:][-last:]
+
+
+# -----------------------------------------------------------------------------
+# tail batching: does a race prefer short samples?
+
+
+def kaplan_meier(seen):
+    """[tokens, ended] of samples, some of them aborted -> lengths in order, and for each the estimated
+    share of all samples that is longer (E. L. Kaplan and P. Meier, 1958, JASA 53)."""
+    lengths, ended = np.array(sorted(seen, key=lambda x: (x[0], -x[1])), float).T
+    at_risk = np.arange(len(lengths), 0, -1)
+    return lengths, np.cumprod(1 - ended / at_risk)
+
+
+def median(seen):
+    lengths, longer = kaplan_meier(seen)
+    below = longer <= 0.5
+    return max(1.0, lengths[np.argmax(below)] if below[-1] else lengths[-1])
+
+
+def length_bias(records, most):
+    """How much longer trained responses are than all that were drawn (below 0: shorter). records: for
+    each prompt the lengths of its group, [tokens, ended] of the samples of its first launch, which
+    nothing selected, and whether there was another. An aborted sample would have become as long as
+    others that came so far, in units of its prompt's median: prompts differ, and the race sees the
+    short ones first. most: where a response is cut."""
+    scales = []
+    pool = []
+    for group, first, again in records:
+        seen = first + [[n, 1] for n in group] if again else first
+        scale = median(seen)
+        scales.append(scale)
+        pool += [[n / scale, ended] for n, ended in seen]
+    lengths, longer = kaplan_meier(pool)
+    areas = longer[:-1] * np.diff(lengths)           # under the curve, between two lengths
+    beyond = np.append(np.cumsum(areas[::-1])[::-1], 0.0)
+    drawn = []
+    for (_, first, _), scale in zip(records, scales):
+        i = np.searchsorted(lengths, [n / scale for n, _ in first], "right") - 1
+        rest = np.divide(beyond[i], longer[i], out=np.zeros(len(i)), where=longer[i] > 0) * scale
+        whole = [n if ended else min(most, n + more) for (n, ended), more in zip(first, rest)]
+        drawn.append(np.mean(whole))
+    trained = np.mean([np.mean(group) for group, _, _ in records])
+    return float(trained / np.mean(drawn)) - 1
 
 
 # -----------------------------------------------------------------------------

@@ -40,13 +40,11 @@ from tqdm import tqdm
 from common import cpu, machine
 from common.files import (checkpoints, complete, discard, disk_error, drop_rows_after, jsonable, newest,
                           read_state, replace_folder, run_config, sweep, write_checkpoint, write_whole)
-from common.flags import as_flag, die, moved
+from common.flags import as_flag, die
+from common.moved import moved
 from common.watch import Watch
 
-MOVED = {"flags": "common.flags", "positive": "common.flags", "GONE": "common.watch",
-         "check_name": "common.flags", "check_day": "common.flags",
-         "ONE": "common.cpu:ONE_THREAD", "times": "common.cpu:matmul_t", "spare": "common.cpu:spare_rows"}
-__getattr__ = moved(__name__, MOVED)
+__getattr__ = moved(__name__)
 
 # ------------------------------------------------------------------------------
 # device and process group

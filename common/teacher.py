@@ -18,7 +18,7 @@ import torch
 
 import data
 import pack
-from algos import address, predicting
+from algos import key
 from common import hf
 from common.flags import die
 from train_gpt import GPT
@@ -166,14 +166,14 @@ def privileged(config, tok, problems, room):
 def teacher_hidden(taught, batch, contexts):
     """-> the teacher's hidden states at the batch's predictions. contexts: {problem: its own prompt}."""
     if not contexts:
-        return predicting(taught, batch)
+        return batch.hidden(taught)
     device = batch.targets_N.device
     samples = [replace(s, prompt=contexts.get(s.problem, s.prompt)) for s in batch.samples]
     other = pack.rows([segment for s in samples for segment in pack.alone(s)]).to(device)
-    place = {address(s): i for i, s in enumerate(batch.samples)}
-    places = torch.tensor([place[address(s)] for s in other.samples], device=device)
+    place = {key(s): i for i, s in enumerate(batch.samples)}
+    places = torch.tensor([place[key(s)] for s in other.samples], device=device)
     order_N = places[other.sample_N].argsort(stable=True)    # back in the order of the batch
-    return predicting(taught, other)[order_N]
+    return other.hidden(taught)[order_N]
 
 
 def sides(model, teacher, batch, hidden_ND, head_VD, contexts=None):

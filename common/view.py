@@ -75,6 +75,12 @@ def read(folder):
     return series
 
 
+def has(folder, step, names):
+    """are there numbers of these names at that step?"""
+    known = read(folder)
+    return any(step in known[name][0] for name in names if name in known)
+
+
 def smooth(values):
     """a mean over the last 2% of the curve, at most 50 points: the raw line stays visible behind it"""
     width = min(50, max(1, len(values) // 50))

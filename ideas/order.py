@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import pack
-from algos import make_loss, predicting, weigh
+from algos import make_loss, weigh
 from common.evidence import Claim, Idea, begin, finish, needs, picture
 from common.flags import flags, positive
 from evaluate import evaluate, paired
@@ -63,8 +63,8 @@ def rows_in_order(rl, groups, arm):
 
 def gradient(rl, row, loss):
     """Adds the gradient of a row, as a sum, and its samples to what the step divides by."""
-    rl.normaliser += weigh([row.samples], rl.config)
-    value, stats = loss(row, predicting(rl.model, row), rl.model.head_weight)
+    rl.normaliser += sum(s.divisor for s in row.samples)
+    value, stats = loss(row, row.hidden(rl.model), rl.model.head_weight)
     value.backward()
     rl.optimizer.finish_micro_batch()
     return float(stats["clipped"]) / stats["tokens"]

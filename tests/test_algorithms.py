@@ -13,7 +13,7 @@ import pack
 import stages
 from common.metrics import merge_stats
 from common.optim import Optimizer
-from algos import ALGORITHMS, RATIOS, TRUSTS, address, advantage, covariant, make_loss, with_algorithm
+from algos import ALGORITHMS, RATIOS, TRUSTS, advantage, covariant, key, make_loss, with_algorithm
 from nanorl import Config
 from rollout import Sample
 from tests.models import nudged
@@ -48,8 +48,10 @@ def fake(config, policy, groups, rank=0, world=1, reference=None):
     """what the stages read of setup()'s namespace; advantages are filled in"""
     for g in groups:
         advantage(g, config)
-    single = policy.head_weight.dtype == torch.float32           # in float64 only gradients are looked at
-    optimizer = Optimizer(policy, lr=config.lr, clip=config.clip) if single else None
+    if policy.head_weight.dtype == torch.float32:
+        optimizer = Optimizer(policy, lr=config.lr, clip=config.clip)
+    else:                                                        # in float64 only gradients are looked at
+        optimizer = SimpleNamespace(finish_micro_batch=lambda: None)
     env = SimpleNamespace(device=torch.device("cpu"), rank=rank, world=world)
     return stages.RL(config, env, policy, tok=None, task=None, sampler=None,
                      workers=None, optimizer=optimizer, reference=reference, steps=config.steps)
@@ -136,7 +138,7 @@ def test_every_row_is_three_lines_of_numpy(algo, seed):
     def alone(net, s):
         batch = pack.rows(pack.alone(s))
         with torch.no_grad():
-            h = algos.predicting(net, batch).numpy()
+            h = batch.hidden(net).numpy()
         return h, log_softmax(h @ net.head_weight.detach().numpy().T / T)
 
     flat = [s for g in groups for s in g]
@@ -149,8 +151,8 @@ def test_every_row_is_three_lines_of_numpy(algo, seed):
             h, logp = alone(policy, s)
             here = np.arange(len(s.tokens)), s.tokens
             extra["reference"] = np.exp(alone(other, s)[1][here] - logp[here])
-            extra["mu"] = np.exp(old[address(s)])
-            c = by_hand(algo, r, lengths, logp[here] - old[address(s)], i, extra)
+            extra["mu"] = np.exp(old[key(s)])
+            c = by_hand(algo, r, lengths, logp[here] - old[key(s)], i, extra)
             theirs -= (c[:, None] * (np.eye(SHAPE.vocab_size)[s.tokens] - np.exp(logp))).T @ h / T
     assert close(ours, theirs)
 
@@ -429,9 +431,9 @@ def test_covariance_is_taken_over_the_whole_batch():
     logp = np.array([x for s in flat for x in s.logprobs])
     A = np.array([s.advantage for s in flat for _ in s.logprobs])
     cov = (logp - logp.mean()) * (A - A.mean())
-    top = np.concatenate([marked[address(s)] for s in flat])
+    top = np.concatenate([marked[key(s)] for s in flat])
     assert top.sum() == 5 == np.ceil(0.1 * 50) and set(np.flatnonzero(top)) == set(np.argsort(-cov)[:5])
-    assert any(not np.array_equal(covariant([g], config)[address(s)], marked[address(s)])
+    assert any(not np.array_equal(covariant([g], config)[key(s)], marked[key(s)])
                for g in groups for s in g)
 
 
@@ -443,9 +445,9 @@ def test_forced_tokens_are_in_no_covariance():
     config = settled(algo="dr_grpo", cov="clip", cov_share=0.3)
     advantage(samples, config)
     marked = covariant([samples], config)
-    assert [len(marked[address(s)]) for s in samples] == [3, 4] and sum(m.sum() for m in marked.values()) == 3
+    assert [len(marked[key(s)]) for s in samples] == [3, 4] and sum(m.sum() for m in marked.values()) == 3
     batch = pack.rows([segment for s in samples for segment in pack.alone(s)])
-    assert len(algos.by_address(marked, batch)) == len(batch.at_N)
+    assert len(algos.by_key(marked, batch)) == len(batch.at_N)
 
 
 def test_clip_cov_stops_and_kl_cov_holds_the_marked_tokens():
@@ -457,7 +459,7 @@ def test_clip_cov_stops_and_kl_cov_holds_the_marked_tokens():
     W, h = torch.randn(9, 4, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
     batch = pack.rows([segment for s in groups[0] for segment in pack.alone(s)])
     batch.weight_N.fill_(1)              # not those of the aggregation
-    top_N = algos.by_address(marked, batch)
+    top_N = algos.by_key(marked, batch)
 
     def per_token(config, **kw):
         hidden = h.clone().requires_grad_()
@@ -467,7 +469,7 @@ def test_clip_cov_stops_and_kl_cov_holds_the_marked_tokens():
     a, b, c = per_token(plain), per_token(clip, marked=marked), per_token(kl, marked=marked)
     assert top_N.sum() == 4 and (b[top_N == 1] == 0).all()
     assert torch.equal(a[top_N == 0], b[top_N == 0]) and torch.equal(a[top_N == 0], c[top_N == 0])
-    x_N = (h @ W.T).log_softmax(1)[torch.arange(12), batch.targets_N] - algos.by_address(old, batch)
+    x_N = (h @ W.T).log_softmax(1)[torch.arange(12), batch.targets_N] - algos.by_key(old, batch)
     onehot = torch.nn.functional.one_hot(batch.targets_N, 9).double()
     pull = 0.5 * x_N.sign()[:, None] * (onehot - (h @ W.T).softmax(1)) @ W
     assert torch.allclose((c - a)[top_N == 1], pull[top_N == 1])
@@ -482,7 +484,7 @@ def test_reset_makes_the_kl_zero_and_the_loss_continuous():
     batch = pack.rows([segment for g in groups for s in g for segment in pack.alone(s)])
 
     def both():
-        values = [make_loss(c, reference=rl.reference)(batch, algos.predicting(policy, batch),
+        values = [make_loss(c, reference=rl.reference)(batch, batch.hidden(policy),
                                                        policy.head_weight)[0].item()
                   for c in (config, replace(config, kl_coef=0.0))]
         return values[0], values[1]

@@ -270,7 +270,7 @@ def test_no_loss_waits_for_the_device(algo, monkeypatch):
     row, too; now after the last."""
     model = tiny()
     batch, config = batch_of(model), algos.with_algorithm(nanorl.Config(algo=algo))
-    hidden_ND = algos.predicting(model, batch)
+    hidden_ND = batch.hidden(model)
     monkeypatch.setattr(kernels, "expect_ids", lambda *args: None)  # it looks at ids on a CPU alone
     with Flowing():
         value, stats = algos.make_loss(config)(batch, hidden_ND, model.head_weight)

@@ -10,7 +10,8 @@ from typing import Literal
 
 import pytest
 
-from common.flags import die, flags, moved, positive
+from common.flags import die, flags, positive
+from common.moved import MOVED, moved
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,6 +99,18 @@ def test_help_shows_every_flag_with_its_comment(capsys):
     assert "grpo|dapo" in next(r for r in rows if "--algo" in r)
     assert any("--compile, --no-compile" in r for r in rows)
     assert len({r.index("(") for r in rows}) == 1, "the columns are aligned"
+
+
+def test_help_shows_what_a_script_fills_in_later(capsys):
+    """--trust (None) and --temperature (None): a reader of --help could not see with what a run would
+    begin, since the row of --algo filled it in"""
+    with pytest.raises(SystemExit):
+        flags(Config, ["--algo", "dapo", "--help"],
+              filled=lambda config: {"cap": 7 if config.algo == "dapo" else 3, "steps": 1})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    shown = {row[0]: next(word for word in row if word.startswith("(")) for row in rows}
+    assert shown["--cap"] == "(7)" and shown["--steps"] == "(10)", "what has a value keeps it"
+    assert flags(Config, [], filled=lambda config: {"cap": 7}).cap is None, "for --help alone"
 
 
 def test_a_field_without_default_is_required(capsys):
@@ -258,7 +271,9 @@ def test_help_into_head_ends_quietly(lines):
 def test_a_moved_name_says_where_it_is(monkeypatch):
     module = types.ModuleType("old_place")
     module.here = 1
-    module.__getattr__ = moved("old_place", {"f": "common.new_place", "g": "common.new_place:better"})
+    monkeypatch.setitem(MOVED, "old_place", {"f": "common.new_place", "g": "common.new_place:better",
+                                             "h": "= 2 * f(x)"})
+    module.__getattr__ = moved("old_place")
     monkeypatch.setitem(sys.modules, "old_place", module)
     from old_place import here
     assert here == 1
@@ -267,6 +282,8 @@ def test_a_moved_name_says_where_it_is(monkeypatch):
     assert str(e.value) == "old_place.f moved to common.new_place: from common.new_place import f"
     with pytest.raises(ImportError, match="from common.new_place import better"):
         from old_place import g  # noqa: F401
+    with pytest.raises(ImportError, match=r"^old_place.h is gone: write 2 \* f\(x\)$"):
+        from old_place import h  # noqa: F401
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
         from old_place import nothing  # noqa: F401
     assert not hasattr(module, "f") and getattr(module, "f", 7) == 7
@@ -276,17 +293,15 @@ def test_a_moved_name_says_where_it_is(monkeypatch):
         assert module.nothing
 
 
-@pytest.mark.parametrize("module", ["algos", "common.run", "nanorl", "opd_check", "pack", "rollout",
-                                    "stages"])
+@pytest.mark.parametrize("module", MOVED)
 def test_what_left_a_file_is_where_it_says(module):
     """a fork of an older nanorl imports these names from there"""
-    table = importlib.import_module(module).MOVED
-    assert table
-    for name in table:
+    for name, place in MOVED[module].items():
         if name not in vars(importlib.import_module(module)):
-            with pytest.raises(ImportError, match=f"{module}.{name} moved to ") as e:
+            with pytest.raises(ImportError, match=rf"{module}.{name} (moved to|is gone: write) ") as e:
                 exec(f"from {module} import {name}")
-            exec(str(e.value).split(": ")[1])
+            if not place.startswith("= "):
+                exec(str(e.value).split(": ")[1])
 
 
 def test_flags_need_no_torch():

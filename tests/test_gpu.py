@@ -309,7 +309,7 @@ def test_a_loss_waits_for_nothing():
             torch.cuda.set_sync_debug_mode(mode)
             try:
                 batch = batch.to(torch.device(DEVICE))
-                algos.make_loss(config)(batch, algos.predicting(model, batch),
+                algos.make_loss(config)(batch, batch.hidden(model),
                                         model.head_weight)[0].backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")

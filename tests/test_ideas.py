@@ -603,7 +603,7 @@ def test_dupo_repeats_none_twice_before_all_were_repeated_once():
         found = dupo.duplicated(groups, count, rng)
         times = [sum(g[0].problem == i for g in found) for i in range(3)]
         assert len(found) == count and max(times) == most and min(times) >= most - 1
-        assert len({algos.address(g[0]) for g in found}) == count, "each copy has an address of its own"
+        assert len({algos.key(g[0]) for g in found}) == count, "each copy is a sample of its own"
     assert dupo.duplicated([], 4, rng) == []
 
 

@@ -11,6 +11,7 @@ import torch
 import data
 import train_gpt
 from common import evidence
+from common.hf import rope_frequencies
 from common.optim import Optimizer
 from ideas import batch, context, dion, fim, galore, gradpower, muon, pma, tst
 from kernels import packed_attention
@@ -256,7 +257,7 @@ def test_waves_of_each_way():
     """linear divides every wave's turn by s; NTK leaves the shortest wave and stretches the longest by s
     exactly; YaRN is one at the short end and the other at the long one"""
     model, _ = scratch("tiny", 1)
-    waves = {way: train_gpt.rope_frequencies(context.stretched(model.config, way, 8)) for way in context.WAYS}
+    waves = {way: rope_frequencies(context.stretched(model.config, way, 8)) for way in context.WAYS}
     none, scale = waves["none"]
     assert scale == 1.0 and context.stretched(model.config, "none", 8) == model.config
     assert torch.allclose(waves["linear"][0], none / 8)

@@ -263,7 +263,7 @@ def test_buckets_follow_the_backward():
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: seen.append(name))
     batch = row_of(model)
-    hidden_ND = algos.predicting(model, batch)
+    hidden_ND = batch.hidden(model)
     linear_logprob(hidden_ND, model.head_weight, batch.targets_N)[0].sum().backward()
     layers = [[re.search(r"blocks\.(\d+)", n)[1] for n in order if "blocks" in n] for order in (seen, names)]
     assert seen[0] == names[0] and seen[-1] == names[-1] and layers[0] == layers[1]
@@ -348,7 +348,7 @@ def test_a_lodged_model_scores_the_same(where):
     batch = row_of(one)
     for twin in (one, other):
         with torch.no_grad():
-            assert torch.equal(algos.predicting(model, batch), algos.predicting(twin, batch))
+            assert torch.equal(batch.hidden(model), batch.hidden(twin))
         offload.load_state(model, other.state_dict(), CPU)
     state = offload.state_of(model, CPU)
     assert all(torch.equal(state[k], v) for k, v in other.state_dict().items())
@@ -382,7 +382,7 @@ def kept_by(model, batch):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        hidden_ND = algos.predicting(model, batch)
+        hidden_ND = batch.hidden(model)
     hidden_ND.sum().backward()
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -412,7 +412,7 @@ def test_weights_gradients_and_optimizer_are_as_counted(dtype, offloaded):
     parts = memory.fixed(model.config, config, width, 1, 64)
     optimizer = Optimizer(model, offload=offloaded)
     batch = row_of(model)
-    linear_logprob(algos.predicting(model, batch), model.head_weight, batch.targets_N)[0].sum().backward()
+    linear_logprob(batch.hidden(model), model.head_weight, batch.targets_N)[0].sum().backward()
     largest = max(p.nbytes for p in model.parameters())
 
     def storages(tensors, but=()):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from common import hf
+from common.hf import rope_frequencies
 from kernels import linear_logprob, packed_attention
-from train_gpt import GPT, GPTConfig, rope_frequencies, sample
+from train_gpt import GPT, GPTConfig, sample
 
 
 def tiny(**kw):

@@ -158,6 +158,7 @@ def test_rewards_of_a_group_that_moved_are_nobodys(own, monkeypatch):
     groups = list(nanorl.collect(rl, rl.problems[:6], 3))
     assert {g[0].problem for g in groups} == {p.id for p in rl.problems[:6]}
     assert all([s.index for s in g] == [0, 1, 2] for g in groups)
+    assert all(s.reward == 1 for g in groups for s in g), "nor does it stand for that of the copy"
     assert store.add("rollout/5/offers", 0) and not jobs and rl.sampler.live == 0
 
 

@@ -18,7 +18,6 @@ import stages
 from common import overlap
 from common.run import Run
 from kernels import packed_attention
-from algos import predicting
 from rollout import Sample
 from train_gpt import GPT, GPTConfig
 
@@ -318,7 +317,7 @@ def setting(group=None, teacher=None, **flags):
     config = replace(opd.Config(teacher="x"), **flags)
     student, batch = tiny(1), batch_of(group or samples())
     loss = opd.make_loss(config, student, teacher or tiny(2), stop=[0])
-    hidden = predicting(student, batch).detach().requires_grad_()
+    hidden = batch.hidden(student).detach().requires_grad_()
     value, stats = loss(batch, hidden, student.head_weight)
     value.backward()
     return stats, batch, student, hidden.grad
@@ -329,7 +328,7 @@ def test_a_teacher_that_sees_more_scores_the_same_tokens():
     group, teacher, student = samples(), tiny(2), tiny(1)
     batch = batch_of(group)
     contexts = {0: [5, 6, 7, 8, 9, 10], 1: [11]}
-    hidden = predicting(student, batch)
+    hidden = batch.hidden(student)
     _, q, bad = opd.sides(student, teacher, batch, hidden, student.head_weight, contexts)
     done = 0
     for s in batch.samples:
@@ -357,7 +356,7 @@ def test_special_tokens_give_no_signal():
     group[0].tokens[0] = 2
     config = opd.Config(teacher="x", mask_special=True)
     student, batch = tiny(1), batch_of(group)
-    hidden = predicting(student, batch).detach().requires_grad_()
+    hidden = batch.hidden(student).detach().requires_grad_()
     opd.make_loss(config, student, tiny(2), stop=[0],
                   special=[1, 2, 3])(batch, hidden, student.head_weight)[0].backward()
     silent = (hidden.grad.abs().amax(1) == 0)
@@ -370,7 +369,7 @@ def test_top_p_is_corrected_by_the_mass_it_kept():
     group = samples()
     student, batch = tiny(1), batch_of(group)
     with torch.no_grad():
-        logp, _ = opd.of_target(SimpleNamespace(hidden_ND=predicting(student, batch),
+        logp, _ = opd.of_target(SimpleNamespace(hidden_ND=batch.hidden(student),
                                                 head_VD=student.head_weight),
                                 SimpleNamespace(targets_N=batch.targets_N, temperature=1.0, stop=None))
     ends = np.cumsum([len(s.tokens) for s in batch.samples])

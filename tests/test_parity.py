@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import algos
 import kernels
 import nanorl
 import pack
@@ -187,7 +186,7 @@ def scored(model, temperature):
     groups = sampler.generate(prompts, 2, 6, temperature=temperature)
     sampled, trained = [], []
     for batch in pack.batches(groups, 60, model.config, share=True):
-        hidden_ND = algos.predicting(model, batch)
+        hidden_ND = batch.hidden(model)
         logp_N, _ = kernels.linear_logprob(hidden_ND, model.head_weight, batch.targets_N, temperature)
         sampled.append(batch.old_logp_N)
         trained.append(logp_N.detach())

@@ -70,7 +70,7 @@ ROWS = [      # the bottom first; a row may name files that are not written yet
     ["common.jail"],
     ["common.sandbox"],
     ["common.flags", "common.files", "common.watch", "common.cpu", "common.machine", "common.backend",
-     "common.offload", "common.sharded",
+     "common.moved", "common.offload", "common.sharded",
      "data"],
     ["common.run", "common.parity"],
     ["kernels", "common.optim", "common.hf"],

@@ -21,11 +21,11 @@ from algos import advantage, make_loss
 from bench import simulate
 from bench.simulate import make_rounds, run
 from common import run as run_folder
-from common.metrics import warnings
+from common.metrics import kaplan_meier, length_bias, warnings
 from common.reward import Rewards
 from common.run import gather, newest
 from rollout import Sample
-from tail import Rounds, kaplan_meier
+from tail import Rounds
 from train_gpt import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -246,9 +246,9 @@ def test_kaplan_meier_by_hand():
     assert lengths.tolist() == [1, 2, 3] and longer.tolist() == pytest.approx([2 / 3, 2 / 3, 0])
     assert kaplan_meier([[n, 1] for n in (5, 7, 7, 9)])[1].tolist() == pytest.approx([0.75, 0.5, 0.25, 0])
     whole = [[[2, 4, 9], [[2, 1], [4, 1], [9, 1]], False], [[1, 1, 3], [[1, 1], [1, 1], [3, 1]], False]]
-    assert tail.length_bias(whole, CAP) == pytest.approx(0)
+    assert length_bias(whole, CAP) == pytest.approx(0)
     cut = [[[2, 4], [[2, 1], [4, 1], [4, 0]], False] for _ in range(3)]
-    assert tail.length_bias(cut, CAP) == pytest.approx(-0.1), (
+    assert length_bias(cut, CAP) == pytest.approx(-0.1), (
         "no sample came further than 4, so what was aborted there counts as 4")
 
 
@@ -296,7 +296,7 @@ def test_rewards_decide_when_a_sample_is_in():
         race.claim([(0, place) for place in race.rewarded(ready)])
     race.close()
     rounds.settle(race, CAP)
-    kept = [p.launch.id for p in race.racing.values() if p.kept]
+    kept = [p.launch.id for p in race.racing.values() if p.group]
     assert slow not in kept and len(kept) == PROMPTS and slow in [l.id for l in rounds.queue]
 
 

@@ -14,10 +14,11 @@ import data
 import stages
 import ttrl
 from algos import with_algorithm
+from common.reward import Graders
 from common.run import Run
 from data import Problem
-from ttrl import (Config, Graders, Own, configure, ended, idle, means,
-                  next_questions, record, remember, rewards, subsample, votes)
+from ttrl import (Config, Own, configure, ended, idle, means, next_questions, record, remember, rewards,
+                  subsample, votes)
 from train_gpt import GPT
 
 
