@@ -48,7 +48,7 @@ LR, MUON_LR = 1e-2, 2e-2
 
 @dataclass
 class Config(Idea):
-    steps: int = 1500                    # per arm
+    steps: int = 1200                    # per arm
     batch: int = 128                     # texts in each
 
 
