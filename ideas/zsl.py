@@ -151,8 +151,11 @@ def main(argv=None):
         losses = train(arm, trial, config)
         at, less, cancelling = slowdown(whens, losses)
         bend = float(losses[min(range(len(whens)), key=lambda i: abs(whens[i] - at))].mean())
+        slower = less + cancelling
+        # a curve that does not slow down has no part of it
+        part = 100 * cancelling / slower if slower > 0 else 0.0
         results[arm] = dict(kink=at, there=bend, loss=float(losses[-1].mean()), moving=less,
-                            cancelling=cancelling, part=100 * cancelling / (less + cancelling))
+                            cancelling=cancelling, part=part)
     axes = "log2 of the step 2t", "from t to 2t"
     picture(trial, x="log2 of the step", y="log of the loss", **{"cancelled, D": axes, "moved, M": axes})
     part = {arm: row["part"] for arm, row in results.items()}
