@@ -4,12 +4,12 @@ tenth of its evaluations can do (MERGE^3, 2502.10436).
 
     w_0 + c_1 t_1 + c_2 t_2 + c_3 t_3         t_i: what RL on task i changed; c: searched by CMA-ES
 
-Each c has to be tried on problems, and that is all the cost. MERGE^3 tries it on few, and says
-what the others would be: problem j is right for a model of abilities h with the chance sigmoid(a_j
-h - b_j), a, b and h fitted to the answers of models that are known (here the start, and the three
-runs on their way). The h of a merge is a mix of its models', fitted to its answers on the few (here
-with a prior at their mean). Its accuracy is that of the answers on what was seen, and of the chances
-on what was not (mp-IRT, as in the published program).
+Each c has to be tried on problems, and that is all the cost. MERGE^3 tries it on few, and says what
+the others would be: problem j is right for a model of abilities h with the chance sigmoid(a_j h -
+b_j), a, b and h fitted to the answers of models that are known (here the start, and the three runs
+on their way). The h of a merge is a mix of its models', fitted to its answers on the few (here with
+a prior at their mean). Its accuracy is that of the answers on what was seen, and of the chances on
+what was not (mp-IRT, as in the published program).
 
 Arms: `mean` is c = 1/3; `all` searches on all problems; `irt` on a tenth, drawn at random; the
 control, `few`, on the same tenth by its share of right answers: if that ends as high, item response

@@ -8,13 +8,13 @@ memorize.py: how many bits does a model hold? Counted on texts that mean nothing
 
 The paper: more texts do not help once a model is full, at 3.5 to 3.6 bits per parameter for any
 shape of 100,000 to 20 million parameters (3.51 trained in bf16, 3.83 in fp32: twice the bits hold
-9% more), after a million steps of 2,048 texts. "As much per parameter" and "bf16 loses little"
-are what can be asked in minutes, since a model that still learns is not full: the gain is what is
-left of an allowance of 15%, twice the paper's 8%, for what is lost when the weights are rounded to
-bf16 after each step. `smaller` has 0.43 of the parameters, and as many texts for each: its bits per
-parameter should be the same. The controls: `unseen` are texts that no model has read (there is nothing to
-hold), and `fewer bits` is rounded to 5 bits of mantissa instead of 8, which is to show that
-rounding can be seen at all.
+9% more), after a million steps of 2,048 texts. "As much per parameter" and "bf16 loses little" are
+what can be asked in minutes, since a model that still learns is not full: the gain is what is left
+of an allowance of 15%, twice the paper's 8%, for what is lost when the weights are rounded to bf16
+after each step. `smaller` has 0.43 of the parameters, and as many texts for each: its bits per
+parameter should be the same. The controls: `unseen` are texts that no model has read (there is
+nothing to hold), and `fewer bits` is rounded to 5 bits of mantissa instead of 8, which is to show
+that rounding can be seen at all.
 
 Here: V = 64, S = 32, as many texts as twice 3.6 bits per parameter are, Muon. Left out: text of a
 language, where the bits that a larger model saves are taken off; several N, for the plateau.
@@ -48,7 +48,7 @@ LR, MUON_LR = 1e-2, 2e-2
 
 @dataclass
 class Config(Idea):
-    steps: int = 1500                    # per arm
+    steps: int = 1200                    # per arm
     batch: int = 128                     # texts in each
 
 

@@ -8,13 +8,14 @@ merging.py: three models trained by RL, each on a task of its own, into one (PCB
     merged = w_0 + lambda sum_i(s_i t_i) / sum_i(s_i)
 
 (the published program; the largest and smallest 0.01% of |t| are clamped). A weight that one task
-needs and no other touches is taken whole, where a mean takes a third of it. `mean` is the plain mean
-of the three models, `arithmetic` is task arithmetic, w_0 + lambda sum_i t_i (2212.04089). The
-control, `shuffled`, has the same scores at other weights: it keeps as many, and takes them as whole.
-Each lambda is the best of four on other problems, over the range that the paper's scripts search for
-that method. The paper: fine-tuned T5, ViT and Llama 2; a summary of it names 4.3% with T5-base and
-3.5% with ViT-B/32 above earlier merging. Left out: TIES, and a lambda for each task, found by
-evolution (evolve.py has such a search). Here: the three tasks of the base, 60 steps of RL on each.
+needs and no other touches is taken whole, where a mean takes a third of it. `mean` is the plain
+mean of the three models, `arithmetic` is task arithmetic, w_0 + lambda sum_i t_i (2212.04089). The
+control, `shuffled`, has the same scores at other weights: it keeps as many, and takes them as
+whole. Each lambda is the best of four on other problems, over the range that the paper's scripts
+search for that method. The paper: fine-tuned T5, ViT and Llama 2; a summary of it names 4.3% with
+T5-base and 3.5% with ViT-B/32 above earlier merging. Left out: TIES, and a lambda for each task,
+found by evolution (evolve.py has such a search). Here: the three tasks of the base, 60 steps of RL
+on each.
 
     python -m ideas.merging
     python -m bench ideas --names merging

@@ -4,10 +4,10 @@ mixture.py: how much of each domain to train on, from a law fitted to small runs
     L_k(h) = E_k + 1 / (C_k1 h_1^g_k1 + ... + C_kn h_n^g_kn)  [+ A_k / N^a + B_k / D^b]
 
 L_k is the loss on domain k, h the shares of the domains in what is read. The last two terms know
-nothing of h: at one size N and length D they are a part of E_k, and the best shares are the same for
-a larger model that reads more. So twelve small runs on random shares, a law for each domain, the
-shares that minimise the mean of the four losses, and a run of four times the parameters, as long as
-the small ones: much shorter ones have hardly begun on some domains, and any law would say so.
+nothing of h: at one size N and length D they are a part of E_k, and the best shares are the same
+for a larger model that reads more. So twelve small runs on random shares, a law for each domain,
+the shares that minimise the mean of the four losses, and a run of four times the parameters, as
+long as the small ones: much shorter ones have hardly begun on some domains.
 
 The paper: laws of 160 runs of 412M to 1.4B on seven domains give the losses at 3B and 7B within 0.3
 to 4.5%, and the best shares "instead of costly trial and error". Trial and error with the same

@@ -9,11 +9,11 @@ larger than Latin's letters is cut into more. BPE starts from these and may merg
 characters, or block and place of one. Words that merges stay in: groups of one script and kind, a
 space before them where words are divided by spaces; marks stay with what they stand on. The paper:
 after 256,000 merges as few tokens per character as with bytes (0.2587 to 0.2559), none with a piece
-of a character (6,048 without the rule), and no script whose encoding costs more. The gain is what of
-that surcharge is gone, or what is left of an allowance of 5% more tokens: Latin could become as dear.
-Text is made: Python's own library in other alphabets, letter by letter. No language is harder, but 26
-letters are soon merged: the surcharge of bytes is 14% after 200 merges, 1% after 1,200. The controls:
-`bytes, whole` has the rule on bytes, `SCRIPT, free` not that rule. Left out: most of Unicode.
+of a character (6,048 without the rule), and no script whose encoding costs more. The gain is what
+of that surcharge is gone, or what is left of an allowance of 5% more tokens: Latin could become as
+dear. Text is made: Python's own library in other alphabets, letter by letter. No language is
+harder, but 26 letters are soon merged: the surcharge of bytes is 14% after 200 merges, 1% after
+1,200. Controls: `bytes, whole` has the rule, `SCRIPT, free` has not. Left out: most of Unicode.
 
     python -m ideas.script_bpe
     python -m bench ideas --names script_bpe

@@ -8,17 +8,17 @@ zsl.py: why does the loss fall ever slower? Zero-sum learning (2506.05447).
 
 Drawn over log steps, the log of the loss falls along a line, bends once (deceleration), and falls
 along a flatter line. By the identity it is slower because losses move less, or because what some
-tokens win others lose. The paper finds the second, zero-sum learning: D goes towards 1 as the
-line bends, M falls little; larger models bend later, at a lower loss. So from the pairs (t, 2t)
-before the kink to those after it, the logarithm of the slow-down is the sum of that of M and that of
-1 - D. The gain is the second above the first (its size: where losses move more, that is no reason).
+tokens win others lose. The paper finds the second, zero-sum learning: D goes towards 1 as the line
+bends, M falls little; larger models bend later, at a lower loss. So from the pairs (t, 2t) before
+the kink to those after it, the logarithm of the slow-down is the sum of that of M and that of 1 -
+D. The gain is the second above the first (its size: where losses move more, that is no reason).
 
 The paper: OLMo models of 14M to 472M. Its kink is that of a smoothly broken power law; here two
-lines that meet, by least squares. Left out: gradients that oppose each other, which its D of
-losses stands for, and pairs of one step. Here: 0.16M parameters and `narrow` of 0.04M, AdamW at a
-constant rate, since a rate that falls would shrink M by itself. D is also near 1 where there is
-nothing left to learn, and no text has to be worse for it: the control, `shuffled`, reads the
-bytes of each window in a random order, and can learn but their frequencies.
+lines that meet, by least squares. Left out: gradients that oppose each other, which its D of losses
+stands for, and pairs of one step. Here: 0.16M parameters and `narrow` of 0.04M, AdamW at a constant
+rate, since a rate that falls would shrink M by itself. D is also near 1 where there is nothing left
+to learn, and no text has to be worse for it: the control, `shuffled`, reads the bytes of each
+window in a random order, and can learn but their frequencies.
 
     python -m ideas.zsl
     python -m bench ideas --names zsl
