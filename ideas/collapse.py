@@ -18,7 +18,8 @@ The paper: transformers that compute eigenvalues, and Llama-2-7B that writes sum
 worse on their own texts, and better with verifiers that are imperfect; their numbers stand in tables
 that we could not read. Here: 0.1M parameters and arithmetic with steps, whose real texts slip
 themselves. Each generation begins from the same fresh weights and sees as many texts, of other
-samples of the same problems. Control: a coin, which throws away as much and knows nothing.
+samples of the same problems (less than a third kept: fewer, more often). Control: a coin, which
+throws away as much and knows nothing.
 
     python -m ideas.collapse
     python -m bench ideas --names collapse
