@@ -51,6 +51,10 @@ class Config(Idea):
     lr: float = 2e-3                     # AdamW
     asked: int = 400                     # test problems at the end, eight answers each
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.max_new = 16 if self.smoke else self.max_new
+
 
 # -----------------------------------------------------------------------------
 # the idea

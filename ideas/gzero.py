@@ -53,7 +53,8 @@ class Config(Idea):
 
     def __post_init__(self):
         super().__post_init__()
-        self.probes = min(self.probes, 6) if self.smoke else self.probes
+        if self.smoke:
+            self.probes, self.max_new = 6, 16
 
 
 # -----------------------------------------------------------------------------
