@@ -67,7 +67,7 @@ ROWS = [      # the bottom first; a row may name files that are not written yet
     ["common.run", "common.parity"],
     ["kernels", "common.optim", "common.hf"],
     ["pack", "common.reward", "common.view", "common.deal"],
-    ["train_gpt", "common.slabs", "common.pages"],
+    ["train_gpt", "common.slabs", "common.pages", "common.prefix"],
     ["rollout"],
     ["algos", "evaluate", "common.metrics", "common.overlap"],
     ["common.memory", "common.evidence", "common.teacher"],
