@@ -5,12 +5,14 @@ the trainer's own weights.
 Most of the time of RL is spent here. The model sees one flat row of tokens, as always: only `attend`
 knows that there is a cache. The way of a sample:
 
+    generate, stream   many prompts: a Feed (common/deal.py) submits each when there is room, and keeps
+                       its samples until all of them have ended
     submit             a Sequence waits for each sample
     step, again and again:
     _next_token        of all that run: the model's forward, the draw, written down
     _collect_finished  those that ended leave, as Samples
     _admit             those that wait enter: what they continue from is computed, a prompt once for all
-                       its samples; a slot; the first token
+                       its samples (common/prefix.py); a slot; the first token
 
 Left out of the usual recipe, and why:
 - no second engine and no weight sync: the tensors read here are the ones the optimizer writes;
@@ -28,7 +30,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 from typing import Literal
-from itertools import count
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -277,7 +279,63 @@ class Sampler:
         """Samples that are not finished, those that wait for a slot included."""
         return len(self.running) + len(self.waiting) + len(self.ended)
 
-    # --- in
+    # --- many prompts
+
+    def stream(self, prompts, n=8, max_new=256, temperature=1.0, top_p=1.0, top_k=0, seed=0, ids=None,
+               visits=None, stop_strings=(), bar=None):
+        """-> an iterator over (i, the n Samples of prompts[i]), each as it completes. Left early,
+        it frees what it has in flight. After Ctrl-C: what is there so far, the rest as aborted."""
+        ids = list(range(len(prompts))) if ids is None else list(ids)
+        visits = [0] * len(prompts) if visits is None else list(visits)
+        limits = list(max_new) if hasattr(max_new, "__len__") else [max_new] * len(prompts)
+        for name, values in (("ids", ids), ("visits", visits), ("max_new", limits)):
+            if len(values) != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts but {len(values)} {name}")
+        if len(set(ids)) < len(ids):
+            raise ValueError("two prompts have the same id: they would get the same noise")
+        for i, prompt in enumerate(prompts):
+            self._check(ids[i], prompt, n, limits[i], temperature, top_p, top_k, stop_strings)
+        if bar is None:
+            bar = sys.stderr.isatty() and n * sum(limits) > 50_000
+        bar = progress(None, "rollout") if bar else None
+        if bar is not None:
+            bar.unit = " tokens"
+
+        place = {id: i for i, id in enumerate(ids)}
+        prompts, limits, visits = (dict(zip(ids, values)) for values in (prompts, limits, visits))
+        feed = Feed(self, prompts, n, limits, visits=visits, ahead=int(self.deterministic), seed=seed,
+                    temperature=temperature, top_p=top_p, top_k=top_k, stop_strings=stop_strings)
+        ended = 0
+        with feed:
+            try:
+                while feed.busy:
+                    before = len(self.running)
+                    samples = feed.step()
+                    ended += len(samples)
+                    for group in feed.complete(samples):
+                        yield place[group[0].problem], group
+                    if bar is not None:
+                        bar.update(max(before, len(self.running)))
+                        bar.set_postfix(live=len(self.running), finished=ended, refresh=False)
+            except KeyboardInterrupt:
+                found = feed.interrupt()
+                for id in sorted(found, key=place.get):
+                    rest = set(range(n)) - {s.index for s in found[id]}
+                    empty = [Sample(list(prompts[id]), [], [], "aborted", id, j, visits[id]) for j in rest]
+                    yield place[id], sorted(found[id] + empty, key=lambda s: s.index)
+            finally:
+                if bar is not None:
+                    bar.close()
+
+    def generate(self, prompts, n=8, max_new=256, temperature=1.0, top_p=1.0, top_k=0, seed=0, ids=None,
+                 visits=None, stop_strings=(), bar=None):
+        """-> groups[i][j]: Sample j of prompts[i]; under torchrun this rank's groups, in the order
+        of the prompts."""
+        settings = max_new, temperature, top_p, top_k, seed, ids, visits, stop_strings, bar
+        groups = dict(self.stream(prompts, n, *settings))
+        return [groups[i] for i in sorted(groups)]
+
+    # --- one prompt
 
     def submit(self, problem_id, prompt, n, max_new, *, seed=0, visit=0, temperature=1.0, top_p=1.0,
                top_k=0, resume=(), stop_strings=()):
@@ -398,10 +456,12 @@ class Sampler:
         torch.where(stops_B, torch.minimum(b.end, b.count), b.end, out=b.end)
 
     def _admit(self):
-        """Waiting sequences enter, while there are slots and what they continue from is computed. Their
-        first token follows from the last hidden state of that."""
-        prefixes = [s.prefix for s in self.waiting]
-        computed = self.prefixes.compute(prefixes[: self.free.left])
+        """Waiting sequences enter, while there are slots for them and what they continue from is
+        computed. Its last hidden state gives their first token."""
+        first = [s.prefix for s in islice(self.waiting, self.free.left)]
+        computed = self.prefixes.compute(first)
+
+        # a slot each
         entering = {}                                # Sequence -> that hidden state
         while self.waiting and self.free.left:
             s = self.waiting[0]
@@ -409,7 +469,7 @@ class Sampler:
             if s.prefix.hidden is None or not self.storage.enter(s.prefix, slot, len(self.running)):
                 self.free.free(slot)
                 stuck = not (entering or computed or self.running)
-                if stuck and self.prefixes.make_way(prefixes):
+                if stuck and self.prefixes.make_way([s.prefix for s in self.waiting]):
                     continue
                 break
             self.running[slot] = s
@@ -421,19 +481,22 @@ class Sampler:
         if not entering:
             return
 
+        # their columns
         self._end_batch()
         for s in entering:
             tokens = s.sample.tokens
-            first = s.slot * self.width
+            begin = s.slot * self.width
             s.count = len(tokens)
             s.searched = 0
             if tokens:                               # a stop string may begin in them
-                self.tokens[first : first + s.count] = torch.tensor(tokens, device=self.device)
+                self.tokens[begin : begin + s.count] = torch.tensor(tokens, device=self.device)
             numbers = dict(
-                position=s.cached, count=s.count, write_at=first + s.count, alive=1, end=s.max_new,
+                position=s.cached, count=s.count, write_at=begin + s.count, alive=1, end=s.max_new,
                 address=s.address, top_k=s.top_k, top_p=s.top_p, temperature=s.temperature)
             self.ints_of_slots[:, s.slot] = [numbers[name] for name in Batch.INTS]
             self.reals_of_slots[:, s.slot] = [numbers[name] for name in Batch.REALS]
+
+        # their first token
         hiddens = list(entering.values())
         hiddens += hiddens[:1] * (-len(hiddens) % self.multiple)
         self.batch = Batch(self, list(entering), len(hiddens))
@@ -600,63 +663,6 @@ class Sampler:
 
         for size, graph in recorded(next_token, self.sizes):
             self.graphs[size, truncated] = graph
-
-    # --- many prompts
-
-    def stream(self, prompts, n=8, max_new=256, temperature=1.0, top_p=1.0, top_k=0, seed=0, ids=None,
-               visits=None, stop_strings=(), bar=None):
-        """-> an iterator over (i, the n Samples of prompts[i]), each as it completes. Left early,
-        it frees what it has in flight. After Ctrl-C: what is there so far, the rest as aborted."""
-        ids = list(range(len(prompts))) if ids is None else list(ids)
-        visits = [0] * len(prompts) if visits is None else list(visits)
-        limits = list(max_new) if hasattr(max_new, "__len__") else [max_new] * len(prompts)
-        for name, values in (("ids", ids), ("visits", visits), ("max_new", limits)):
-            if len(values) != len(prompts):
-                raise ValueError(f"{len(prompts)} prompts but {len(values)} {name}")
-        if len(set(ids)) < len(ids):
-            raise ValueError("two prompts have the same id: they would get the same noise")
-        for i, prompt in enumerate(prompts):
-            self._check(ids[i], prompt, n, limits[i], temperature, top_p, top_k, stop_strings)
-        if bar is None:
-            bar = sys.stderr.isatty() and n * sum(limits) > 50_000
-        bar = progress(None, "rollout") if bar else None
-        if bar is not None:
-            bar.unit = " tokens"
-
-        # the feed submits a prompt when there is room for one, and keeps its samples until all have ended
-        place = {id: i for i, id in enumerate(ids)}
-        prompts, limits, visits = (dict(zip(ids, values)) for values in (prompts, limits, visits))
-        feed = Feed(self, prompts, n, limits, visits=visits, ahead=int(self.deterministic), seed=seed,
-                    temperature=temperature, top_p=top_p, top_k=top_k, stop_strings=stop_strings)
-        ended = 0
-        with feed:
-            try:
-                while feed.busy:
-                    before = len(self.running)
-                    samples = feed.step()
-                    ended += len(samples)
-                    for group in feed.complete(samples):
-                        yield place[group[0].problem], group
-                    if bar is not None:
-                        bar.update(max(before, len(self.running)))
-                        bar.set_postfix(live=len(self.running), finished=ended, refresh=False)
-            except KeyboardInterrupt:
-                found = feed.interrupt()
-                for id in sorted(found, key=place.get):
-                    rest = set(range(n)) - {s.index for s in found[id]}
-                    empty = [Sample(list(prompts[id]), [], [], "aborted", id, j, visits[id]) for j in rest]
-                    yield place[id], sorted(found[id] + empty, key=lambda s: s.index)
-            finally:
-                if bar is not None:
-                    bar.close()
-
-    def generate(self, prompts, n=8, max_new=256, temperature=1.0, top_p=1.0, top_k=0, seed=0, ids=None,
-                 visits=None, stop_strings=(), bar=None):
-        """-> groups[i][j]: Sample j of prompts[i]; under torchrun this rank's groups, in the order
-        of the prompts."""
-        settings = max_new, temperature, top_p, top_k, seed, ids, visits, stop_strings, bar
-        groups = dict(self.stream(prompts, n, *settings))
-        return [groups[i] for i in sorted(groups)]
 
 
 # -----------------------------------------------------------------------------

@@ -64,7 +64,7 @@ ROWS = [      # the bottom first; a row may name files that are not written yet
     ["common.flags", "common.files", "common.watch", "common.cpu", "common.machine", "common.backend",
      "common.offload", "common.sharded",
      "data"],
-    ["common.run", "common.parity"],
+    ["common.run", "common.parity", "common.numpy_row"],
     ["kernels", "common.optim", "common.hf"],
     ["pack", "common.reward", "common.view", "common.deal"],
     ["train_gpt", "common.slabs", "common.pages", "common.prefix"],
