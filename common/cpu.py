@@ -7,6 +7,7 @@ NANORL_CPU_TRICKS=0 turns all of it off, and so does `cpu.ON = False` within a p
 the sampler's promise to the bit (`Sampler(exact=True)`), which rests on how oneDNN sums a row: then
 log-probs agree to 1e-5, and tokens until two candidates tie, as on a GPU.
 
+    memory            large tensors in large pages
     products          matmul_t, linear, weight_gradient, padded: oneDNN for fp32 matrices, and the
                       shapes that it likes
     attention         packed_attention: segments of about one length share a call
@@ -31,6 +32,12 @@ import torch
 import torch.nn.functional as F
 
 ON = os.environ.get("NANORL_CPU_TRICKS", "1") != "0"
+
+# Tensors above 2 MB in pages of 2 MB, where Linux gives them to whoever asks: torch does if this is set
+# before its first tensor. A page of 4 kB costs a fault when it is first touched, and a walk through
+# tables when it is read again: reading 37 MB of weights takes twice as long in them.
+if ON:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def fp32(x):

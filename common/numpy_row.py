@@ -1,11 +1,11 @@
 """
-common/numpy_row.py: a row by itself, the model in numpy. A decode step of one row is two hundred small
-operations, which numpy starts in a quarter of torch's time. So one sequence on one thread, say in
-`rollout.py --chat`, decodes twice as fast.
+common/numpy_row.py: a row by itself, the model in numpy. A decode step of one row is two hundred
+small operations, which numpy starts in a quarter of torch's time. So one sequence on one thread, say
+in `rollout.py --chat`, decodes twice as fast.
 
 numpy_row repeats what GPT.forward and Block.forward say, and follows no change to them. So it proves
-itself against the model first, once per class of block and whatever else a model computes with; where it
-differs it is dropped, with one printed line. NANORL_CPU_TRICKS=0 turns it off.
+itself against the model first, once per class of block and per anything else that a model computes
+with. Where it differs it is dropped, with one printed line. NANORL_CPU_TRICKS=0 turns it off.
 """
 
 import copy
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from common import cpu
-
 
 _proofs = []  # (code_of(model, ...), does numpy_row agree?), the last few
 

@@ -102,6 +102,20 @@ def test_the_switch_is_read_from_the_environment(one_process, monkeypatch):
     assert one_process(code).split() == ["False", "False"]
 
 
+def test_large_tensors_ask_for_large_pages(one_process, monkeypatch):
+    """torch reads this before its first tensor. What a user has set stays, and without the tricks
+    nothing is set."""
+    name = "THP_MEM_ALLOC_ENABLE"
+    code = f"from common import cpu; import os; print(os.environ.get('{name}'))"
+    monkeypatch.delenv(name, raising=False)
+    assert one_process(code).split() == ["1"]
+    monkeypatch.setenv(name, "0")
+    assert one_process(code).split() == ["0"]
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("NANORL_CPU_TRICKS", "0")
+    assert one_process(code).split() == ["None"]
+
+
 def test_it_stands_at_the_bottom():
     """cpu.py and backend.py import nothing of ours: both could be copied into another project."""
     for name in "cpu", "backend":
