@@ -22,8 +22,8 @@ _proofs = []  # (code_of(model, ...), does numpy_row agree?), the last few
 
 
 def lone_row(model, keys, values, ours, attention, namespaces):
-    """-> forward() of a single token: numpy_row where it agrees with the model, else the model. ours:
-    the class of block that it copies. namespaces: of the modules that hold the model's code."""
+    """-> forward() of a single token: numpy_row where it agrees with the model, else the model.
+    ours: the class of block that it copies. namespaces: of the modules that hold the model's code."""
     if not cpu.ON:
         return model
     code = code_of(model, namespaces)
@@ -56,7 +56,8 @@ def code_of(model, namespaces):
 
 
 def _inside(cls):
-    ours = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
+    foreign = "torch", "builtins"
+    ours = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in foreign]
     return [value for base in ours for value in vars(base).values()]
 
 
@@ -106,7 +107,7 @@ def _views(block):
     """The block's tensors in numpy, under the names of Tensors; None where it has none."""
     found = vars(cpu.Tensors(block))
     del found["module"]
-    views = {name: None if tensor is None else tensor.detach().numpy() for name, tensor in found.items()}
+    views = {name: None if x is None else x.detach().numpy() for name, x in found.items()}
     return SimpleNamespace(**{"q_norm": None, "k_norm": None} | views)
 
 
