@@ -305,30 +305,11 @@ CHUNK = 1 << 22  # logits alive at a time: 16 MB of fp32 stay in a CPU's last-le
 TILE = 1 << 27   # and on a GPU, where a product wants thousands of rows: 512 MB
 
 
-def _budget(rows_ND):
-    return CHUNK if rows_ND.device.type == "cpu" else TILE
-
-
 def _slices(rows_ND, vocab):
     """Chunks of rows whose logits are so many numbers together."""
-    rows = max(16, _budget(rows_ND) // vocab)
-    return [slice(a, a + rows) for a in range(0, len(rows_ND), rows)]
-
-
-MANY = 1024  # rows
-
-
-def _blocks(rows_ND, vocab):
-    """(rows, columns) of the backward: chunks of rows, where they are of MANY. Of a large vocabulary
-    they would be of few, and each adds to all of dW, which costs more than its products. So then it is
-    MANY rows and a tile of the vocabulary at a time: a tile adds to its own part of dW."""
-    numbers = _budget(rows_ND)
-    if vocab <= numbers // MANY:
-        return [(rows, slice(0, vocab)) for rows in _slices(rows_ND, vocab)]
-    rows = min(MANY, max(1, len(rows_ND)))
-    width = max(16, numbers // rows // 4)  # a quarter: such a tile stays in the core's own cache
-    return [(slice(a, a + rows), slice(low, low + width))
-            for a in range(0, len(rows_ND), rows) for low in range(0, vocab, width)]
+    numbers = CHUNK if rows_ND.device.type == "cpu" else TILE
+    rows = max(16, numbers // vocab)
+    return [slice(a, a + rows) for a in range(0, max(1, len(rows_ND)), rows)]
 
 
 def _product(a, b):
@@ -350,72 +331,38 @@ def linear_logits(hidden, weight, temperature=1.0):
 class _LogprobAt(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, ids_NK, temperature):
-        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        logp_NK = torch.empty(ids_NK.shape, dtype=wide, device=hidden_ND.device)
-        lse_N = torch.empty(ids_NK.shape[0], dtype=wide, device=hidden_ND.device)
-        entropy_N = torch.empty_like(lse_N)
-        ctx.last = None
-
-        keep = len(weight_VD) <= _budget(ids_NK) // MANY
-        for s in _slices(ids_NK, weight_VD.shape[0]):
+        logps, lses, entropies = [], [], []
+        for s in _slices(ids_NK, len(weight_VD)):
             z = linear_logits(hidden_ND[s], weight_VD, temperature)  # (n, V)
-            at = z.gather(1, ids_NK[s])
-            top = z.amax(1, keepdim=True)
-            z.sub_(top)
-            p = z.exp()  # not yet divided by its sum
-            total = p.sum(1)
-            lse = total.log()
-            entropy_N[s] = lse - torch.linalg.vecdot(p, z).div_(total)
-            if keep:  # so that the backward need not compute the last chunk again
-                ctx.last = z.sub_(lse.unsqueeze(1))
-            del z, p  # before the next chunk takes as much memory
-            lse_N[s] = lse.add_(top.squeeze(1))
-            logp_NK[s] = at.sub_(lse.unsqueeze(1))
-
-        ctx.save_for_backward(hidden_ND, weight_VD, ids_NK, lse_N, entropy_N)
+            lse = z.logsumexp(1, keepdim=True)
+            z -= lse
+            logps.append(z.gather(1, ids_NK[s]))
+            lses.append(lse)
+            entropies.append(-(z.exp() * z).sum(1))
+        lse_N1, entropy_N = torch.cat(lses), torch.cat(entropies)
+        ctx.save_for_backward(hidden_ND, weight_VD, ids_NK, lse_N1, entropy_N)
         ctx.temperature = temperature
-        ctx.set_materialize_grads(False)
-        return logp_NK, entropy_N
+        return torch.cat(logps), entropy_N
 
     @staticmethod
-    def backward(ctx, grad_logp_NK, grad_entropy_N):
-        hidden_ND, weight_VD, ids_NK, lse_N, entropy_N = ctx.saved_tensors
-        if grad_logp_NK is None:
-            grad_logp_NK = lse_N.new_zeros(ids_NK.shape)
-        grad_h = torch.zeros_like(hidden_ND, dtype=lse_N.dtype)
-        grad_w = None
-        if ctx.needs_input_grad[1]:
-            grad_w = torch.zeros_like(weight_VD, dtype=lse_N.dtype)
-
-        for s, v in _blocks(ids_NK, len(weight_VD)):
-            if ctx.last is not None and s.stop >= len(ids_NK):
-                z = ctx.last
-                ctx.last = None
-            else:
-                z = linear_logits(hidden_ND[s], weight_VD[v], ctx.temperature)
-                z.sub_(lse_N[s].unsqueeze(1))
-
-            g = grad_logp_NK[s].to(z.dtype)
-            flat = g.sum(1, keepdim=True)
-            if grad_entropy_N is None:
-                z.exp_().mul_(-flat)  # -p sum_k g_k
-            else:                     # -p (sum_k g_k + g_H (z - lse + H))
-                p = z.exp()
-                g_H = grad_entropy_N[s].unsqueeze(1)
-                z.mul_(-g_H).sub_(g_H * entropy_N[s].unsqueeze(1) + flat).mul_(p)
-            cols = ids_NK[s] - v.start
-            inside = (cols >= 0) & (cols < z.shape[1])
-            z.scatter_add_(1, cols.clamp_(0, z.shape[1] - 1), torch.where(inside, g, 0.0))
-
-            if ctx.temperature != 1.0:
-                z.div_(ctx.temperature)
-            z = z.to(hidden_ND.dtype)
-            grad_h[s] += cpu.matmul_t(z, weight_VD[v].t())
+    def backward(ctx, grad_NK, grad_entropy_N):
+        hidden_ND, weight_VD, ids_NK, lse_N1, entropy_N = ctx.saved_tensors
+        grad_h = torch.empty_like(hidden_ND)
+        grad_w = torch.zeros_like(weight_VD, dtype=lse_N1.dtype) if ctx.needs_input_grad[1] else None
+        flat_N = grad_NK.sum(1) + grad_entropy_N * entropy_N
+        for s in _slices(ids_NK, len(weight_VD)):
+            z = linear_logits(hidden_ND[s], weight_VD, ctx.temperature) - lse_N1[s]
+            dz = -z.exp() * (flat_N[s].unsqueeze(1) + grad_entropy_N[s].unsqueeze(1) * z)
+            dz.scatter_add_(1, ids_NK[s], grad_NK[s]).div_(ctx.temperature)
+            dz = dz.to(hidden_ND.dtype)
+            grad_h[s] = dz @ weight_VD
             if grad_w is not None:
-                grad_w[v] += cpu.weight_gradient(z, hidden_ND[s])
-        if grad_w is not None:
-            grad_w = grad_w.to(weight_VD.dtype)
-        return grad_h.to(hidden_ND.dtype), grad_w, None, None
+                grad_w += dz.t() @ hidden_ND[s]
+        return grad_h, None if grad_w is None else grad_w.to(weight_VD.dtype), None, None
+
+
+def logprob_torch(hidden_ND, weight_VD, ids_NK, temperature):
+    return _LogprobAt.apply(hidden_ND, weight_VD, ids_NK, temperature)
 
 
 # On a GPU the product stays with cuBLAS and the kernels do the rest, tile by tile of the vocabulary.
@@ -571,12 +518,9 @@ def _logprob(hidden_ND, weight_VD, ids_NK, temperature):
 
     if fused(hidden_ND) and N and K <= 64:  # beyond, a row's (K, K) comparison outgrows its program
         return _LogprobFused.apply(hidden_ND, weight_VD, ids_NK, temperature)
-    spare = cpu.spare_rows(N, hidden_ND)
-    if spare:
-        hidden_ND = F.pad(hidden_ND, (0, 0, 0, spare))
-        ids_NK = F.pad(ids_NK, (0, 0, 0, spare))
-    logp_NK, entropy_N = _LogprobAt.apply(hidden_ND, weight_VD, ids_NK, temperature)
-    return logp_NK[:N], entropy_N[:N]
+    if cpu.fp32(hidden_ND) and cpu.stands_for(cpu.logprob, logprob_torch):
+        return cpu.logprob(hidden_ND, weight_VD, ids_NK, temperature)
+    return logprob_torch(hidden_ND, weight_VD, ids_NK, temperature)
 
 
 def linear_logprob(hidden_ND, weight_VD, targets_N, temperature=1.0):
@@ -589,11 +533,6 @@ def linear_logprob(hidden_ND, weight_VD, targets_N, temperature=1.0):
 def linear_logprob_at(hidden_ND, weight_VD, ids_NK, temperature=1.0):
     """-> logp_NK of K ids per row, under the full softmax."""
     return _logprob(hidden_ND, weight_VD, ids_NK, temperature)[0]
-
-
-def logits_of(hidden_ND, weight, bias=None):
-    """A tile of logits, as the log-probs are made of."""
-    return _product(hidden_ND, weight.t())
 
 
 def linear_topk(hidden_ND, weight_VD, k, temperature=1.0):
@@ -1127,20 +1066,8 @@ def draw_next(hidden_ND, weight_VD, uniform_N, temperature_N, top_k_N=None, top_
     """draw() of the logits that follow from the hidden states."""
     args = uniform_N, temperature_N, top_k_N, top_p_N
     if parity.ON:
-        return draw_alike(hidden_ND, weight_VD, *args)
+        return parity.draw(_fold, draw, hidden_ND, weight_VD, *args)
     return draw(linear_logits(hidden_ND, weight_VD), *args)
-
-
-def draw_alike(hidden_ND, weight_VD, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
-    """draw(), with --parity: the logits, and of the token that they give the log-prob, are those of
-    linear_logprob to the bit."""
-    logits_NV = hidden_ND.new_empty(len(hidden_ND), len(weight_VD), dtype=torch.float32)
-    inverse_N = torch.where(temperature_N == 0, 1.0, temperature_N).reciprocal()
-    ids_N1 = torch.zeros_like(temperature_N, dtype=torch.int64).unsqueeze(1)      # not known yet
-    _, m_N, s_N, _ = _fold(hidden_ND.contiguous(), weight_VD, ids_N1, inverse_N, logits_NV)
-    token_N, _, kept_N = draw(logits_NV, uniform_N, temperature_N, top_k_N, top_p_N)
-    at_N = logits_NV.gather(1, token_N.unsqueeze(1)).squeeze(1) * inverse_N
-    return token_N, at_N.sub_(m_N).sub_(s_N.log()), kept_N
 
 
 # -----------------------------------------------------------------------------
@@ -1151,7 +1078,7 @@ RUNS = {
     "decode": {"flash": flash_decode, "triton": _triton_decode, "parity": parity.decode,
                "torch": decode_attention_torch},
     "fused": {"triton": (_LogprobFused.apply, _NormRope.apply, _Swiglu.apply),
-              "torch": (_LogprobAt.apply, qk_norm_rope_torch, swiglu_torch)},
+              "torch": (logprob_torch, qk_norm_rope_torch, swiglu_torch)},
 }
 
 

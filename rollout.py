@@ -5,12 +5,14 @@ the trainer's own weights.
 Most of the time of RL is spent here. The model sees one flat row of tokens, as always: only `attend`
 knows that there is a cache. The way of a sample:
 
+    generate, stream   many prompts: a Feed (common/deal.py) submits each when there is room, and keeps
+                       its samples until all of them have ended
     submit             a Sequence waits for each sample
     step, again and again:
-    _admit             those that wait enter: prefill, a prompt once for all its samples; a slot; the
-                       first token
-    _next_token        of all that run, in each later step: the model's forward, the draw, written down
+    _next_token        of all that run: the model's forward, the draw, written down
     _collect_finished  those that ended leave, as Samples
+    _admit             those that wait enter: what they continue from is computed, a prompt once for all
+                       its samples (common/prefix.py); a slot; the first token
 
 Left out of the usual recipe, and why:
 - no second engine and no weight sync: the tensors read here are the ones the optimizer writes;
@@ -26,10 +28,11 @@ Left out of the usual recipe, and why:
 import math
 import sys
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 from itertools import count, islice
 
+import numpy as np
 import torch
 
 from common import cpu, machine
@@ -37,6 +40,7 @@ from common.deal import Feed
 from common.flags import die, flags, positive, truncation, without_effect
 from common.moved import moved
 from common.pages import Pages, PagesView, Pool, recorded
+from common.prefix import Prefix, Prefixes
 from common.run import progress, start
 from common.slabs import Slabs
 from data import begun
@@ -80,57 +84,26 @@ def completion(sample, tok):
     return tok.decode(tokens)
 
 
-# -----------------------------------------------------------------------------
-# what waits and runs
-
-
 @dataclass(eq=False)
-class Prefix:
-    """Tokens that sequences continue from: a prompt, or a prompt and the tokens to resume."""
-    tokens: list[int]
-    done: int = 0                        # keys computed so far: long prefixes come in chunks
-    hidden: torch.Tensor | None = None   # of the last token, once all keys are computed
-    cache: object = None                 # the keys and values, as the storage holds them
-
-
-@dataclass(eq=False)
-class Group:
-    """One submit()."""
-    problem: int
-    prompt: list[int]
+class Sequence:
+    """A sample in the making."""
+    sample: Sample           # its tokens here: from before it entered; forced, resumed or preempted
+    prefix: Prefix           # the prompt and those tokens: what it continues from
+    address: int             # of its noise
     max_new: int
-    seed: int
-    visit: int
     temperature: float
     top_p: float
     top_k: int
     stop_strings: tuple
-    waiting: int                         # its sequences that wait
-    prefix: Prefix | None = None         # the prompt's keys, kept until its last sequence enters
-
-    @property
-    def truncated(self):
-        return bool(self.top_k) or self.top_p < 1
-
-
-@dataclass(eq=False)
-class Sequence:
-    group: Group
-    index: int
-    # from before it entered: forced, resumed or preempted
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
-    prefix: Prefix | None = None         # its own, if it has such tokens
     slot: int = -1
-    entered: int = -1                    # order of entry: the youngest is preempted first
-    count: int = 0                       # its tokens when the batch was last built
-    searched: int = 0                    # tokens searched for stop strings so far
+    entered: int = -1        # order of entry: the youngest is preempted first
+    count: int = 0           # its tokens when the batch was last built
+    searched: int = 0        # tokens searched for stop strings so far
 
     @property
     def cached(self):
         """Keys: that of the last token is stored by the step that reads the token."""
-        return len(self.group.prompt) + self.count - 1
+        return len(self.sample.prompt) + self.count - 1
 
 
 # -----------------------------------------------------------------------------
@@ -154,10 +127,9 @@ FAR = 1 << 40            # the end of padding, which has none
 AHEAD = 8                # on a CPU uniform numbers are made for that many steps at once
 
 
-class Columns:
-    """A column of numbers per sequence, each row under its name. The sampler has one of all slots,
-    and one of the batch, into which the columns of its sequences are gathered: a step touches only
-    that."""
+class Batch:
+    """Sequences side by side, and padding up to its size: a column of numbers each, by name. It lasts
+    until one enters or leaves, or the storage has to grow."""
 
     ADVANCED = [                 # a step adds `alive` to all of these in one addition
         "position",              # of the token that the next step reads
@@ -166,7 +138,6 @@ class Columns:
     ]
     INTS = [
         *ADVANCED,
-        "token",                 # that the next step reads
         "alive",                 # 1; padding: 0
         "end",                   # the count at which it ends: max_new, until a stop token is drawn
         "address",               # of its noise
@@ -174,47 +145,37 @@ class Columns:
     ]
     REALS = ["temperature", "top_p"]
 
-    def __init__(self, ints, reals):
-        self.ints = ints
-        self.reals = reals
+    def __init__(self, sampler, sequences, size=None):
+        """Of all that run; or, with a size, of sequences whose first token is drawn: they need no view
+        of the storage."""
+        self.truncated = any(s.sample.kept is not None for s in sequences)
+        self.strings = any(s.stop_strings for s in sequences)
+        self.steps = 0                           # done so far
+        self.valid_for = 0                       # steps until the storage has to grow
+        self.view = None                         # the storage's: advance(position_B), then attend per layer
+        self.forward = sampler.model
+        self.noise = None                        # (AHEAD, B) uniform numbers, where they are made ahead
+        if size is None:
+            size = next(size for size in sampler.sizes if size >= len(sequences))
+            if sampler.replayed:
+                sampler._capture(self.truncated)
+            order, self.view, self.valid_for = sampler.storage.decode(sequences, size)
+            sequences = [sampler.running[slot] for slot in order]
+            if sampler.alone and size == 1:
+                self.forward = sampler.model.lone_row(*sampler.storage.row(order[0]))
+        self.sequences = sequences
+        self.size = size
+
+        slots = [s.slot for s in sequences] + [sampler.slots] * (size - len(sequences))
+        ints = sampler.ints[:, :size]
+        reals = sampler.reals[:, :size]
+        ints.copy_(torch.from_numpy(sampler.ints_of_slots[:, slots]))
+        reals.copy_(torch.from_numpy(sampler.reals_of_slots[:, slots]))
+        vars(self).update(zip(self.INTS, ints))
+        vars(self).update(zip(self.REALS, reals))
         self.advanced = ints[: len(self.ADVANCED)]
-        vars(self).update(zip(self.INTS, ints.unbind()))
-        vars(self).update(zip(self.REALS, reals.unbind()))
-
-    @classmethod
-    def padding(cls, n, write_at, device):
-        columns = cls(torch.zeros(len(cls.INTS), n, dtype=torch.int64, device=device),
-                      torch.zeros(len(cls.REALS), n, device=device))
-        columns.write_at.fill_(write_at)
-        columns.end.fill_(FAR)
-        columns.reals.fill_(1.0)
-        return columns
-
-    def __getitem__(self, places):
-        """The columns of these places: views, if they are a slice."""
-        return Columns(self.ints[:, places], self.reals[:, places])
-
-    def fill(self, columns):
-        self.ints.copy_(columns.ints)
-        self.reals.copy_(columns.reals)
-
-
-@dataclass(eq=False)
-class Batch:
-    """Sequences side by side. It lasts until one enters or leaves, or the storage has to grow."""
-    columns: Columns
-    order: list[int]                     # their slots
-    truncated: bool                      # some have top-k or top-p
-    strings: bool                        # some have stop strings
-    slots: torch.Tensor | None = None    # order, on the device
-    view: object = None                  # the storage's: advance(position_B), then attend per layer
-    forward: object = None               # the model, or its copy in numpy for a sequence alone
-    valid_for: float = 0                 # steps until the storage has to grow
-    steps: int = 0                       # done so far
-    noise: torch.Tensor | None = None    # (AHEAD, B) uniform numbers, where they are made ahead
-
-    def __post_init__(self):
-        self.size = self.columns.token.shape[0]                  # with padding
+        self.token = sampler.token[:size]        # that the next step reads
+        self.token.copy_(sampler.tokens[self.write_at - 1])
 
 
 def graph_sizes(slots):
@@ -270,7 +231,6 @@ class Sampler:
             self.sizes = graph_sizes(self.slots)
         else:
             self.sizes = list(range(self.multiple, self.slots + self.multiple, self.multiple))
-        self.ahead = torch.arange(AHEAD, device=self.device).unsqueeze(1)
         self.steps_done = 0
         self.entries = count()
         self._allocate(pages)
@@ -284,6 +244,7 @@ class Sampler:
             self.storage = Pool(self.c, weight.dtype, device, self.sizes[-1], self.max_len, pages)
         else:
             self.storage = Slabs(self.c, weight, self.exact)
+        self.prefixes = Prefixes(self.model, self.storage, self.chunk, self.multiple)
         self.graphs = {}                 # (size, truncated) -> CUDA graph
         self.is_stop = torch.zeros(self.c.vocab_size, dtype=torch.bool, device=device)
         # what was sampled, `width` places per slot; padding writes behind them
@@ -292,9 +253,16 @@ class Sampler:
         self.tokens = torch.zeros(places, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(places, device=device)
         self.kept = torch.zeros(places, device=device)
-        behind = self.slots * self.width
-        self.by_slot = Columns.padding(self.slots + 1, behind, device)       # the last stays padding
-        self.in_batch = Columns.padding(self.sizes[-1], behind, device)
+        # the columns of the batch, which change with every step
+        self.ints = torch.zeros(len(Batch.INTS), self.sizes[-1], dtype=torch.int64, device=device)
+        self.reals = torch.zeros(len(Batch.REALS), self.sizes[-1], device=device)
+        self.token = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
+        self.ahead = torch.arange(AHEAD, device=device).unsqueeze(1)
+        # on the host, of each slot: as its batch was built. The last stays padding
+        self.ints_of_slots = np.zeros((len(Batch.INTS), self.slots + 1), dtype=np.int64)
+        self.reals_of_slots = np.ones((len(Batch.REALS), self.slots + 1), dtype=np.float32)
+        self.ints_of_slots[Batch.INTS.index("write_at")] = self.slots * self.width
+        self.ints_of_slots[Batch.INTS.index("end")] = FAR
 
     @torch.inference_mode()
     def reset(self):
@@ -313,7 +281,63 @@ class Sampler:
         """Samples that are not finished, those that wait for a slot included."""
         return len(self.running) + len(self.waiting) + len(self.ended)
 
-    # --- in
+    # --- many prompts
+
+    def stream(self, prompts, n=8, max_new=256, temperature=1.0, top_p=1.0, top_k=0, seed=0, ids=None,
+               visits=None, stop_strings=(), bar=None):
+        """-> an iterator over (i, the n Samples of prompts[i]), each as it completes. Left early,
+        it frees what it has in flight. After Ctrl-C: what is there so far, the rest as aborted."""
+        ids = list(range(len(prompts))) if ids is None else list(ids)
+        visits = [0] * len(prompts) if visits is None else list(visits)
+        limits = list(max_new) if hasattr(max_new, "__len__") else [max_new] * len(prompts)
+        for name, values in (("ids", ids), ("visits", visits), ("max_new", limits)):
+            if len(values) != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts but {len(values)} {name}")
+        if len(set(ids)) < len(ids):
+            raise ValueError("two prompts have the same id: they would get the same noise")
+        for i, prompt in enumerate(prompts):
+            self._check(ids[i], prompt, n, limits[i], temperature, top_p, top_k, stop_strings)
+        if bar is None:
+            bar = sys.stderr.isatty() and n * sum(limits) > 50_000
+        bar = progress(None, "rollout") if bar else None
+        if bar is not None:
+            bar.unit = " tokens"
+
+        place = {id: i for i, id in enumerate(ids)}
+        prompts, limits, visits = (dict(zip(ids, values)) for values in (prompts, limits, visits))
+        feed = Feed(self, prompts, n, limits, visits=visits, ahead=int(self.deterministic), seed=seed,
+                    temperature=temperature, top_p=top_p, top_k=top_k, stop_strings=stop_strings)
+        ended = 0
+        with feed:
+            try:
+                while feed.busy:
+                    before = len(self.running)
+                    samples = feed.step()
+                    ended += len(samples)
+                    for group in feed.complete(samples):
+                        yield place[group[0].problem], group
+                    if bar is not None:
+                        bar.update(max(before, len(self.running)))
+                        bar.set_postfix(live=len(self.running), finished=ended, refresh=False)
+            except KeyboardInterrupt:
+                found = feed.interrupt()
+                for id in sorted(found, key=place.get):
+                    rest = set(range(n)) - {s.index for s in found[id]}
+                    empty = [Sample(list(prompts[id]), [], [], "aborted", id, j, visits[id]) for j in rest]
+                    yield place[id], sorted(found[id] + empty, key=lambda s: s.index)
+            finally:
+                if bar is not None:
+                    bar.close()
+
+    def generate(self, prompts, n=8, max_new=256, temperature=1.0, top_p=1.0, top_k=0, seed=0, ids=None,
+                 visits=None, stop_strings=(), bar=None):
+        """-> groups[i][j]: Sample j of prompts[i]; under torchrun this rank's groups, in the order
+        of the prompts."""
+        settings = max_new, temperature, top_p, top_k, seed, ids, visits, stop_strings, bar
+        groups = dict(self.stream(prompts, n, *settings))
+        return [groups[i] for i in sorted(groups)]
+
+    # --- one prompt
 
     def submit(self, problem_id, prompt, n, max_new, *, seed=0, visit=0, temperature=1.0, top_p=1.0,
                top_k=0, resume=(), stop_strings=()):
@@ -324,24 +348,30 @@ class Sampler:
         who = f"problem {problem_id}: "
         if len(resume) > n:
             raise ValueError(who + f"{len(resume)} samples to resume, n = {n}")
+        prompt = list(prompt)
         limit = min(max_new, self.max_len - len(prompt))
-        settings = seed, visit, temperature, top_p, top_k, tuple(stop_strings)
-        group = Group(problem_id, list(prompt), limit, *settings, waiting=n)
-        sequences = {}                   # by index
+
+        samples = {}                     # by index
         for place, old in enumerate(resume):
-            if isinstance(old, Sample):
-                kept = old.kept or [0.0] * len(old.tokens)
-                s = Sequence(group, old.index, list(old.tokens), list(old.logprobs), list(kept))
-            else:
-                s = Sequence(group, place, list(old), [NAN] * len(old), [0.0] * len(old))
-            if len(s.tokens) >= limit:
-                raise ValueError(who + f"a sample to resume has {len(s.tokens)} tokens already, max_new is "
+            if not isinstance(old, Sample):
+                old = Sample(prompt, old, [NAN] * len(old), "aborted", problem_id, place, visit)
+            if len(old.tokens) >= limit:
+                raise ValueError(who + f"a sample to resume has {len(old.tokens)} tokens already, max_new is "
                                  f"{limit}")
-            if s.index in sequences:
-                raise ValueError(who + f"two samples to resume have index {s.index}, and so the same noise")
-            sequences[s.index] = s
-        fresh = [Sequence(group, i) for i in range(n) if i not in sequences]
-        self.waiting.extend([*sequences.values(), *fresh][:n])
+            if old.index in samples:
+                raise ValueError(who + f"two samples to resume have index {old.index}, and so the same noise")
+            samples[old.index] = old
+        for i in [i for i in range(n) if i not in samples][: n - len(samples)]:
+            samples[i] = Sample(prompt, [], [], "aborted", problem_id, i, visit)
+
+        noises = address(seed, visit, problem_id, torch.tensor(list(samples))).tolist()
+        whole = Prefix(prompt, waiting=n)
+        for (index, old), noise in zip(samples.items(), noises):
+            sample = Sample(prompt, list(old.tokens), list(old.logprobs), "aborted", problem_id, index, visit)
+            if top_k or top_p < 1:
+                sample.kept = list(old.kept or [0.0] * len(old.tokens))
+            self.waiting.append(Sequence(sample, whole.longer(sample.tokens), noise, limit,
+                                         temperature, top_p, top_k, tuple(stop_strings)))
 
     def _check(self, problem, prompt, n, max_new, temperature, top_p, top_k, stop_strings=()):
         def refuse(why):
@@ -381,7 +411,9 @@ class Sampler:
         machine.follow()                             # fewer threads while other processes are busy
         if self.running:
             if self.batch is None or self.batch.steps >= self.batch.valid_for:
-                self._rebuild_batch()
+                self._write_back()
+                self._make_room()
+                self.batch = Batch(self, list(self.running.values()))
             b = self.batch
             if self.replayed:
                 self.graphs[b.size, b.truncated].replay()        # of _next_token
@@ -400,69 +432,108 @@ class Sampler:
     def _next_token(self, b, hidden_BD=None):
         """The model reads the last token of each sequence, unless its hidden state is known already; the
         next one is drawn, written down, and read in the next step."""
-        c = b.columns
         if hidden_BD is None:
-            b.view.advance(c.position)
-            hidden_BD = b.forward(c.token, c.position, b.view.attend)
-        truncation = (c.top_k, c.top_p) if b.truncated else ()
+            b.view.advance(b.position)
+            hidden_BD = b.forward(b.token, b.position, b.view.attend)
+
+        # a number in [0, 1) per sequence, from the address of its next token
+        if self.replayed or b.view is None:
+            uniform_B = uniform_at(b.address, b.count)
+        else:
+            if b.steps % AHEAD == 0:
+                b.noise = uniform_at(b.address, b.count + self.ahead)
+            uniform_B = b.noise[b.steps % AHEAD]
+
+        truncation = (b.top_k, b.top_p) if b.truncated else ()
         token_B, logp_B, kept_B = draw_next(
-            hidden_BD, self.model.head_weight, self._uniform(b), c.temperature, *truncation)
-        self.tokens.index_copy_(0, c.write_at, token_B)
-        self.logprobs.index_copy_(0, c.write_at, logp_B)
+            hidden_BD, self.model.head_weight, uniform_B, b.temperature, *truncation)
+        self.tokens.index_copy_(0, b.write_at, token_B)
+        self.logprobs.index_copy_(0, b.write_at, logp_B)
         if b.truncated:
-            self.kept.index_copy_(0, c.write_at, kept_B)
-        c.token.copy_(token_B)
-        c.advanced.add_(c.alive)
+            self.kept.index_copy_(0, b.write_at, kept_B)
+        b.token.copy_(token_B)
+        b.advanced.add_(b.alive)
         # a stop token ends its sequence here: the end becomes the count that it has now
         stops_B = self.is_stop.take(token_B).logical_or_(logp_B.isnan())
-        torch.where(stops_B, torch.minimum(c.end, c.count), c.end, out=c.end)
+        torch.where(stops_B, torch.minimum(b.end, b.count), b.end, out=b.end)
 
-    def _uniform(self, b):
-        """Each sequence's own number for its next token; on a CPU those of AHEAD steps at once."""
-        c = b.columns
-        if self.replayed or b.view is None:          # no view: the batch of first tokens, in _admit
-            return uniform_at(c.address, c.count)
-        if b.steps % AHEAD == 0:
-            b.noise = uniform_at(c.address, c.count + self.ahead)
-        return b.noise[b.steps % AHEAD]
+    def _admit(self):
+        """Waiting sequences enter, while there are slots for them and what they continue from is
+        computed. Its last hidden state gives their first token."""
+        first = [s.prefix for s in islice(self.waiting, self.free.left)]
+        computed = self.prefixes.compute(first)
+
+        # a slot each
+        entering = {}                                # Sequence -> that hidden state
+        while self.waiting and self.free.left:
+            s = self.waiting[0]
+            slot = self.free.take()
+            if s.prefix.hidden is None or not self.storage.enter(s.prefix, slot, len(self.running)):
+                self.free.free(slot)
+                stuck = not (entering or computed or self.running)
+                if stuck and self.prefixes.make_way([s.prefix for s in self.waiting]):
+                    continue
+                break
+            self.running[slot] = s
+            self.waiting.popleft()
+            s.slot = slot
+            s.entered = next(self.entries)
+            entering[s] = s.prefix.hidden
+            self.prefixes.entered(s.prefix)
+        if not entering:
+            return
+
+        # their columns
+        self._end_batch()
+        for s in entering:
+            tokens = s.sample.tokens
+            begin = s.slot * self.width
+            s.count = len(tokens)
+            s.searched = 0
+            if tokens:                               # a stop string may begin in them
+                self.tokens[begin : begin + s.count] = torch.tensor(tokens, device=self.device)
+            numbers = dict(
+                position=s.cached, count=s.count, write_at=begin + s.count, alive=1, end=s.max_new,
+                address=s.address, top_k=s.top_k, top_p=s.top_p, temperature=s.temperature)
+            self.ints_of_slots[:, s.slot] = [numbers[name] for name in Batch.INTS]
+            self.reals_of_slots[:, s.slot] = [numbers[name] for name in Batch.REALS]
+
+        # their first token
+        hiddens = list(entering.values())
+        hiddens += hiddens[:1] * (-len(hiddens) % self.multiple)
+        self.batch = Batch(self, list(entering), len(hiddens))
+        self._next_token(self.batch, torch.stack(hiddens))
+        self.batch.steps = 1
+        self._end_batch()
 
     # --- the batch
 
-    def _rebuild_batch(self):
-        """After sequences left or entered, and where the storage has to grow."""
-        self._write_back()
+    def _make_room(self):
+        """In the storage, for the keys of the steps until the next look."""
         for s in sorted(self.running.values(), key=lambda s: s.entered):
             while s.slot in self.running and not self.storage.grow(s):
                 self._preempt()
-        sequences = list(self.running.values())
-        size = next(size for size in self.sizes if size >= len(sequences))
-        if self.replayed:
-            self._capture(truncated=any(s.group.truncated for s in sequences))
-        order, view, valid_for = self.storage.decode(sequences, size)
-        self.batch = self._gather(order, size)
-        self.batch.view = view
-        self.batch.valid_for = valid_for
-        if self.alone and size == 1:
-            self.batch.forward = self.model.lone_row(*self.storage.row(order[0]))
 
-    def _gather(self, order, size):
-        """-> a Batch of the sequences in these slots, and padding up to its size."""
-        slots = torch.tensor(order + [self.slots] * (size - len(order)), device=self.device)
-        columns = self.in_batch[:size]
-        columns.fill(self.by_slot[slots])
-        groups = [self.running[slot].group for slot in order]
-        truncated = any(g.truncated for g in groups)
-        strings = any(g.stop_strings for g in groups)
-        return Batch(columns, order, truncated, strings, slots[: len(order)], forward=self.model)
+    def _preempt(self):
+        """No page is left: a prefix that only waits goes first, then the youngest sequence.
+        Computed again later."""
+        if self.prefixes.give_up_one([s.prefix for s in self.waiting]):
+            return
+        youngest = max(self.running.values(), key=lambda s: s.entered)
+        self._remove(youngest, youngest.count)
+        youngest.prefix = youngest.prefix.longer(youngest.sample.tokens)
+        youngest.prefix.root.waiting += 1
+        self.waiting.appendleft(youngest)
 
     def _write_back(self):
-        """The batch's columns to their slots; the batch is over."""
+        """The batch is over: how far its sequences are."""
         b = self.batch
         self.batch = None
         if b is not None and b.steps:
-            self.by_slot.ints[:, b.slots] = b.columns.ints[:, : len(b.order)]
-            for slot in b.order:
-                self.running[slot].count += b.steps
+            slots = [s.slot for s in b.sequences]
+            self.ints_of_slots[: len(Batch.ADVANCED), slots] += b.steps
+            for s in b.sequences:
+                s.count += b.steps
 
     def _end_batch(self):
         """Finished sequences leave, and nothing is in the batch alone: slots may change hands."""
@@ -470,175 +541,15 @@ class Sampler:
             self._collect_finished()
             self._write_back()
 
-    # --- waiting sequences enter
-
-    def _admit(self):
-        """The prefixes of those next in line are computed, a chunk in each step. A sequence whose prefix
-        is whole gets a slot, and its first token from the prefix's last hidden state."""
-        pieces = self._next_pieces()
-        if pieces:
-            self._prefill(pieces)
-        entering = self._take_slots()
-        if not entering and not pieces and not self.running:
-            self._make_way()
-            entering = self._take_slots()    # at once, or prefixes further back take the pages again
-        if not entering:
-            return
-        self._end_batch()
-        self._write_columns(entering)
-        hiddens = list(entering.values())
-        hiddens += hiddens[:1] * (-len(hiddens) % self.multiple)
-        self.batch = self._gather([s.slot for s in entering], len(hiddens))
-        self._next_token(self.batch, torch.stack(hiddens))
-        self.batch.steps = 1
-        self._end_batch()
-
-    def _take_slots(self):
-        """The first in line take free slots, while their prefix is whole and the storage has room.
-        -> {Sequence: the hidden state it continues from}"""
-        entering = {}
-        while self.waiting and self.free.left:
-            s = self.waiting[0]
-            g = s.group
-            prefix = s.prefix if s.tokens else g.prefix
-            if prefix is None or prefix.hidden is None:
-                break
-            slot = self.free.take()
-            if not self.storage.enter(prefix, slot, len(self.running)):
-                self.free.free(slot)
-                break
-            self.waiting.popleft()
-            self.running[slot] = s
-            s.slot = slot
-            s.entered = next(self.entries)
-            s.count = len(s.tokens)
-            s.searched = 0
-            entering[s] = prefix.hidden
-            g.waiting -= 1
-            self._close(s)
-            if not g.waiting:
-                self._close(g)
-        return entering
-
-    def _write_columns(self, entering):
-        """Those of sequences that enter; and the tokens they have, where a stop string may begin."""
-        slots = torch.tensor([s.slot for s in entering], device=self.device)
-        words = [(s.group.seed, s.group.visit, s.group.problem, s.index) for s in entering]
-        words = torch.tensor([[word & 0xFFFFFFFF for word in four] for four in words])
-        numbers = []
-        for s, noise in zip(entering, address(*words.t()).tolist()):
-            g = s.group
-            first = s.slot * self.width
-            if s.tokens:
-                self.tokens[first : first + s.count] = torch.tensor(s.tokens, device=self.device)
-            numbers.append(dict(
-                position=len(g.prompt) + s.count - 1, count=s.count, write_at=first + s.count,
-                token=0, alive=1, end=g.max_new, address=noise,
-                top_k=g.top_k, top_p=g.top_p, temperature=g.temperature,
-            ))
-        for names, table in (Columns.INTS, self.by_slot.ints), (Columns.REALS, self.by_slot.reals):
-            values = [[of[name] for of in numbers] for name in names]
-            table[:, slots] = torch.tensor(values, device=self.device)
-
-    def _next_pieces(self):
-        """-> (prefix, begin, end): what is computed in this step for those that enter next."""
-        pieces = []
-        budget = self.chunk
-        for s in list(islice(self.waiting, self.free.left)):
-            prefix = self._prefix(s)
-            if prefix is None:
-                break
-            if prefix.hidden is not None or any(prefix is p for p, _, _ in pieces):
-                continue
-            # chunks end where the prefix's own length says, not the budget: the same sums in any
-            # company
-            todo = min(len(prefix.tokens) - prefix.done, self.chunk - prefix.done % self.chunk)
-            if pieces and todo > budget:
-                break
-            pieces.append((prefix, prefix.done, prefix.done + todo))
-            budget -= todo
-        return pieces
-
-    def _prefix(self, s):
-        """-> what has to be computed before this sequence can enter, or None if there is no room
-        for it now."""
-        g = s.group
-        if s.prefix is not None:
-            return s.prefix
-        last = s.tokens and g.waiting == 1 and g.prefix is None      # no other needs the mere prompt
-        if g.prefix is None and not last:
-            prompt = Prefix(g.prompt)
-            if not self.storage.open(prompt):
-                return None
-            g.prefix = prompt
-        if not s.tokens or (not last and g.prefix.hidden is None):
-            return g.prefix              # the prompt first: others continue from it too
-        whole = Prefix(g.prompt + s.tokens)
-        if not self.storage.open(whole, g.prefix):
-            return None
-        s.prefix = whole
-        return whole
-
-    def _prefill(self, pieces):
-        tokens, positions, last = [], [], []
-        for prefix, begin, end in pieces:
-            tokens += prefix.tokens[begin:end]
-            positions += range(begin, end)
-            last.append(len(tokens) - 1)
-        padding = [0] * (-len(tokens) % self.multiple)
-        tokens = torch.tensor(tokens + padding, device=self.device)
-        positions = torch.tensor(positions + padding, device=self.device)
-        hidden_TD = self.model(tokens, positions, self.storage.prefill(pieces))
-        for (prefix, _, end), i in zip(pieces, last):
-            prefix.done = end
-            if end == len(prefix.tokens):
-                prefix.hidden = hidden_TD[i].clone()
-
-    def _make_way(self):
-        """Nothing runs, and the first sequence cannot enter: prefixes that it does not need hold its
-        pages. Computed again later."""
-        first = self.waiting[0]
-        needed = first.prefix or first.group.prefix
-        for s in self.waiting:
-            for owner in (s, s.group):
-                if owner.prefix is not needed:
-                    self._close(owner)
-        if first.tokens and first.prefix is None:
-            whole = Prefix(first.group.prompt + first.tokens)
-            if needed is None or not self.storage.open(whole, needed):
-                self._close(first.group)         # there are not enough pages for both, even so
-                self.storage.open(whole)
-            first.prefix = whole
-
-    def _preempt(self):
-        """No page is left: a prefix that only waits goes first, then the youngest sequence.
-        Computed again later."""
-        for s in reversed(self.waiting):
-            for owner in (s, s.group):
-                if owner.prefix is not None:
-                    self._close(owner)
-                    return
-        youngest = max(self.running.values(), key=lambda s: s.entered)
-        self._remove(youngest, youngest.count)
-        youngest.group.waiting += 1
-        self.waiting.appendleft(youngest)
-
-    def _close(self, owner):
-        if owner.prefix is not None:
-            self.storage.close(owner.prefix)
-            owner.prefix = None
-
     # --- out, at the end
 
     def _collect_finished(self):
         """Which sequences have ended? The only place where the host waits for the device."""
         b = self.batch
-        c = b.columns
-        if not b.strings and not (c.count >= c.end).any():
+        if not b.strings and not (b.count >= b.end).any():
             return
         finished = []
-        for slot, tokens, end in zip(b.order, c.count.tolist(), c.end.tolist()):
-            s = self.running[slot]
+        for s, tokens, end in zip(b.sequences, b.count.tolist(), b.end.tolist()):
             string_end = self._string_end(s, min(tokens, end))
             end = min(end, string_end)
             if tokens >= end:
@@ -648,18 +559,20 @@ class Sampler:
         self._write_back()
         for s, end, by_string in finished:
             self._remove(s, end)
-            if math.isnan(s.logprobs[-1]):
-                place = f"problem {s.group.problem}, sample {s.index}, token {end - 1}"
+            sample = s.sample
+            if math.isnan(sample.logprobs[-1]):
+                place = f"problem {sample.problem}, sample {sample.index}, token {end - 1}"
                 self.reset()
                 raise ValueError(f"step {self.steps_done}: the logits of {place} are not finite: the "
                                  "weights have diverged, or overflow on this prompt")
-            stopped = by_string or s.tokens[-1] in self.stop
-            self.ended.append(self._sample(s, "stop" if stopped else "length"))
+            stopped = by_string or sample.tokens[-1] in self.stop
+            sample.finished = "stop" if stopped else "length"
+            self.ended.append(sample)
 
     def _string_end(self, s, n):
         """-> after which of its first n tokens the text holds a stop string, or FAR. Only the tail of
         each new token is decoded; what matched stays. One in the text to resume stops nothing."""
-        strings = s.group.stop_strings
+        strings = s.stop_strings
         if not strings:
             return FAR
         # a token is a byte or more, and 3 more bytes may be half a character
@@ -667,7 +580,7 @@ class Sampler:
         first = s.slot * self.width
         start = max(0, s.searched - reach)
         tokens = self.tokens[first + start : first + n].tolist()
-        given = len(s.tokens)                        # of these, those that it entered with
+        given = len(s.sample.tokens)                        # of these, those that it entered with
         for end in range(max(s.searched, given) + 1, n + 1):
             low = max(0, end - start - reach)
             text = self.tok.decode(tokens[low : end - start])
@@ -687,15 +600,11 @@ class Sampler:
 
     def _take_along(self, s, end):
         first = s.slot * self.width
-        got = slice(first + len(s.tokens), first + end)
-        s.tokens += self.tokens[got].tolist()
-        s.logprobs += self.logprobs[got].tolist()
-        s.kept += self.kept[got].tolist()        # without truncation nobody reads it
-
-    def _sample(self, s, finished):
-        g = s.group
-        kept = s.kept if g.truncated else None
-        return Sample(g.prompt, s.tokens, s.logprobs, finished, g.problem, s.index, g.visit, kept)
+        got = slice(first + len(s.sample.tokens), first + end)
+        s.sample.tokens += self.tokens[got].tolist()
+        s.sample.logprobs += self.logprobs[got].tolist()
+        if s.sample.kept is not None:
+            s.sample.kept += self.kept[got].tolist()
 
     # --- out, before the end
 
@@ -711,14 +620,14 @@ class Sampler:
         """A problem's unfinished samples leave with the tokens they have. -> Samples: aborted"""
         self._end_batch()
         everyone = [*self.running.values(), *self.waiting]
-        sequences = [s for s in everyone if s.group.problem == problem_id]
+        sequences = [s for s in everyone if s.sample.problem == problem_id]
         for s in sequences:
             if s.slot >= 0:
                 self._remove(s, s.count)
-            self._close(s)
-            self._close(s.group)
-        self.waiting = deque(s for s in self.waiting if s.group.problem != problem_id)
-        return sorted((self._sample(s, "aborted") for s in sequences), key=lambda s: s.index)
+            self.prefixes.close(s.prefix)
+            self.prefixes.close(s.prefix.root)
+        self.waiting = deque(s for s in self.waiting if s.sample.problem != problem_id)
+        return sorted((s.sample for s in sequences), key=lambda sample: sample.index)
 
     @torch.inference_mode()
     def salvage(self):
@@ -728,14 +637,17 @@ class Sampler:
         samples = list(self.ended)
         ends = {}                        # between two looks a sequence runs on behind its stop
         if b is not None:
-            ends = dict(zip(b.order, b.columns.end.tolist()))
+            ends = dict(zip(b.sequences, b.end.tolist()))
         for s in dict.fromkeys([*self.running.values(), *self.waiting]):
+            sample = s.sample
             if s.slot in self.running:
-                steps = b.steps if s.slot in ends else 0
-                self._take_along(s, min(s.count + steps, ends.get(s.slot, FAR)))
-            n = min(len(s.tokens), len(s.logprobs), len(s.kept), s.group.max_new)
-            del s.tokens[n:], s.logprobs[n:], s.kept[n:]
-            samples.append(self._sample(s, "aborted"))
+                steps = b.steps if s in ends else 0
+                self._take_along(s, min(s.count + steps, ends.get(s, FAR)))
+            columns = [x for x in (sample.tokens, sample.logprobs, sample.kept) if x is not None]
+            n = min(s.max_new, *map(len, columns))
+            for x in columns:
+                del x[n:]
+            samples.append(sample)
         self.reset()
         return samples
 
@@ -745,74 +657,17 @@ class Sampler:
         """A graph of _next_token per batch size. Once, with and without truncation."""
         if (self.sizes[0], truncated) in self.graphs:
             return
-        self.in_batch.fill(self.by_slot[-1:])    # all of it padding, which writes into page 0
         self.storage.table.zero_()
+        batches = {size: Batch(self, [], size) for size in self.sizes}   # padding, which writes into page 0
+        for size, b in batches.items():
+            b.view = PagesView(self.storage, size)
+            b.truncated = truncated
 
         def next_token(size):
-            columns, view = self.in_batch[:size], PagesView(self.storage, size)
-            self._next_token(Batch(columns, [], truncated, strings=False, view=view, forward=self.model))
+            self._next_token(batches[size])
 
         for size, graph in recorded(next_token, self.sizes):
             self.graphs[size, truncated] = graph
-
-    # --- many prompts
-
-    def stream(self, prompts, n=8, max_new=256, temperature=1.0, top_p=1.0, top_k=0, seed=0, ids=None,
-               visits=None, stop_strings=(), bar=None):
-        """-> an iterator over (i, the n Samples of prompts[i]), each as it completes. Left early,
-        it frees what it has in flight. After Ctrl-C: what is there so far, the rest as aborted."""
-        ids = list(range(len(prompts))) if ids is None else list(ids)
-        visits = [0] * len(prompts) if visits is None else list(visits)
-        limits = list(max_new) if hasattr(max_new, "__len__") else [max_new] * len(prompts)
-        for name, values in (("ids", ids), ("visits", visits), ("max_new", limits)):
-            if len(values) != len(prompts):
-                raise ValueError(f"{len(prompts)} prompts but {len(values)} {name}")
-        if len(set(ids)) < len(ids):
-            raise ValueError("two prompts have the same id: they would get the same noise")
-        for i, prompt in enumerate(prompts):
-            self._check(ids[i], prompt, n, limits[i], temperature, top_p, top_k, stop_strings)
-        if bar is None:
-            bar = sys.stderr.isatty() and n * sum(limits) > 50_000
-        settings = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-                        stop_strings=stop_strings)
-        prompts, limits, visits = (dict(zip(ids, values)) for values in (prompts, limits, visits))
-        return self._stream(prompts, n, limits, visits, settings, bar)
-
-    def _stream(self, prompts, n, limits, visits, settings, bar):
-        place = {id: i for i, id in enumerate(prompts)}
-        feed = Feed(self, prompts, n, limits, visits=visits, ahead=int(self.deterministic), **settings)
-        bar = progress(None, "rollout") if bar else None
-        if bar is not None:
-            bar.unit = " tokens"
-        ended = 0
-        with feed:
-            try:
-                while feed.busy:
-                    before = len(self.running)
-                    samples = feed.step()
-                    ended += len(samples)
-                    for group in feed.complete(samples):
-                        yield place[group[0].problem], group
-                    if bar is not None:
-                        bar.update(max(before, len(self.running)))
-                        bar.set_postfix(live=len(self.running), finished=ended, refresh=False)
-            except KeyboardInterrupt:
-                found = feed.interrupt()
-                for id in sorted(found, key=place.get):
-                    rest = set(range(n)) - {s.index for s in found[id]}
-                    empty = [Sample(list(prompts[id]), [], [], "aborted", id, j, visits[id]) for j in rest]
-                    yield place[id], sorted(found[id] + empty, key=lambda s: s.index)
-            finally:
-                if bar is not None:
-                    bar.close()
-
-    def generate(self, prompts, n=8, max_new=256, temperature=1.0, top_p=1.0, top_k=0, seed=0, ids=None,
-                 visits=None, stop_strings=(), bar=None):
-        """-> groups[i][j]: Sample j of prompts[i]; under torchrun this rank's groups, in the order
-        of the prompts."""
-        settings = max_new, temperature, top_p, top_k, seed, ids, visits, stop_strings, bar
-        groups = dict(self.stream(prompts, n, *settings))
-        return [groups[i] for i in sorted(groups)]
 
 
 # -----------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import kernels
-from common import cpu, hf, machine, view
+from common import cpu, hf, machine, numpy_row, view
 from common.experts import Experts
 from common.files import newest, run_config
 from common.flags import check_run, die, flags, positive, shares, without_effect
@@ -161,7 +161,7 @@ class GPT(nn.Module):
     def lone_row(self, keys, values):
         """-> forward() of a single token, for the sampler: a copy of this model in numpy where the
         two agree, else the model."""
-        return cpu.lone_row(self, keys, values, Block, packed_attention, (globals(), vars(kernels)))
+        return numpy_row.lone_row(self, keys, values, Block, packed_attention, (globals(), vars(kernels)))
 
     @torch.no_grad()
     def init_weights(self, seed, embedding=0.02):

@@ -7,11 +7,14 @@ NANORL_CPU_TRICKS=0 turns all of it off, and so does `cpu.ON = False` within a p
 the sampler's promise to the bit (`Sampler(exact=True)`), which rests on how oneDNN sums a row: then
 log-probs agree to 1e-5, and tokens until two candidates tie, as on a GPU.
 
+    memory            large tensors in large pages
     products          matmul_t, linear, weight_gradient, padded: oneDNN for fp32 matrices, and the
                       shapes that it likes
     attention         packed_attention: segments of about one length share a call
+    log-probs         logprob: chunks of the size of a cache
     decoding          rms_norm, qk_norm_rope, swiglu, draw: the same, in fewer operations
-    a row by itself   lone_row: the model in numpy, for one sequence on one thread
+
+and in common/numpy_row.py the model in numpy, for one sequence on one thread.
 
 What repeats the arithmetic of a definition would not see a change to it: you edit the norm, the
 trainer follows, and the sampler keeps the old one. So every such copy proves itself on random numbers
@@ -20,19 +23,21 @@ against the definition as it is now, and is dropped with one printed line if the
 This file imports nothing of ours: what it needs to know of the model is handed in.
 """
 
-import copy
 import functools
 import os
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from itertools import pairwise
-from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 ON = os.environ.get("NANORL_CPU_TRICKS", "1") != "0"
+
+# Tensors above 2 MB in pages of 2 MB, where Linux gives them to whoever asks: torch does if this is set
+# before its first tensor. A page of 4 kB costs a fault when it is first touched, and a walk through
+# tables when it is read again: reading 37 MB of weights takes twice as long in them.
+if ON:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def fp32(x):
@@ -69,13 +74,13 @@ def stands_for(trick, definition, *more):
 
 
 @torch.inference_mode(False)
-@torch.no_grad()
+@torch.enable_grad()
 def _difference(trick, definition, more):
     """-> in words, how the two differ on the trick's inputs; or None."""
     try:
         args = PROBES[trick.__name__](_random())
-        pairs = zip(_tensors(trick(*args, *more)), _tensors(definition(*args)), strict=True)
-        error = max(float((a - b).abs().max()) for a, b in pairs)
+        ours, theirs = _tensors(trick(*args, *more), args), _tensors(definition(*args), args)
+        error = max(float((a - b).detach().abs().max()) for a, b in zip(ours, theirs, strict=True))
     except Exception as why:  # a definition that takes or gives something else
         return f"{type(why).__name__}: {why}"
     return None if error <= AGREE else f"by up to {error:.2g} on random numbers"
@@ -86,11 +91,15 @@ def _random():
     return lambda *shape: torch.randn(shape, generator=g)
 
 
-def _tensors(result):
+def _tensors(result, args):
+    """-> what a function gave; and the gradients of those of its arguments that want one."""
     if callable(result):  # attend()
         rand = _random()
         result = result(0, rand(28, 4, 16), rand(28, 2, 16), rand(28, 2, 16))
-    return [result] if torch.is_tensor(result) else list(result)
+    found = [result] if torch.is_tensor(result) else list(result)
+    leaves = [x for x in args if torch.is_tensor(x) and x.requires_grad]
+    rand = _random()
+    return found + list(torch.autograd.grad(found, leaves, [rand(*x.shape) for x in found]) if leaves else ())
 
 
 def _probe_qk_norm_rope(rand):
@@ -107,9 +116,15 @@ def _probe_draw(rand):
     return rand(6, 20), uniform, temperature, top_k, top_p
 
 
+def _probe_logprob(rand):
+    """An id twice in a row."""
+    return rand(5, 8).requires_grad_(), rand(9, 8).requires_grad_(), torch.arange(10).view(5, 2) // 3, 0.7
+
+
 PROBES = {  # what each trick is asked with
     # segments with a parent, a grandparent and without, two of which share a bucket
     "packed_attention": lambda rand: ([0, 5, 12, 15, 16, 22, 28], 7, [-1, 0, 1, -1, -1, -1]),
+    "logprob": _probe_logprob,
     "rms_norm": lambda rand: (rand(6, 24) * 1e-2, rand(24), 1e-6),  # near the origin, where eps counts
     "qk_norm_rope": _probe_qk_norm_rope,
     "swiglu": lambda rand: (rand(6, 24),),
@@ -329,6 +344,120 @@ def used_pages(block_table, lengths, page):
 
 
 # -----------------------------------------------------------------------------
+# log-probs and entropy, in chunks that stay in a cache
+
+
+CHUNK = 1 << 22  # logits: 16 MB
+
+
+def chunks(N, vocab):
+    rows = max(16, CHUNK // vocab)
+    return [slice(a, a + rows) for a in range(0, N, rows)]
+
+
+MANY = 1024  # rows
+
+
+def blocks(N, vocab):
+    """(rows, columns) of the backward: chunks of rows, where they are of MANY. Of a large vocabulary
+    they would be of few, and each adds to all of dW, which costs more than its products. So then it is
+    MANY rows and a tile of the vocabulary at a time: a tile adds to its own part of dW."""
+    if vocab <= CHUNK // MANY:
+        return [(rows, slice(0, vocab)) for rows in chunks(N, vocab)]
+    rows = max(1, min(MANY, N))
+    width = max(16, CHUNK // rows // 4)  # a quarter: such a tile stays in the core's own cache
+    return [(slice(a, a + rows), slice(low, low + width))
+            for a in range(0, N, rows) for low in range(0, vocab, width)]
+
+
+def logits(hidden, weight, temperature):
+    z = matmul_t(hidden, weight)
+    return z.div_(temperature) if temperature != 1.0 else z
+
+
+class LogprobAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, ids_NK, temperature):
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        logp_NK = torch.empty(ids_NK.shape, dtype=wide, device=hidden_ND.device)
+        lse_N = torch.empty(ids_NK.shape[0], dtype=wide, device=hidden_ND.device)
+        entropy_N = torch.empty_like(lse_N)
+        ctx.last = None
+
+        keep = len(weight_VD) <= CHUNK // MANY
+        for s in chunks(len(ids_NK), len(weight_VD)):
+            z = logits(hidden_ND[s], weight_VD, temperature)  # (n, V)
+            at = z.gather(1, ids_NK[s])
+            top = z.amax(1, keepdim=True)
+            z.sub_(top)
+            p = z.exp()  # not yet divided by its sum
+            total = p.sum(1)
+            lse = total.log()
+            entropy_N[s] = lse - torch.linalg.vecdot(p, z).div_(total)
+            if keep:  # so that the backward need not compute the last chunk again
+                ctx.last = z.sub_(lse.unsqueeze(1))
+            del z, p  # before the next chunk takes as much memory
+            lse_N[s] = lse.add_(top.squeeze(1))
+            logp_NK[s] = at.sub_(lse.unsqueeze(1))
+
+        ctx.save_for_backward(hidden_ND, weight_VD, ids_NK, lse_N, entropy_N)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return logp_NK, entropy_N
+
+    @staticmethod
+    def backward(ctx, grad_logp_NK, grad_entropy_N):
+        hidden_ND, weight_VD, ids_NK, lse_N, entropy_N = ctx.saved_tensors
+        if grad_logp_NK is None:
+            grad_logp_NK = lse_N.new_zeros(ids_NK.shape)
+        grad_h = torch.zeros_like(hidden_ND, dtype=lse_N.dtype)
+        grad_w = None
+        if ctx.needs_input_grad[1]:
+            grad_w = torch.zeros_like(weight_VD, dtype=lse_N.dtype)
+
+        for s, v in blocks(len(ids_NK), len(weight_VD)):
+            if ctx.last is not None and s.stop >= len(ids_NK):
+                z = ctx.last
+                ctx.last = None
+            else:
+                z = logits(hidden_ND[s], weight_VD[v], ctx.temperature)
+                z.sub_(lse_N[s].unsqueeze(1))
+
+            g = grad_logp_NK[s].to(z.dtype)
+            flat = g.sum(1, keepdim=True)
+            if grad_entropy_N is None:
+                z.exp_().mul_(-flat)  # -p sum_k g_k
+            else:                     # -p (sum_k g_k + g_H (z - lse + H))
+                p = z.exp()
+                g_H = grad_entropy_N[s].unsqueeze(1)
+                z.mul_(-g_H).sub_(g_H * entropy_N[s].unsqueeze(1) + flat).mul_(p)
+            cols = ids_NK[s] - v.start
+            inside = (cols >= 0) & (cols < z.shape[1])
+            z.scatter_add_(1, cols.clamp_(0, z.shape[1] - 1), torch.where(inside, g, 0.0))
+
+            if ctx.temperature != 1.0:
+                z.div_(ctx.temperature)
+            z = z.to(hidden_ND.dtype)
+            grad_h[s] += matmul_t(z, weight_VD[v].t())
+            if grad_w is not None:
+                grad_w[v] += weight_gradient(z, hidden_ND[s])
+        if grad_w is not None:
+            grad_w = grad_w.to(weight_VD.dtype)
+        return grad_h.to(hidden_ND.dtype), grad_w, None, None
+
+
+def logprob(hidden_ND, weight_VD, ids_NK, temperature):
+    """kernels.logprob_torch."""
+    N = len(ids_NK)
+    spare = spare_rows(N, hidden_ND)
+    if spare:
+        hidden_ND = F.pad(hidden_ND, (0, 0, 0, spare))
+        ids_NK = F.pad(ids_NK, (0, 0, 0, spare))
+    logp_NK, entropy_N = LogprobAt.apply(hidden_ND, weight_VD, ids_NK, temperature)
+    return logp_NK[:N], entropy_N[:N]
+
+
+# -----------------------------------------------------------------------------
 # the small steps of a decode step, in fewer operations
 
 
@@ -419,147 +548,3 @@ class Tensors:
 
     def __getattr__(self, name):  # a norm that this model lacks: None, as the module has it
         return getattr(self.module, name)
-
-
-# -----------------------------------------------------------------------------
-# a row by itself: the model in numpy, which starts an operation in a quarter of torch's time, and a
-# decode step of one row is two hundred small ones. numpy_row repeats what GPT.forward and Block.forward
-# say and follows no change to them, so it is compared first.
-
-
-_proofs = []  # (code_of(model, ...), does numpy_row agree?), the last few
-
-
-def lone_row(model, keys, values, ours, attention, namespaces):
-    """-> forward() of a single token: numpy_row where it agrees with the model, else the model. ours:
-    the class of block that it copies. namespaces: of the modules that hold the model's code."""
-    if not ON:
-        return model
-    code = code_of(model, namespaces)
-    agrees = next((verdict for known, verdict in _proofs if same(known, code)), None)
-    if agrees is None:
-        problem = disproof(model, ours, attention)
-        if problem:
-            why = f"since the copy of it in numpy {problem}"
-            print("cpu: a single row is left to the model,", why, flush=True)
-        agrees = not problem
-        _proofs.append((code, agrees))
-        del _proofs[:-8]
-    return numpy_row(model, keys, values) if agrees else model
-
-
-def code_of(model, namespaces):
-    """All that decides what a model computes, but for its weights: functions and constants of its
-    modules, the insides of its classes, what was set on its objects. It costs half a step."""
-    found = []
-    for module in model.modules():
-        found.append(type(module))
-        found += [value for name, value in vars(module).items() if name[0] != "_"]
-        found += module._forward_hooks.values()
-        found += module._forward_pre_hooks.values()
-    insides = [value for cls in dict.fromkeys(map(type, model.modules())) for value in _inside(cls)]
-    spaces = [*namespaces, *(value.__globals__ for value in insides if hasattr(value, "__globals__"))]
-    for space in {id(space): space for space in spaces}.values():
-        insides += space.values()
-    return found + insides
-
-
-def _inside(cls):
-    ours = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
-    return [value for base in ours for value in vars(base).values()]
-
-
-def same(a, b):
-    """Two lists of code_of: the same objects, or equal numbers, words and configs."""
-    return len(a) == len(b) and all(x is y or _equal(x, y) for x, y in zip(a, b))
-
-
-def _equal(x, y):
-    return type(x) is type(y) and (isinstance(x, (int, float, str)) or is_dataclass(x)) and x == y
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def disproof(model, ours, attention):
-    """-> in words, why numpy_row is not this model; or None. Both continue a text of 12 tokens, with
-    random weights: the zeros and ones that a new model begins with would hide things."""
-    foreign = next((type(block).__name__ for block in model.blocks if type(block) is not ours), None)
-    if foreign:
-        return f"knows no block of the class {foreign}"
-    g = torch.Generator().manual_seed(0)
-
-    def random_like(p):
-        x = torch.randn(p.shape, generator=g)
-        x = x * p.shape[1] ** -0.5 if p.ndim == 2 else 1 + 0.3 * x
-        return torch.nn.Parameter(x, requires_grad=False)
-
-    try:
-        c = model.config
-        twin = copy.deepcopy(model, {id(p): random_like(p) for p in model.parameters()})
-        tokens = torch.randint(c.vocab_size, (12,), generator=g)
-        positions = torch.arange(12)
-        hidden = twin(tokens, positions, attention([0, 12], 12))
-        cache = [np.zeros((2, c.n_kv_head, 12, c.head_dim), dtype=np.float32) for _ in twin.blocks]
-        forward = numpy_row(twin, [k for k, _ in cache], [v for _, v in cache])
-        row = torch.cat([forward(tokens[i : i + 1], positions[i : i + 1], None) for i in range(12)])
-        both = torch.stack([hidden[5:11], row[5:11]])
-        logp = F.linear(both, twin.head_weight).log_softmax(-1)
-        want, got = logp.gather(2, tokens[6:].view(1, 6, 1).expand(2, 6, 1))
-    except Exception as why:  # whatever a changed model raises
-        return f"cannot be checked: {type(why).__name__}: {why}"
-    error = float((got - want).abs().max())
-    return None if error <= AGREE else f"is off by {error:.2g} in its log-probs"
-
-
-def _views(block):
-    """The block's tensors in numpy, under the names of Tensors; None where it has none."""
-    found = vars(Tensors(block))
-    del found["module"]
-    views = {name: None if tensor is None else tensor.detach().numpy() for name, tensor in found.items()}
-    return SimpleNamespace(**{"q_norm": None, "k_norm": None} | views)
-
-
-def numpy_row(model, keys, values):
-    """-> forward() of a single token, on the weights where they are. keys and values: the row's, one
-    (n_kv_head, capacity, head_dim) array per layer; the new token's are written there."""
-    c = model.config
-    heads = c.n_head + c.n_kv_head
-    half = c.head_dim // 2
-    layers = [_views(block) for block in model.blocks]
-    embed = model.embed.weight.detach().numpy()
-    norm = model.norm.weight.detach().numpy()
-    inv_freq, scale = model._rope[0].numpy(), model._rope[1]
-
-    def unit(x):
-        return x / np.sqrt(np.add.reduce(x * x, -1, keepdims=True) / x.shape[-1] + c.norm_eps)
-
-    def forward(token_1, position_1, attend):
-        x_D = embed[int(token_1)]
-        at = int(position_1)
-        cos, sin = np.cos(at * inv_freq) * scale, np.sin(at * inv_freq) * scale
-        cos, sin = np.concatenate((cos, cos)), np.concatenate((-sin, sin))  # (head_dim)
-        for w, k, v in zip(layers, keys, values):
-            qkv = w.qkv @ (unit(x_D) * w.attn_norm)
-            if w.qkv_bias is not None:
-                qkv += w.qkv_bias
-            qkv = qkv.reshape(-1, c.head_dim)  # (heads, head_dim)
-            qk = qkv[:heads]
-            if w.q_norm is not None:
-                qk = unit(qk)
-                qk[: c.n_head] *= w.q_norm
-                qk[c.n_head :] *= w.k_norm
-            qk = qk * cos + np.concatenate((qk[:, half:], qk[:, :half]), 1) * sin
-            k[:, at] = qk[c.n_head :]
-            v[:, at] = qkv[heads:]
-            q = qk[: c.n_head].reshape(c.n_kv_head, -1, c.head_dim)  # each key head's query heads
-            s = np.matmul(q, k[:, : at + 1].transpose(0, 2, 1)) * c.head_dim**-0.5
-            s = np.exp(s - np.maximum.reduce(s, -1, keepdims=True))
-            o = np.matmul(s / np.add.reduce(s, -1, keepdims=True), v[:, : at + 1])
-            x_D = x_D + w.out @ o.reshape(-1)
-            gate_up = w.gate_up @ (unit(x_D) * w.mlp_norm)
-            with np.errstate(over="ignore"):  # exp(100) is inf, and 1 / inf the 0 it should be
-                hidden = gate_up[: c.d_ff] / (1 + np.exp(-gate_up[: c.d_ff])) * gate_up[c.d_ff :]
-            x_D = x_D + w.down @ hidden
-        return torch.from_numpy(unit(x_D) * norm).unsqueeze(0)
-
-    return forward

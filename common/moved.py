@@ -44,7 +44,7 @@ MOVED = {
     ),
     "rollout": dict(
         Deal="common.deal:SharedPrompts", Slab="common.slabs", causal="common.slabs", calls="common.deal",
-        Row="rollout:Sequence", PAGE="common.pages",
+        Row="rollout:Sequence", PAGE="common.pages", Columns="rollout:Batch",
     ),
     "stages": dict(
         backward="stages:update", backward_share="stages:update", accumulate="stages:update",

@@ -127,9 +127,11 @@ def trial(model, steps, rows):
         "log-prob": ((x, ids), lambda x, ids: steps.linear_logprob(x, head, ids, 0.7)[0]),
     }
     for name, (weight_NK, bias) in products(model).items():
-        run = steps.logits_of if name == "head" else steps.linear
         inputs = (rand(rows[-1], weight_NK.shape[1]),)
-        cases[name] = inputs, functools.partial(run, weight=weight_NK, bias=bias)
+        run = functools.partial(steps.linear, weight=weight_NK, bias=bias)
+        if name == "head":
+            run = functools.partial(steps.linear_logits, weight=weight_NK)
+        cases[name] = inputs, run
     unlike = [name for name, (inputs, run) in cases.items() if not alike(run, inputs, rows)]
     both_sides = {"draw": drawn(steps, x[:64], head), **attended(steps, c, rand)}
     return unlike + [name for name, equal in both_sides.items() if not equal]
@@ -167,8 +169,20 @@ def drawn(steps, x, head):
     """Is the log-prob of a token that was drawn the one that the trainer gives it?"""
     uniform = torch.linspace(0.01, 0.99, len(x), device=x.device)
     temperature = torch.full_like(uniform, 0.7)
-    token, logp, _ = steps.draw_alike(x, head, uniform, temperature)
+    token, logp, _ = steps.draw_next(x, head, uniform, temperature)
     return torch.equal(logp, steps.linear_logprob(x, head, token, 0.7)[0])
+
+
+def draw(fold, plain, hidden_ND, weight_VD, uniform_N, temperature_N, top_k_N=None, top_p_N=None):
+    """plain, the draw without --parity; but the logits, and of the token that they give the log-prob, are
+    those of linear_logprob to the bit. fold: see _fold in kernels.py."""
+    logits_NV = hidden_ND.new_empty(len(hidden_ND), len(weight_VD), dtype=torch.float32)
+    inverse_N = torch.where(temperature_N == 0, 1.0, temperature_N).reciprocal()
+    ids_N1 = torch.zeros_like(temperature_N, dtype=torch.int64).unsqueeze(1)      # not known yet
+    _, m_N, s_N, _ = fold(hidden_ND.contiguous(), weight_VD, ids_N1, inverse_N, logits_NV)
+    token_N, _, kept_N = plain(logits_NV, uniform_N, temperature_N, top_k_N, top_p_N)
+    at_N = logits_NV.gather(1, token_N.unsqueeze(1)).squeeze(1) * inverse_N
+    return token_N, at_N.sub_(m_N).sub_(s_N.log()), kept_N
 
 
 def attended(steps, c, rand, length=200, page=32):

@@ -164,9 +164,7 @@ class Slabs:
         return True
 
     def close(self, prefix):
-        prefix.cache = None
-        prefix.hidden = None
-        prefix.done = 0
+        """The caller drops the cache."""
 
     def prefill(self, pieces):
         """pieces: (prefix, start, end), one after another in a packed row. -> attend"""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kernels
-from common import cpu
+from common import cpu, numpy_row
 from rollout import Sampler
 from train_gpt import GPT, GPTConfig
 
@@ -102,6 +102,20 @@ def test_the_switch_is_read_from_the_environment(one_process, monkeypatch):
     assert one_process(code).split() == ["False", "False"]
 
 
+def test_large_tensors_ask_for_large_pages(one_process, monkeypatch):
+    """torch reads this before its first tensor. What a user has set stays, and without the tricks
+    nothing is set."""
+    name = "THP_MEM_ALLOC_ENABLE"
+    code = f"from common import cpu; import os; print(os.environ.get('{name}'))"
+    monkeypatch.delenv(name, raising=False)
+    assert one_process(code).split() == ["1"]
+    monkeypatch.setenv(name, "0")
+    assert one_process(code).split() == ["0"]
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("NANORL_CPU_TRICKS", "0")
+    assert one_process(code).split() == ["None"]
+
+
 def test_it_stands_at_the_bottom():
     """cpu.py and backend.py import nothing of ours: both could be copied into another project."""
     for name in "cpu", "backend":
@@ -119,6 +133,7 @@ def test_it_stands_at_the_bottom():
 
 def test_every_stand_in_agrees_with_its_definition(capsys):
     assert cpu.stands_for(cpu.packed_attention, kernels.packed_attention_torch)
+    assert cpu.stands_for(cpu.logprob, kernels.logprob_torch)
     assert cpu.stands_for(cpu.rms_norm, kernels.rms_norm_torch)
     assert cpu.stands_for(cpu.qk_norm_rope, kernels.qk_norm_rope_torch)
     assert cpu.stands_for(cpu.swiglu, kernels.swiglu_torch)
@@ -167,14 +182,14 @@ import torch, torch.nn.functional as F
 sys.path.insert(0, sys.argv[1])
 sys.path.insert(0, sys.argv[1] + "/tests")
 import kernels, train_gpt
-from common import cpu
+from common import cpu, numpy_row
 from rollout import Sampler
 from test_cpu import random_model
 from train_gpt import Block, RMSNorm
 
 torch.set_num_threads(1)
-used, was = [], cpu.numpy_row
-cpu.numpy_row = lambda model, *args: used.append(model) or was(model, *args)
+used, was = [], numpy_row.numpy_row
+numpy_row.numpy_row = lambda model, *args: used.append(model) or was(model, *args)
 readme = Path(sys.argv[1], "README.md").read_text()
 nope = readme[readme.index("@@", readme.index("+++ b/train_gpt.py")):]
 nope = nope[nope.index("\\n") + 1 : nope.index("```")].splitlines()
@@ -327,10 +342,10 @@ def test_the_proof_sees_a_small_change():
         return lambda layer, q, k, v: attend(layer, q * (1.02 if layer == 3 else 1), k, v)
 
     for each in models:
-        assert cpu.disproof(each, block, kernels.packed_attention) is None
-        assert "is off by" in cpu.disproof(each, block, scaled)
+        assert numpy_row.disproof(each, block, kernels.packed_attention) is None
+        assert "is off by" in numpy_row.disproof(each, block, scaled)
     model.blocks[0].eps = 1e-4
-    assert "is off by" in cpu.disproof(model, block, kernels.packed_attention)
+    assert "is off by" in numpy_row.disproof(model, block, kernels.packed_attention)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
 

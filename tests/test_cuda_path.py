@@ -142,10 +142,10 @@ def test_a_fresh_engine_keeps_the_addresses_that_graphs_know(taped):
     sampler.generate(PROMPTS[:2], 2, 9)
 
     def everything():
-        return vars(sampler) | vars(sampler.storage) | vars(sampler.in_batch)
+        return vars(sampler) | vars(sampler.storage)
 
     tensors = {k: v for k, v in everything().items() if torch.is_tensor(v)}
-    assert {"is_stop", "ints", "reals", "tokens", "logprobs", "kept", "k",
+    assert {"is_stop", "ints", "reals", "token", "tokens", "logprobs", "kept", "k",
             "v", "table", "lengths"} <= set(tensors)
     sampler.reset()
     after = everything()

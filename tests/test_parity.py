@@ -93,7 +93,7 @@ def check_two_tiles_of_logits(on, monkeypatch):
     temperature = torch.tensor([0.7, 1.0, 0.0, 1.3, 0.7, 0.3, 2.0, 0.0, 0.7])
     uniform = torch.linspace(0.05, 0.95, 9)
     top_k = torch.tensor([0, 5, 0, 0, 3, 0, 0, 2, 0])
-    token, logp, _ = kernels.draw_alike(x, head, uniform, temperature, top_k, torch.ones(9))
+    token, logp, _ = kernels.draw_next(x, head, uniform, temperature, top_k, torch.ones(9))
     for i, t in enumerate(temperature.tolist()):
         alone, _ = kernels.linear_logprob(x[i : i + 1], head, token[i : i + 1], t or 1.0)
         assert torch.equal(alone, logp[i : i + 1]), i

@@ -123,7 +123,7 @@ def nothing_leaks(sampler):
         assert sum(len(slab.slots) for slab in storage.slabs.values()) == len(sampler.running)
         return
     owners = [s for s in (*sampler.waiting, *sampler.running.values())]
-    prefixes = {id(p): p for s in owners for p in (s.prefix, s.group.prefix) if p is not None}
+    prefixes = {id(p): p for s in owners for p in (s.prefix, s.prefix.root) if p.cache is not None}
     held = Counter([0])                  # padding's
     for pages in (*storage.owned.values(), *(p.cache for p in prefixes.values())):
         held.update(pages)
