@@ -748,6 +748,8 @@ def rms_norm_torch(x, weight, eps):
 def rms_norm(x, weight, eps):
     if cpu.decoding(x) and cpu.stands_for(cpu.rms_norm, rms_norm_torch):
         return cpu.rms_norm(x, weight, eps)
+    if cpu.training(x) and cpu.stands_for(cpu.trained_norm, rms_norm_torch):
+        return cpu.trained_norm(x, weight, eps)
     return rms_norm_torch(x, weight, eps)
 
 
@@ -757,6 +759,9 @@ def qk_norm_rope(q, k, q_weight, k_weight, cos_T, sin_T, eps):
     if cpu.decoding(q) and cpu.stands_for(cpu.qk_norm_rope, qk_norm_rope_torch):
         return cpu.qk_norm_rope(*args)
     if not fused(q):
+        normed = q_weight is not None
+        if normed and cpu.training(q) and cpu.stands_for(cpu.trained_norm_rope, qk_norm_rope_torch):
+            return cpu.trained_norm_rope(*args)
         return qk_norm_rope_torch(*args)
 
     T, H, hd = q.shape

@@ -10,6 +10,7 @@ log-probs agree to 1e-5, and tokens until two candidates tie, as on a GPU.
     products          matmul_t, linear, weight_gradient, padded: oneDNN for fp32 matrices, and the
                       shapes that it likes
     attention         packed_attention: segments of about one length share a call
+    training          trained_norm, trained_norm_rope: their gradients by hand, in half the operations
     decoding          rms_norm, qk_norm_rope, swiglu, draw: the same, in fewer operations
     a row by itself   lone_row: the model in numpy, for one sequence on one thread
 
@@ -45,6 +46,11 @@ def decoding(x):
     not matter, or a row's rounding would depend on the others."""
     # grad first: a compiler knows the answer, and cuts its graph at the question after it
     return not torch.is_grad_enabled() and torch.is_inference_mode_enabled() and fp32(x)
+
+
+def training(x):
+    """Not inside torch.compile, which fuses the definitions itself."""
+    return torch.is_grad_enabled() and fp32(x) and not torch.compiler.is_compiling()
 
 
 # -----------------------------------------------------------------------------
@@ -112,6 +118,8 @@ PROBES = {  # what each trick is asked with
     "packed_attention": lambda rand: ([0, 5, 12, 15, 16, 22, 28], 7, [-1, 0, 1, -1, -1, -1]),
     "rms_norm": lambda rand: (rand(6, 24) * 1e-2, rand(24), 1e-6),  # near the origin, where eps counts
     "qk_norm_rope": _probe_qk_norm_rope,
+    "trained_norm": lambda rand: (rand(6, 24) * 1e-2, rand(24), 1e-6),
+    "trained_norm_rope": _probe_qk_norm_rope,
     "swiglu": lambda rand: (rand(6, 24),),
     "draw": _probe_draw,
 }
@@ -361,6 +369,62 @@ def wide_tables(cos_T, sin_T):
         sin = torch.cat((-sin_T, sin_T), 1).unsqueeze(1)
         _tables = last = cos_T, sin_T, cos, sin
     return last[2:]
+
+
+class Norm(torch.autograd.Function):
+    """RMSNorm of each row. F.rms_norm keeps every small step of it for the backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        size = root_mean_square(x, eps)
+        y = x / size
+        ctx.save_for_backward(y, size, weight)
+        return y * weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, size, weight = ctx.saved_tensors
+        return norm_backward(grad * weight, y, size), (grad * y).flatten(0, -2).sum(0), None
+
+
+def norm_backward(grad, y, size):
+    """What a row gains along itself changes its size alone, which is divided away."""
+    along = (grad * y).sum(-1, keepdim=True).div_(-y.shape[-1])
+    return grad.addcmul(y, along).div_(size)
+
+
+def trained_norm(x, weight, eps):
+    return Norm.apply(x, weight, eps)
+
+
+class NormRope(torch.autograd.Function):
+    """RMSNorm and rotation of all heads, query and key heads together."""
+
+    @staticmethod
+    def forward(ctx, x_THd, weight_Hd, cos, sin, eps):
+        size = root_mean_square(x_THd, eps)
+        y = x_THd / size
+        ctx.save_for_backward(y, size, weight_Hd, cos, sin)
+        return turned(y * weight_Hd, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, size, weight_Hd, cos, sin = ctx.saved_tensors
+        grad = turned(grad, cos, -sin)                       # back
+        return norm_backward(grad * weight_Hd, y, size), (grad * y).sum(0), None, None, None
+
+
+def turned(x, cos, sin):
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def trained_norm_rope(q, k, q_weight, k_weight, cos_T, sin_T, eps):
+    heads = q.shape[1], k.shape[1]
+    weight_Hd = torch.cat([w.expand(n, -1) for w, n in zip((q_weight, k_weight), heads)])
+    x = NormRope.apply(torch.cat((q, k), 1), weight_Hd, *wide_tables(cos_T, sin_T), eps)
+    return x.split_with_sizes(heads, 1)
 
 
 def qk_norm_rope(q, k, q_weight, k_weight, cos_T, sin_T, eps):
