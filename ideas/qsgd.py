@@ -19,8 +19,8 @@ The paper: 4 bits train networks to full accuracy, 2 bits may lose some; ResNet-
 1.8 times as fast. Here: 0.16M parameters on the bytes of Python's own library, SGD with momentum as
 there, and AdamW, whose second moment sees the noise. The control sends 4 bits, too, but always the
 nearest level: smaller errors, the same ones each time. All arms of an optimizer share weights,
-batches, steps and the rate, which is the best of those in RATES for 32 bits on another seed.
-Nothing is clipped, since the noise would count as length.
+batches, steps and the rate: SGD's is the best of three for 32 bits on another seed (which three is
+not known any more), AdamW's that of the other ideas here. Nothing is clipped: noise has length.
 
     python -m ideas.qsgd
     python -m bench ideas --names qsgd

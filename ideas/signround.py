@@ -15,7 +15,8 @@ are kept. Held against the authors' code (auto-round: its asymmetric integers, i
 defaults), the formula and these choices are the same. Not as there: groups of 128 and scales in 16
 bits, as rows have 64 numbers here; steps of 8 texts at random out of 512, here the next 8 of 64
 windows. The control "ends alone" learns a and b and no v, in as many steps: what it gains is not
-due to the way that weights are rounded.
+due to the way that weights are rounded. At 2 bits, seed 11, before CLAIM was last changed: nearest
+2.249, ends alone 1.649, signround 1.476; so the claim asks for more than the ends give.
 
 "repaired" is MiLo's way (2504.02658), made for mixtures of experts, here on dense matrices: no
 data, nearest levels, and a matrix U V of rank 4 for what is missing, both refitted in turn. It
@@ -42,7 +43,8 @@ from common.hf import find
 from train_gpt import GPT, evaluate, forward, packed_rows, scratch
 
 CLAIM = Claim(paper="2309.05516", says="rounding learned in 200 steps: 7 to 33 points above others at 2 bits",
-              measured="loss below nearest rounding's at 2 bits", smallest=2.0, unit="0.01 nats")
+              measured="loss at 2 bits below nearest rounding's, or below ends alone's if that is less",
+              smallest=2.0, unit="0.01 nats")
 ARMS = ("nearest", "signround", "ends alone", "repaired")    # baseline; idea; control; MiLo
 GROUP = 32
 RANK = 4
@@ -173,9 +175,11 @@ def main(argv=None):
             trial.point(arm, bits, table[arm][f"{bits} bits"])
     loss = {arm: 100 * table[arm]["2 bits"] for arm in ARMS}
     picture(trial, x="bits", y="loss, nats per byte")
-    note = (f"(ends alone {loss['nearest'] - loss['ends alone']:+.1f}, repaired "
-            f"{loss['nearest'] - loss['repaired']:+.1f} with more numbers)")
-    return finish(trial, (loss["nearest"] - loss["signround"], 0.0), table, note=note)
+    below = {arm: loss["nearest"] - loss[arm] for arm in ARMS}
+    note = (f"(below nearest: {below['signround']:+.1f}, ends alone {below['ends alone']:+.1f}, repaired "
+            f"{below['repaired']:+.1f} with more numbers)")
+    gain = min(below["signround"], below["signround"] - below["ends alone"])
+    return finish(trial, (gain, 0.0), table, note=note)
 
 
 if __name__ == "__main__":

@@ -264,7 +264,17 @@ def test_a_learned_rounding_makes_a_blocks_output_better_than_nearest(few):
     nearest = {n: signround.rounded(w.detach(), 2) for n, w in block.named_parameters() if w.ndim == 2}
     once = signround.learned(block, inputs, targets, 2, 1)
     assert all(torch.equal(once[name], nearest[name]) for name in nearest), "it begins at nearest"
-    assert error(signround.learned(block, inputs, targets, 2, 100)) < 0.9 * error(nearest)
+    both = signround.learned(block, inputs, targets, 2, 100)
+    assert error(both) < 0.9 * error(nearest)
+
+    def ordered(weights):
+        """does a larger weight of a group always get a level that is not lower?"""
+        groups = [(block.get_parameter(name).detach().view(-1, 32), w.view(-1, 32))
+                  for name, w in weights.items()]
+        return all((seen.gather(1, w.argsort(1)).diff() >= -1e-6).all() for w, seen in groups)
+    ends = signround.learned(block, inputs, targets, 2, 100, shifting=False)
+    assert ordered(nearest) and ordered(ends) and not ordered(both), "the ends alone round to the nearest"
+    assert error(ends) < error(nearest)
 
 
 def test_a_repair_of_low_rank_is_better_than_levels_alone():

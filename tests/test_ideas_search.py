@@ -53,7 +53,7 @@ def test_chunks_cuts_after_each_step():
 
 def test_chunks_by_hand():
     """the picture in chunks.py: a right first step, then a slip"""
-    assert chunks.absolute([0.25, 0.75, 0.0]) == pytest.approx([0.5, -0.75])
+    assert chunks.difference([0.25, 0.75, 0.0]) == pytest.approx([0.5, -0.75])
     assert chunks.ratio([0.25, 0.75, 0.0], 0.8).tolist() == [1, -1]
     assert chunks.ratio([0.5, 0.41, 0.3], 0.8).tolist() == [1, -1], "a small loss is still good"
     assert chunks.ratio([0.0, 0.0, 0.0], 0.8).tolist() == [-1, -1], "nothing of nothing is not"
@@ -62,7 +62,7 @@ def test_chunks_by_hand():
 KNOWN = {"1+2=3,": 0.75, "1*2=2,": 0.25}
 
 
-@pytest.mark.parametrize("arm", ["absolute", "shuffled"])
+@pytest.mark.parametrize("arm", ["difference", "shuffled"])
 def test_chunks_only_moves_what_plain_pays(arm):
     """the advantages of a response add up to those of GRPO without the deviation, wherever they stand"""
     group = group_of(["1+2=3,3+4=7", "1+2=3,3*4=12", "1*2=2,2+4=6", "8"], [1.0, 0.0, 0.0, 0.0])
@@ -76,7 +76,7 @@ def test_chunks_only_moves_what_plain_pays(arm):
         assert sum(s.advantage[end - 1] for end in cut) == pytest.approx(a)
         assert all(len(set(s.advantage[i:j])) == 1 for i, j in zip([0, *cut], cut)), "one for a whole step"
     assert set(group[3].advantage) == {-0.25}, "a response of one step gets what it got before"
-    if arm == "absolute":
+    if arm == "difference":
         assert group[1].advantage[0] == 0.5 and group[1].advantage[-1] == -0.75
 
 
@@ -100,11 +100,11 @@ def test_chunks_is_exact_on_a_chain_with_known_values():
     truth = torch.cat([g.flatten() for g in torch.autograd.grad(value, (first, second), retain_graph=True)])
     after = (q * right).sum(1)
     moments = {}
-    for arm in ("absolute", "return"):
+    for arm in ("difference", "return"):
         mean, square = 0, 0
         for i, j in itertools.product(range(2), repeat=2):
             path = [value.item(), after[i].item(), right[i, j].item()]
-            paid = chunks.absolute(path) if arm == "absolute" else [path[2] - path[0]] * 2
+            paid = chunks.difference(path) if arm == "difference" else [path[2] - path[0]] * 2
             score = paid[0] * p[i].log() + paid[1] * q[i, j].log()
             grads = torch.autograd.grad(score, (first, second), retain_graph=True, allow_unused=True)
             g = torch.cat([x.flatten() for x in grads])
@@ -113,7 +113,7 @@ def test_chunks_is_exact_on_a_chain_with_known_values():
             square = square + chance * float((g**2).sum())
         moments[arm] = square - float((mean**2).sum())
         assert torch.allclose(mean, truth, atol=1e-12), arm
-    assert moments["absolute"] < moments["return"]
+    assert moments["difference"] < moments["return"]
 
 
 def test_chunks_values_are_those_of_the_rollouts(small):
@@ -167,11 +167,18 @@ def test_treepo_that_splits_at_the_root_alone_is_grpo():
 
 def test_treepo_never_spends_more_leaves_than_there_are():
     rng = np.random.default_rng(0)
-    assert {treepo.children(1, 8, True, rng)[0] for _ in range(200)} == set(range(2, 9))
-    assert treepo.children(1, 4, True, rng)[0] <= 4
-    assert treepo.children(3, 8, False, rng) == [2, 2, 2], "two at most"
-    assert treepo.children(3, 4, False, rng) == [2, 1, 1]
-    assert treepo.children(3, 3, False, rng) == [1, 1, 1]
+    assert {treepo.children(1, 0, 8, True, rng)[0] for _ in range(200)} == set(range(2, 9))
+    assert treepo.children(1, 0, 4, True, rng)[0] <= 4
+    assert treepo.children(3, 0, 8, False, rng) == [2, 2, 2], "two for each"
+    assert treepo.children(3, 0, 4, False, rng) == [2, 1, 1]
+    assert treepo.children(3, 2, 3, False, rng) == [1, 1, 1]
+
+
+def test_treepo_hands_the_share_of_a_path_that_ended_to_those_that_live():
+    """two paths, one of them ended: the other gets four; a live path never had more than two"""
+    assert treepo.children(1, 1, 6, False, None) == [4]
+    assert treepo.children(2, 1, 7, False, None) == [3, 3]
+    assert treepo.children(1, 3, 5, False, None) == [5], "no more than there are"
 
 
 def test_treepo_grows_what_its_paths_say(small):
@@ -213,9 +220,9 @@ def test_evol_by_hand():
     assert similar[0, 1] == pytest.approx(1) and similar[0, 2] == 0
     assert similar[0, 3] == pytest.approx(1 / 2), "one of two grams"
     places = evol.novelty(similar, np.array(agrees[:4]))
-    assert places == pytest.approx([0, 0, 1, 0.5]), "a set of one stands in the middle"
+    assert places == pytest.approx([0, 0, 1, 1]), "a set of one is novel"
     paid = evol.evolved(texts, agrees, "evol", None)
-    assert paid == pytest.approx([0.5, 0.5, 1.0, -0.75, -1.0])
+    assert paid == pytest.approx([0.5, 0.5, 1.0, -0.5, -1.0])
     assert evol.evolved(texts, agrees, "signs", None) == pytest.approx([0.75] * 3 + [-0.75, -1.0])
     mixed = evol.evolved(texts, agrees, "shuffled", np.random.default_rng(0))
     assert sorted(mixed) == pytest.approx(sorted(paid)) and mixed[3:] == pytest.approx(paid[3:])
@@ -225,9 +232,25 @@ def test_evol_where_all_are_equally_novel_is_the_vote():
     """what is equal in every way gets equal rewards, so a group that all agrees teaches nothing"""
     assert len(set(evol.evolved(["abc"] * 4, [True] * 4, "evol", None))) == 1
     paid = evol.evolved(["abc", "abc", "xyz", "xyz"], [True, True, False, False], "evol", None)
+    assert paid == pytest.approx([0.75, 0.75, -0.75, -0.75]), "the middle of both sets"
     A = algos.BASELINES["group"](paid)
     assert A == pytest.approx(algos.BASELINES["group"](np.array([1.0, 1, 0, 0])), abs=1e-5)
     assert evol.evolved(["a", "b"], [None, None], "evol", None).tolist() == [-1, -1]
+    assert evol.evolved(["a", "b"], [True, None], "evol", None).tolist() == [-1, -1], "too few"
+
+
+def test_evol_takes_no_rounding_for_novelty():
+    """the same text 31 times: its mean similarity differs in the last digit, which min-max made 0 and 1"""
+    similar = np.ones((31, 31))
+    similar[0, 1:] = similar[1:, 0] = 1 - 1e-15
+    assert (evol.novelty(similar, np.array([True] * 31)) == 0.5).all()
+
+
+def test_evol_compares_with_all_votes_and_trains_the_first(small):
+    """novelty was measured among the samples that are trained: what the other votes say did not count"""
+    texts = ["1+2=3", "1+2=3", "2+1=3", "2+1=3", "2+1=3", "2+1=3"]
+    chosen = evol.judge(group_of(texts), "evol", small, evol.Config(n=3), np.random.default_rng(0))
+    assert [s.index for s in chosen] == [0, 1, 2] and [s.reward for s in chosen] == [1, 1, 0.5]
 
 
 def test_evol_never_sees_a_label(small):
