@@ -33,7 +33,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from common import cpu, parity
+from common import cpu, norms, parity
 from common.backend import (PROBED_ROW, PROBES, candidates, choose, chosen, expect, expect_dense,
                             expect_heads, expect_ids, flash, flash_decode, in_one_call, jit, longest,
                             packages_take, report, tl, triton, varlen)
@@ -687,6 +687,8 @@ def rms_norm_torch(x, weight, eps):
 def rms_norm(x, weight, eps):
     if cpu.decoding(x) and cpu.stands_for(cpu.rms_norm, rms_norm_torch):
         return cpu.rms_norm(x, weight, eps)
+    if cpu.training(x) and cpu.stands_for(norms.norm, rms_norm_torch):
+        return norms.norm(x, weight, eps)
     return rms_norm_torch(x, weight, eps)
 
 
@@ -696,6 +698,9 @@ def qk_norm_rope(q, k, q_weight, k_weight, cos_T, sin_T, eps):
     if cpu.decoding(q) and cpu.stands_for(cpu.qk_norm_rope, qk_norm_rope_torch):
         return cpu.qk_norm_rope(*args)
     if not fused(q):
+        normed = q_weight is not None
+        if normed and cpu.training(q) and cpu.stands_for(norms.norm_rope, qk_norm_rope_torch):
+            return norms.norm_rope(*args)
         return qk_norm_rope_torch(*args)
 
     T, H, hd = q.shape

@@ -14,7 +14,8 @@ log-probs agree to 1e-5, and tokens until two candidates tie, as on a GPU.
     log-probs         logprob: chunks of the size of a cache
     decoding          rms_norm, qk_norm_rope, swiglu, draw: the same, in fewer operations
 
-and in common/numpy_row.py the model in numpy, for one sequence on one thread.
+and in common/norms.py norms whose gradient is by hand, in common/numpy_row.py the model in numpy, for
+one sequence on one thread.
 
 What repeats the arithmetic of a definition would not see a change to it: you edit the norm, the
 trainer follows, and the sampler keeps the old one. So every such copy proves itself on random numbers
@@ -50,6 +51,11 @@ def decoding(x):
     not matter, or a row's rounding would depend on the others."""
     # grad first: a compiler knows the answer, and cuts its graph at the question after it
     return not torch.is_grad_enabled() and torch.is_inference_mode_enabled() and fp32(x)
+
+
+def training(x):
+    """Not inside torch.compile, which fuses the definitions itself."""
+    return torch.is_grad_enabled() and fp32(x) and not torch.compiler.is_compiling()
 
 
 # -----------------------------------------------------------------------------

@@ -42,23 +42,37 @@ POLAR = [(8.28721201814563, -23.595886519098837, 17.300387312530933),
          (2.300652019954817, -1.6689039845747493, 0.4188073119525673)]
 
 
+# On a CPU a matrix of at most so many numbers is multiplied on one thread: a call of oneDNN takes
+# longer there than the product
+SMALL = 1 << 17
+
+
 def orthogonalize(m):
     """The nearest (semi-)orthogonal matrix, roughly: all singular values of m pushed to about 1."""
     x = m.to(torch.bfloat16 if m.is_cuda else torch.float32)
     tall = x.shape[0] > x.shape[1]
     x = x.t() if tall else x
     with one_thread():
-        norm = x.norm()
-    x = x / (norm * 1.01 + 1e-7)  # the margin keeps rounding inside the interval of the quintics
-    if x.dtype == torch.float32 and x.shape[1] >= 2 * x.shape[0]:
-        return _by_gram(x, tall).to(m.dtype)
-    for a, b, c in POLAR:
-        xx = matmul_t(x, x)                          # symmetric, so matmul_t(xx, xx) is its square
-        x = a * x + matmul_t(b * xx + c * matmul_t(xx, xx), x.t())
+        # the margin keeps rounding inside the interval of the quintics
+        x = x / (x.norm() * 1.01 + 1e-7)
+        if not x.is_cpu or x.numel() <= SMALL:
+            for a, b, c in POLAR:
+                xx = x @ x.t()
+                x = torch.addmm(x, torch.addmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
+            return (x.t() if tall else x).to(m.dtype)
+    x = _by_gram(x) if x.shape[1] >= 2 * x.shape[0] else _large(x)
     return (x.t() if tall else x).to(m.dtype)
 
 
-def _by_gram(x, tall):
+def _large(x):
+    """The same rounds in oneDNN's products, on all threads."""
+    for a, b, c in POLAR:
+        xx = matmul_t(x, x)                          # symmetric, so matmul_t(xx, xx) is its square
+        x = a * x + matmul_t(b * xx + c * matmul_t(xx, xx), x.t())
+    return x
+
+
+def _by_gram(x):
     """The same rounds on the small matrix g = x x^T: each multiplies x from the left by q = a + b
     g + c g^2, and g by q from both sides. Needs fp32: g squares the singular values. x is
     multiplied out after two rounds and g made anew from it: the first quintics stretch what
@@ -72,7 +86,7 @@ def _by_gram(x, tall):
             product = q if product is None else matmul_t(q, product)
             g = matmul_t(matmul_t(q, g), q)
         x = matmul_t(product, x.t())
-    return x.t() if tall else x
+    return x
 
 
 class Shard:

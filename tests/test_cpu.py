@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kernels
-from common import cpu, numpy_row
+from common import cpu, norms, numpy_row
 from rollout import Sampler
 from train_gpt import GPT, GPTConfig
 
@@ -79,6 +79,25 @@ def test_a_training_row_is_the_same_without(monkeypatch, shape):
         assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(b.abs().max()))
 
 
+def test_gradients_of_a_norm_and_a_rotation():
+    """Against autograd in float64. A row near the origin, where eps counts, and one far from it."""
+    x = rand(7, 24) * torch.logspace(-4, 3, 7).unsqueeze(1)
+    tables = kernels.rope_tables(torch.arange(7), 1 / 100 ** (torch.arange(8) / 8))
+    q, k = rand(7, 4, 16), rand(7, 2, 16)
+    norm = ((x, rand(24)), norms.norm, kernels.rms_norm_torch, ())
+    rope = ((q, k, rand(16), rand(16, seed=1)), norms.norm_rope, kernels.qk_norm_rope_torch, tables)
+    for leaves, ours, definition, more in norm, rope:
+        found = []
+        for dtype, run in (torch.float32, ours), (torch.float64, definition):
+            inputs = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+            out = run(*inputs, *(table.to(dtype) for table in more), 1e-6)
+            out = [out] if torch.is_tensor(out) else out
+            up = [rand(*o.shape, seed=2).to(dtype) for o in out]
+            found.append(torch.autograd.grad(out, inputs, up))
+        for a, b in zip(*found):
+            assert float((a - b).abs().max() / b.abs().max()) < 1e-6
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("truncated", [{}, dict(top_p=0.9, top_k=30)], ids=str)
 def test_the_sampler_samples_the_same_without(monkeypatch, exact, truncated):
@@ -136,6 +155,8 @@ def test_every_stand_in_agrees_with_its_definition(capsys):
     assert cpu.stands_for(cpu.logprob, kernels.logprob_torch)
     assert cpu.stands_for(cpu.rms_norm, kernels.rms_norm_torch)
     assert cpu.stands_for(cpu.qk_norm_rope, kernels.qk_norm_rope_torch)
+    assert cpu.stands_for(norms.norm, kernels.rms_norm_torch)
+    assert cpu.stands_for(norms.norm_rope, kernels.qk_norm_rope_torch)
     assert cpu.stands_for(cpu.swiglu, kernels.swiglu_torch)
     assert cpu.stands_for(cpu.draw, kernels.draw_torch, kernels.truncated, kernels.inverse_cdf)
     assert capsys.readouterr().out == ""
@@ -166,13 +187,16 @@ def test_a_changed_definition_is_what_runs(monkeypatch, capsys, name, change):
         "packed_attention_torch": (lambda *qkv: kernels.packed_attention([0, 4, 9], 5)(0, *qkv), (q, k, k)),
     }
     public, args = calls[name]
-    with torch.inference_mode():
-        got = public(*args)
-        want = changed([0, 4, 9], 5)(0, *args) if name.startswith("packed") else changed(*args)
-    for a, b in zip(*((x,) if torch.is_tensor(x) else x for x in (got, want))):
-        assert torch.equal(a, b)
+    for mode in torch.inference_mode, torch.enable_grad:
+        with mode():
+            got = public(*args)
+            want = changed([0, 4, 9], 5)(0, *args) if name.startswith("packed") else changed(*args)
+        for a, b in zip(*((x,) if torch.is_tensor(x) else x for x in (got, want))):
+            assert torch.equal(a, b)
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1 and said[0].startswith("cpu: its ") and "differs from changed: by up to" in said[0]
+    assert 1 <= len(said) == len(set(said)) <= 2         # one for the sampler, one for the trainer
+    for line in said:
+        assert line.startswith("cpu: its ") and "differs from changed: by up to" in line
 
 
 LONE_ROW = '''

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from common import optim
 from common.optim import Optimizer, orthogonalize
 
 
@@ -45,13 +46,22 @@ def test_adamw_is_torchs_adamw():
             assert torch.allclose(p, q, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (32, 128), (128, 32)])
+# the last two are multiplied by oneDNN, the wide one as a small matrix
+@pytest.mark.parametrize("shape", [(64, 64), (32, 128), (128, 32), (400, 400), (200, 800)])
 def test_orthogonalize_pushes_singular_values_to_one(shape):
     torch.manual_seed(0)
     m = torch.randn(shape)
     before, after = torch.linalg.svdvals(m), torch.linalg.svdvals(orthogonalize(m))
     assert after.max() < 1.2
     assert after[before > 1e-2 * before.norm()].min() > 0.8  # those far below the norm would need more rounds
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (32, 128), (128, 32)])
+def test_a_small_matrix_is_orthogonalized_as_a_large_one(monkeypatch, shape):
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    small = orthogonalize(m)
+    monkeypatch.setattr(optim, "SMALL", 0)
+    torch.testing.assert_close(small, orthogonalize(m), atol=1e-4, rtol=0)
 
 
 def test_muon_takes_only_the_blocks_matrices():

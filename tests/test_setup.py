@@ -72,7 +72,7 @@ ROWS = [      # the bottom first; a row may name files that are not written yet
     ["common.flags", "common.files", "common.watch", "common.cpu", "common.machine", "common.backend",
      "common.moved", "common.offload", "common.sharded",
      "data"],
-    ["common.run", "common.parity", "common.numpy_row"],
+    ["common.run", "common.parity", "common.norms", "common.numpy_row"],
     ["kernels", "common.optim", "common.hf"],
     ["pack", "common.reward", "common.view", "common.deal", "common.experts"],
     ["train_gpt", "common.slabs", "common.pages", "common.prefix"],
