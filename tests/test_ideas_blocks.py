@@ -622,12 +622,22 @@ def test_two_texts_of_a_pair_share_no_key_and_answers_stand_behind_theirs():
     assert len(a) == len(b) == 256 and all(a[a.index(key) + 1] == value for key, value in known.items())
 
 
+def test_pairs_of_the_test_are_not_trained():
+    first, answers = torch.arange(24).view(1, 12, 2), 100 + torch.arange(12).view(1, 12)
+    asked = cartridges.turns(first, answers, 1)
+    assert asked[0, 3].tolist() == [4, 5, 102, 6, 7]
+    seen = [cartridges.turns(first, answers, 2 + step % 10) for step in range(40)]
+    assert len({tuple(turn[0, 3].tolist()) for turn in seen}) == 10
+    assert not any(torch.equal(turn, asked) for turn in seen)
+
+
 def test_a_cache_learns_the_answers_and_its_first_place_stays():
     model = random_matrices(GPT(GPTConfig(**SHAPE | dict(n_kv_head=4)))).requires_grad_(False)
     texts = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(0))
     questions = torch.randint(61, (2, 5, 2), generator=torch.Generator().manual_seed(1))
+    answers = torch.randint(61, (2, 5), generator=torch.Generator().manual_seed(2))
     losses = []
-    cache = cartridges.trained(model, texts, questions, "self-study", cartridges.Config(steps=30),
+    cache = cartridges.trained(model, texts, questions, answers, "self-study", cartridges.Config(steps=30),
                                lambda step, loss: losses.append(float(loss)))
     first = cartridges.cache_of(model, texts)[..., :16, :]
     assert torch.equal(cache[..., :1, :], first[..., :1, :]) and not torch.equal(cache, first)
