@@ -19,8 +19,7 @@ rl. "own" is another one: fine-tuning on right texts that the START wrote, fixed
 
 Left out of the paper: sweeps of rates (each arm has one, chosen alike), its oracle, its toy on digits.
 Here: the base knows arithmetic, a machine of states, and Countdown, which is the task to improve. The
-arms are compared at the highest accuracy that rl and sft both reached, read off their paths; a
-control that never got there shows its end.
+arms are compared at the highest accuracy that rl and sft both reached; a control shows its end else.
 
     python -m ideas.forgetting
     python -m bench ideas --names forgetting
@@ -60,7 +59,8 @@ class Config(Idea):
 
     def __post_init__(self):
         super().__post_init__()
-        self.probes = min(self.probes, self.prompts) if self.smoke else self.probes
+        if self.smoke:
+            self.probes, self.every = self.prompts, self.steps
 
 
 # -----------------------------------------------------------------------------
@@ -117,7 +117,8 @@ def right_texts(rl, config):
     """-> right answers of this model to train problems, as many as an arm samples, at most"""
     groups = [group for _ in range(config.steps)
               for group in collect(rl, next_problems(rl, config.prompts), config.n)]
-    return [s for group in groups for s in group if s.reward > 0.5 and s.finished == "stop"]
+    right = [s for group in groups for s in group if s.reward > 0.5 and s.finished == "stop"]
+    return right or die(f"{rl.config.init} wrote no right answer to {NEW}: there is nothing to imitate")
 
 
 def rounds(arm, rl, config, texts, teacher):
