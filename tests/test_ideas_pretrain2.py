@@ -267,7 +267,7 @@ def test_tokens_ahead_by_hand():
         for t in range(a, b):
             for n, weight in ((1, 1.0), (2, 0.5), (3, 0.125)):
                 wanted -= weight * float(logp[t, tokens[t + n]]) if t + n < b else 0.0
-    assert float(ahead.ahead_loss(model, hidden, row, [1.0, 0.5, 0.125])) == pytest.approx(wanted, rel=1e-5)
+    assert ahead.ahead_loss(model, hidden, row, [1.0, 0.5, 0.125]).item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_mtp_ends_as_plain_training():
