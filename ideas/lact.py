@@ -33,11 +33,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.evidence import Claim, Idea, begin, finish, from_scratch, picture
 from common.flags import flags, positive
+from common.hf import rope_frequencies
 from common.optim import Optimizer
 from data.documents import Documents, documents
 from data.recall import RAMP
 from kernels import linear_logprob, packed_attention, rope_tables
-from train_gpt import RMSNorm, packed_rows, rope_frequencies, scratch, steps
+from train_gpt import RMSNorm, packed_rows, scratch, steps
 
 CLAIM = Claim(paper="2505.23884", says="window and fast weights, a chunk at a time: ahead of other memories",
               measured="right answers about 512 tokens, window and memory against the window alone",
