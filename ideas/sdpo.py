@@ -13,8 +13,8 @@ of its own group in front of it, and says token by token what it would rather ha
 Formula as in the paper's code (lasgroup/SDPO): Jensen-Shannon with weights 1/2, every sample reads
 the first right sample of its group that is not itself, samples without one are left out, the
 teacher is a moving average of the student (0.05 a step); no reward besides. "weighted" (SC-SDPO,
-arXiv 2605.27765) pays questions by sqrt(p (1 - p)) of their pass rate p; that the mean weight of a
-step is 1 is ours. Left out: top 100 and a tail (the vocabulary has fewer), feedback of compilers,
+arXiv 2605.27765) weighs questions by sqrt(p (1 - p)) of their pass rate p; that the mean weight of a
+step is 1 is ours. Left out: top 100 and a tail (here the whole vocabulary), feedback of compilers,
 importance weights (one update per rollout), a teacher that is mixed in the logits instead.
 
 The paper: more accurate than GRPO on science, tool use and code, Qwen3-8B and OLMo3-7B among the
