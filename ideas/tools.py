@@ -40,7 +40,7 @@ from rollout import Sample, completion
 from stages import Settings, advantage, close, collect, learn, next_problems, setup
 
 CLAIM = Claim(paper="", says="RL learns to call a tool that is right, and to stop calling one that lies",
-              measured="answers with a call, a right tool against a lying one", smallest=20.0)
+              measured="answers with a call, a right tool against a lying one", smallest=10.0)
 ARMS = ("right", "lies", "none")
 STOP = "]"                               # ends a turn
 LARGEST = 99                             # product
