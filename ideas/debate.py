@@ -20,6 +20,7 @@ roles, rewards for agreeing. Arms sample as many answers. "plain" is dr_grpo wit
 answers, and at the end votes over eight; "debate" in its row is what it votes if it debates all the
 same, without having learned to. The control reads answers to ANOTHER problem. best-of-8 is what a
 checker would pick. Equal are sampled answers; reading the peers comes on top.
+All begin with the same lessons in reading peers: the formats base alone copies any of them.
 
     python -m ideas.debate
     python -m bench ideas --names debate
@@ -30,9 +31,10 @@ import numpy as np
 
 from common.evidence import Claim, Idea, begin, finish, needs, picture
 from common.flags import flags, positive
+from data import load
 from data.formats import peers
 from evaluate import SEED, evaluate, majority, paired, pass_at
-from rollout import completion
+from rollout import Sample, completion
 from stages import Settings, advantage, close, collect, learn, next_problems, setup
 
 CLAIM = Claim(paper="", says="MARTI: trained debates beat single agents on one budget, 66.7 on AIME",
@@ -45,6 +47,7 @@ READER = 1_000_000                       # the numbers of second questions begin
 @dataclass
 class Config(Idea):
     task: str = "countdown"              # with answers to vote on, whose prompts the base reads behind peers
+    lessons: int = 150                   # steps on texts with peers, before all arms
     steps: int = 60                      # rollouts per arm
     prompts: int = 32                    # problems per rollout, eight answers each
     max_new: int = 48                    # tokens of an answer, at most
@@ -54,6 +57,7 @@ class Config(Idea):
     def __post_init__(self):
         super().__post_init__()
         self.max_new = 16 if self.smoke else self.max_new
+        self.lessons = min(self.lessons, 2) if self.smoke else self.lessons
 
 
 # -----------------------------------------------------------------------------
@@ -120,10 +124,34 @@ def rollout(rl, arm, config):
     return [group for pair in rounds for group in pair]
 
 
-def train(arm, trial, config):
+def lesson(tasks, number, seed, tok):
+    """-> 48 texts to be imitated, as groups"""
+    groups = []
+    for i in range(48):
+        prompt, text = tasks[i % len(tasks)].document("train", seed, number * 48 + i)
+        tokens = tok.encode(text + tok.end)
+        groups.append([Sample(tok.encode(prompt), tokens, [0.0] * len(tokens), "stop", i, 0, 0,
+                              advantage=1.0)])
+    return groups
+
+
+def taught(trial, config):
+    """-> the folder of the model that all arms begin with"""
+    # --tis 0: nobody sampled these texts
+    settings = trial.settings(init=trial.base("formats"), steps=config.lessons, tis=0.0)
+    rl = setup(Settings(**settings), reward=trial.reward)
+    tasks = [load(f"formats:{kind}") for kind in ("plain", "peers", "peers", "peers")]
+    for number in range(config.lessons):
+        learn(rl, lesson(tasks, number, config.seed, rl.tok))
+    folder = trial.folder / "taught"
+    rl.model.save_hf(folder, rl.tok)
+    close(rl)
+    return str(folder)
+
+
+def train(arm, trial, config, start):
     longest = FOUR * config.max_new + 64                         # a prompt with three peers
-    rl = setup(Settings(**trial.settings(init=trial.base("formats"), algo="dr_grpo")), reward=trial.reward,
-               longest=longest)
+    rl = setup(Settings(**trial.settings(init=start, algo="dr_grpo")), reward=trial.reward, longest=longest)
     for number in range(config.steps):
         groups = rollout(rl, arm, config)
         for group in groups:
@@ -139,10 +167,11 @@ def train(arm, trial, config):
 
 def main(argv=None):
     config = flags(Config, argv, __doc__)
-    positive(config, "steps prompts max_new asked")
+    positive(config, "lessons steps prompts max_new asked")
     needs(config.task, "answer canon same", "there is a vote on answers")
     trial = begin(config, __file__, CLAIM, ARMS, config.steps)
-    results = {arm: train(arm, trial, config) for arm in ARMS}
+    start = taught(trial, config)
+    results = {arm: train(arm, trial, config, start) for arm in ARMS}
     keys = ("maj", "debate", "first", "second", "best of 8")
     table = {arm: {k: result[k] for k in keys} for arm, result in results.items()}
     other, _ = paired(results["debate"], results["strangers"], "maj")

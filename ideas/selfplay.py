@@ -15,7 +15,9 @@ conjectures (here no problem counts twice in a round), training anew at the end.
 The paper: 28.5% of LeanWorkbook proved, 13.2% by expert iteration before it, 7B. Here: Countdown.
 Arms sample as many texts, posed ones included: "expert" imitates right answers to given problems,
 "rl" is dr_grpo on them. Control: "any" lets the poser learn whatever was solved at all.
-What is asked: test problems with a target of 60 and more, which ask for a product.
+All begin with the same lessons in posing and solving: of what the formats base poses it solves
+one in eight at all. Asked are test problems with a target of 60 and more, most of which need a
+product.
 
     python -m ideas.selfplay
     python -m bench ideas --names selfplay
@@ -27,10 +29,10 @@ import numpy as np
 from common.evidence import Claim, Idea, begin, finish, picture
 from common.flags import die, flags, positive
 from common.reward import varies
-from data import Problem
+from data import Problem, load
 from data.formats import posed
 from evaluate import evaluate, paired
-from rollout import completion
+from rollout import Sample, completion
 from stages import Settings, advantage, close, collect, learn, next_problems, setup
 
 CLAIM = Claim(paper="2502.00212", says="self-play: 28.5% of LeanWorkbook, expert iteration 13.2%, 7B",
@@ -44,6 +46,7 @@ HARD = 60                                # the smallest target of what is asked
 
 @dataclass
 class Config(Idea):
+    lessons: int = 100                   # steps on texts that pose or solve, before all arms
     steps: int = 60                      # rounds per arm
     prompts: int = 32                    # problems per round; of selfplay some are paid for posing
     n: int = 8                           # tries at each
@@ -55,7 +58,8 @@ class Config(Idea):
 
     def __post_init__(self):
         super().__post_init__()
-        self.posed = min(self.posed, self.n) if self.smoke else self.posed
+        if self.smoke:
+            self.posed, self.lessons = self.n, 2
 
 
 # -----------------------------------------------------------------------------
@@ -93,8 +97,7 @@ def play(rl, arm, number, config):
     problems = chosen + next_problems(rl, room - len(chosen))
     groups = list(collect(rl, problems, config.n))
     for s in texts:
-        s.advantage = 0.0
-        s.reward = 0.0
+        s.advantage = s.reward = 0.0
     for group in groups:
         imitate(group)
         rate = np.mean([s.reward > 0.5 for s in group])
@@ -106,6 +109,31 @@ def play(rl, arm, number, config):
 
 # -----------------------------------------------------------------------------
 # the trial
+
+
+def lesson(tasks, number, seed, tok):
+    """-> 64 texts to be imitated, as groups"""
+    groups = []
+    for i in range(64):
+        prompt, text = tasks[i % len(tasks)].document("train", seed, number * 64 + i)
+        tokens = tok.encode(text + tok.end)
+        groups.append([Sample(tok.encode(prompt), tokens, [0.0] * len(tokens), "stop", i, 0, 0,
+                              advantage=1.0)])
+    return groups
+
+
+def taught(trial, config):
+    """-> the folder of the model that all arms begin with"""
+    # --tis 0: nobody sampled these texts
+    settings = trial.settings(init=trial.base("formats"), steps=config.lessons, tis=0.0)
+    rl = setup(Settings(**settings), reward=trial.reward)
+    tasks = [load("formats:posed"), load("formats:plain")]
+    for number in range(config.lessons):
+        learn(rl, lesson(tasks, number, config.seed, rl.tok))
+    folder = trial.folder / "taught"
+    rl.model.save_hf(folder, rl.tok)
+    close(rl)
+    return str(folder)
 
 
 def given(rl, arm, config):
@@ -120,12 +148,11 @@ def given(rl, arm, config):
 
 def hard(task, count, seed):
     """-> at most `count` test problems with a high target: about one in eight has one"""
-    found = [p for p in task.problems("test", 8 * count, seed) if p.data["target"] >= HARD]
-    return found[:count]
+    return [p for p in task.problems("test", 8 * count, seed) if p.data["target"] >= HARD][:count]
 
 
-def train(arm, trial, config):
-    settings = trial.settings(init=trial.base("formats"), task="countdown", algo="dr_grpo")
+def train(arm, trial, config, start):
+    settings = trial.settings(init=start, task="countdown", algo="dr_grpo")
     if arm != "rl":
         settings |= dict(lr=config.imitate_lr, aggregate="token")
     rl = setup(Settings(**settings), reward=trial.reward)
@@ -154,12 +181,13 @@ def share(groups, what):
 
 def main(argv=None):
     config = flags(Config, argv, __doc__)
-    positive(config, "steps prompts n posed max_new asked")
+    positive(config, "lessons steps prompts n posed max_new asked")
     if config.posed % config.n or config.posed // config.n >= config.prompts:
         die(f"--posed {config.posed}: give a multiple of --n {config.n}, below --prompts times it: what is "
             "posed is paid for by problems that are not tried")
     trial = begin(config, __file__, CLAIM, ARMS, config.steps)
-    results = {arm: train(arm, trial, config) for arm in ARMS}
+    start = taught(trial, config)
+    results = {arm: train(arm, trial, config, start) for arm in ARMS}
     table = {arm: {k: result[k] for k in ("avg", "pass@8", "all")} for arm, result in results.items()}
     others = [f"{arm} {paired(results['selfplay'], results[arm], 'avg')[0]:+.1f}" for arm in ("rl", "any")]
     picture(trial, x="round", y="share of right answers", signal=("round", "groups whose rewards differ"),

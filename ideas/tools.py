@@ -40,7 +40,7 @@ from rollout import Sample, completion
 from stages import Settings, advantage, close, collect, learn, next_problems, setup
 
 CLAIM = Claim(paper="", says="RL learns to call a tool that is right, and to stop calling one that lies",
-              measured="calls: rise with a right tool, or fall with a lying one if less", smallest=20.0)
+              measured="calls: rise with a right tool, or fall with a lying one if less", smallest=10.0)
 ARMS = ("right", "lies", "none")
 STOP = "]"                               # ends a turn
 LARGEST = 99                             # product

@@ -414,6 +414,20 @@ def test_selfplay_asks_hard_problems_of_the_test_split():
     assert {data.split_of(key) for key in keys} == {"test"}
 
 
+@pytest.mark.parametrize("idea, kinds, letters", [
+    (selfplay, ("posed", "plain"), "QC"), (debate, ("plain", "peers", "peers", "peers"), "CDDD")])
+def test_lessons_are_texts_of_the_train_split_each_once(idea, kinds, letters):
+    """every step has others, the same for any arm; the stop token is imitated, too"""
+    tasks = [data.load(f"formats:{kind}") for kind in kinds]
+    first, second = (idea.lesson(tasks, number, 0, TOK) for number in (0, 1))
+    assert first == idea.lesson(tasks, 0, 0, TOK) != second
+    for i, (s,) in enumerate(first):
+        assert TOK.decode(s.prompt)[0] == letters[i % len(letters)] and s.tokens[-1:] == TOK.encode(TOK.end)
+        assert (TOK.decode(s.prompt), completion(s, TOK)) == tasks[i % len(tasks)].document("train", 0, i)
+        assert s.advantage == 1 and len(s.logprobs) == len(s.tokens)
+    assert len({s.problem for (s,) in first}) == len(first), "each has an address of its own"
+
+
 # --- debate
 
 
