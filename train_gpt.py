@@ -130,7 +130,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = c = config
         block = block or (SparseBlock if c.n_expert else Block)
-        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        weight = torch.empty(c.vocab_size, c.d_model)
+        if not weight.is_meta:                   # there it would import half of torch, for a second
+            weight.normal_()
+        self.embed = nn.Embedding.from_pretrained(weight, freeze=False)
         self.blocks = nn.ModuleList(block(c) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
@@ -183,7 +186,9 @@ class GPT(nn.Module):
         c = hf.read_config(folder)
         with torch.device("meta"):
             model = cls(GPTConfig(**c))
-        model = model.to(dtype or torch.float32).to_empty(device=device)
+        dtype = dtype or torch.float32
+        # what to_empty() does, without the second of imports that empty_like() takes on "meta"
+        model._apply(lambda p: torch.empty(p.shape, dtype=dtype, device=device))
         if torch.device(device).type != "meta":
             hf.load(folder, c, dict(model.named_parameters()))
         return model

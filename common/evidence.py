@@ -138,9 +138,8 @@ class Trial:
     def settings(self, **more):
         """-> flags of stages.Settings: the idea's own of the same names, the start, and more"""
         own = {name: value for name, value in vars(self.config).items() if name in SAME}
-        if self.config.smoke:
-            own["problems"] = 64                     # drawing 8,192 for each arm took most of the time
-        return {**own, "init": self.base(), "workers": 1, **more}
+        few = {"problems": 64} if self.config.smoke else {}      # thousands take longer than two steps
+        return {**own, "init": self.base(), "workers": 1, **few, **more}
 
     def point(self, arm, x, y):
         self.dot("", arm, x, y)

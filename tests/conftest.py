@@ -19,6 +19,16 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
     os.environ.pop(name, None)
 
 
+# whole files go to one of two processes: the long ones first, or one process waits for the other's last
+LONG = ("test_kill", "test_memory", "test_tail", "test_ideas", "test_nanorl", "test_opd", "test_ttrl",
+        "test_matrix", "test_cluster")
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")

@@ -51,6 +51,12 @@ def test_the_workflow_runs_the_tests_and_nothing_else():
     assert f'python-version: "{oldest.removeprefix(">=")}"' in text
 
 
+def test_files_that_are_run_first_are_there():
+    from tests.conftest import LONG
+    assert all((ROOT / f"tests/{name}.py").exists() for name in LONG)
+    assert "-n 2 --dist loadfile --no-loadscope-reorder" in (ROOT / "test.sh").read_text()
+
+
 def test_an_old_python_is_said(tmp_path):
     """in a copy, so that no .venv is made or found here"""
     (tmp_path / "speedrun.sh").write_text((ROOT / "speedrun.sh").read_text())
