@@ -14,6 +14,11 @@ It is brittle. So every step logs how far the two overlap and where, a guard sto
 begin to repeat or to run into the limit, and opd_check.py asks beforehand whether it will work.
 A loss that falls says nothing: look at the accuracy.
 
+Asked by most who meet it (more in docs/questions.md):
+    which KL?                    the reverse one, at the student's own prefixes: --loss, --divergence
+    over which tokens?           all that were sampled, the stop token too, none of the prompt
+    what if tokenizers differ?   refused, with the first id that differs
+
 Left out of the usual recipe, and why:
 - no teacher server: the teacher scores the very Batch that is learned from, in one forward, so any
   support set costs a gather;

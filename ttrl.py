@@ -27,6 +27,12 @@ Rules, written down because they decide which answer wins:
 True labels, where there are any, are for the metrics and for --reward label (the ceiling); `votes`
 and the judges cannot see them.
 
+Asked by most who meet it (more in docs/questions.md):
+    does it train on the test?   on its questions, never on its answers; eval/unseen has neither
+    better than what?            one sample after, than the vote before: maj@n, not avg@n
+    when to stop?                it stops itself, and keeps the state that agrees with all votes most
+    what is reward_acc?          near 1 on scattered answers whatever the label: read label_acc
+
 Left out of the usual recipe: a reward for format (agreeing needs a readable answer anyway), a
 reward model, a validation set with labels. Where the paper makes one optimizer step per question,
 this makes one per rollout; its cosine is a line here, and there is no KL to a reference unless
@@ -95,7 +101,7 @@ class Config(Algo, Common):
     abstain_entropy: float = 0.8         # or the votes' entropy a higher share of its maximum
 
     # ---- when to stop
-    scattered: float = 0.45  # learn nothing if the first votes' largest class holds less of them; 0: learn
+    scattered: float = 0.5  # learn nothing if the first votes' largest class holds less of them; 0: learn
     patience: int = 3                    # stop after this many passes without change; 0: never
     settled: float = 0.02                # that is: at most this share of the majorities flipped
 

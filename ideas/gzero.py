@@ -77,10 +77,9 @@ def mean_logp(rl, samples):
     return np.array([known[number, 0, 0].mean() for number in range(len(samples))])
 
 
-def deltas(rl, answers, problems, arm="dpo"):
-    """-> of each answer, how much less likely its hint makes it. answers: one of each problem, without one"""
-    prompts = [prompt_ids(p, rl.tok) for p in hinted(problems, arm)]
-    behind = [replace(s, prompt=prompt) for s, prompt in zip(answers, prompts)]
+def deltas(rl, answers, hints):
+    """-> of each answer, how much less likely its hint makes it. hints: as hinted() has them"""
+    behind = [replace(s, prompt=prompt_ids(p, rl.tok)) for s, p in zip(answers, hints)]
     return mean_logp(rl, answers) - mean_logp(rl, behind)
 
 
@@ -122,7 +121,8 @@ def knows_difficulty(rl, trial, config):
     problems = rl.task.problems("valid", config.probes, config.seed)
     groups = {g[0].problem: g for g in collect(rl, problems, 16, seed=config.seed)}
     flat = [s for p in problems for s in groups[p.id]]
-    delta = deltas(rl, flat, [p for p in problems for _ in groups[p.id]]).reshape(len(problems), -1).mean(1)
+    hints = [p for p in hinted(problems) for _ in groups[p.id]]
+    delta = deltas(rl, flat, hints).reshape(len(problems), -1).mean(1)
     right = [np.mean([s.reward for s in groups[p.id]]) for p in problems]
     for x, y in zip(right, delta):
         trial.dot("delta", "start", x, y)
@@ -130,16 +130,19 @@ def knows_difficulty(rl, trial, config):
 
 
 def make_pairs(rl, arm, config):
-    """-> [(with the hint, without)], both behind the plain prompt; all sampled by the start"""
+    """-> [(with the hint, without)], both behind the plain prompt; all sampled by the start. Answers this
+    short are often the same twice: nothing to prefer, so the half is taken of pairs that differ."""
     pairs = []
-    for _ in range(2 * config.steps):                            # half of them are thrown away
-        # in one order for all that follows: a stranger is the next one
+    while len(pairs) < config.steps * config.prompts:
         problems = sorted(next_problems(rl, config.prompts), key=lambda p: p.id)
+        hints = hinted(problems, arm)
         plain = [g[0] for g in sorted(collect(rl, problems, 1, reward=False), key=lambda g: g[0].problem)]
-        shown = [g[0] for g in sorted(collect(rl, hinted(problems, arm), 1, reward=False),
-                                      key=lambda g: g[0].problem)]
-        for place in chosen_half(deltas(rl, plain, problems, arm), arm):
-            pairs.append((replace(shown[place], prompt=plain[place].prompt), plain[place]))
+        shown = [g[0] for g in sorted(collect(rl, hints, 1, reward=False), key=lambda g: g[0].problem)]
+        differ = [i for i in range(len(plain)) if plain[i].tokens != shown[i].tokens]
+        if differ:
+            delta = deltas(rl, [plain[i] for i in differ], [hints[i] for i in differ])
+            for i in (differ[place] for place in chosen_half(delta, arm)):
+                pairs.append((replace(shown[i], prompt=plain[i].prompt), plain[i]))
     return pairs
 
 
