@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from common.evidence import Claim, Idea, begin, finish, needs, picture
-from common.flags import flags, positive
+from common.flags import die, flags, positive
 from data.formats import hint
 from evaluate import evaluate, paired
 from rollout import prompt_ids
@@ -133,7 +133,7 @@ def make_pairs(rl, arm, config):
     """-> [(with the hint, without)], both behind the plain prompt; all sampled by the start. Answers this
     short are often the same twice: nothing to prefer, so the half is taken of pairs that differ."""
     pairs = []
-    while len(pairs) < config.steps * config.prompts:
+    for _ in range(20 * config.steps):                           # or until there are enough
         problems = sorted(next_problems(rl, config.prompts), key=lambda p: p.id)
         hints = hinted(problems, arm)
         plain = [g[0] for g in sorted(collect(rl, problems, 1, reward=False), key=lambda g: g[0].problem)]
@@ -143,7 +143,9 @@ def make_pairs(rl, arm, config):
             delta = deltas(rl, [plain[i] for i in differ], [hints[i] for i in differ])
             for i in (differ[place] for place in chosen_half(delta, arm)):
                 pairs.append((replace(shown[i], prompt=plain[i].prompt), plain[i]))
-    return pairs
+        if len(pairs) >= config.steps * config.prompts:
+            return pairs
+    die(f"a hint changes too few answers: {len(pairs)} pairs that differ in {20 * config.steps} rollouts")
 
 
 def train(arm, trial, config):

@@ -551,17 +551,21 @@ def test_gzero_keeps_the_lower_half():
 def test_gzero_judges_a_pair_by_the_hint_that_was_shown(small, monkeypatch):
     """a stranger's hint once was another one for delta than for the sampler: the problems were sorted in
     between"""
-    hinted = gzero.hinted
-    shown = []
+    collect, deltas = gzero.collect, gzero.deltas
+    shown = {}
+    judged = []
 
-    def watched(problems, arm="dpo"):
-        found = hinted(problems, arm)
-        shown.append({p.id: p.prompt for p in found})
-        return found
-    monkeypatch.setattr(gzero, "hinted", watched)
-    pairs = gzero.make_pairs(small, "stranger", SimpleNamespace(steps=1, prompts=5))
-    assert len(pairs) == 4 and len(shown) == 4
-    assert shown[0] == shown[1] and shown[2] == shown[3]
+    def watched_collect(rl, problems, n, **more):
+        shown.update({p.id: p.prompt for p in problems if "|" in p.prompt})
+        return collect(rl, problems, n, **more)
+
+    def watched_deltas(rl, answers, hints):
+        judged.extend((s.problem, p.prompt) for s, p in zip(answers, hints))
+        return deltas(rl, answers, hints)
+    monkeypatch.setattr(gzero, "collect", watched_collect)
+    monkeypatch.setattr(gzero, "deltas", watched_deltas)
+    assert len(gzero.make_pairs(small, "stranger", SimpleNamespace(steps=1, prompts=5))) >= 5
+    assert judged and all(shown[id] == prompt for id, prompt in judged)
 
 
 def test_gzero_ranks():
