@@ -168,7 +168,7 @@ def main(argv=None):
     gone = {arm: {kind: 100 * (1 - kl / results["plain"][kind]) for kind, kl in row.items()}
             for arm, row in results.items()}
     axes = "tokens read of each row", "KL from the truth, nats"
-    picture(trial, axes[0], f"{axes[1]}: rows of high entropy", **{"low entropy": axes})
+    picture(trial, axes[0], "KL, rows of high entropy", **{"low entropy": axes})
     each = ", ".join(f"{arm} {row['high']:.0f} and {row['low']:.0f}" for arm, row in list(gone.items())[1:])
     gain = gone["distilled"]["high"] - gone["distilled"]["low"]
     return finish(trial, (gain, 0.0), results, note=f"(gone, in %: {each})")

@@ -189,7 +189,7 @@ def main(argv=None):
         latin, *others = needed.values()
         results[arm] = dict(latin=latin, more=100 * (statistics.fmean(others) / latin - 1),
                             all=statistics.fmean(needed.values()), cut=sum(not may_merge(*p) for p in ranks))
-    picture(trial, x=", ".join(SCRIPTS), y="tokens of a character")
+    picture(trial, x=" ".join(name[:3] for name in SCRIPTS), y="tokens of a character")
     note = "; ".join(f"{arm} {row['more']:+.1f}%, {row['cut']} cut" for arm, row in results.items())
     before, after = results["bytes"], results["SCRIPT"]
     gain = min(before["more"] - after["more"], ALLOWED - 100 * (after["all"] / before["all"] - 1))
