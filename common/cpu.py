@@ -54,8 +54,9 @@ def decoding(x):
 
 
 def training(x):
-    """Not inside torch.compile, which fuses the definitions itself."""
-    return torch.is_grad_enabled() and fp32(x) and not torch.compiler.is_compiling()
+    """In a trainer, and where it scores without gradients, for the two must agree to the bit; not inside
+    torch.compile, which fuses the definitions itself."""
+    return not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled() and fp32(x)
 
 
 # -----------------------------------------------------------------------------

@@ -16,8 +16,7 @@ wherever it stands (an option there, too). The first rate is 0.1 instead of 0.00
 The paper: language models of 760M and 3B with 32k tokens, chunks of 2,048, better than other recurrent
 memories; views and video up to a million tokens. Here: keys and values (data/recall.py), two layers of
 64, texts that grow to 512 tokens, chunks of 64; all arms share weights, batches and rates, and are asked
-after 512. The control has the same three matrices, which do not learn while they read: it can do whatever
-more weights can.
+after 512. The control has the same three matrices, which do not learn while they read.
 
     python -m ideas.lact
     python -m bench ideas --names lact

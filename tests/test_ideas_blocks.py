@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
+from common import hf
 from common.experts import Experts
 from common.optim import Optimizer, orthogonalize
 from ideas import (cartridges, esft, fp4, lact, lighthouse, moe, precision, roundpipe, routing, winter,
@@ -709,7 +710,7 @@ def test_a_memory_hears_of_no_later_token():
 def test_rotary_positions_are_undone():
     model, _ = scratch("recall", 1)
     q = torch.randn(5, 4, 16)
-    cos, sin = train_gpt.rope_tables(torch.arange(5) * 30, *train_gpt.rope_frequencies(model.config))
+    cos, sin = train_gpt.rope_tables(torch.arange(5) * 30, *hf.rope_frequencies(model.config))
     turned, _ = train_gpt.qk_norm_rope(q, q, None, None, cos, sin, 1e-6)
     assert torch.allclose(lact.turned_back(turned, cos.unsqueeze(1), sin.unsqueeze(1)), q, atol=1e-5)
 
