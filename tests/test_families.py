@@ -8,10 +8,10 @@ import torch
 import nanorl
 
 transformers = pytest.importorskip("transformers")
-from test_hf import FAMILIES, SHAPE  # noqa: E402
+from test_hf import EXPERTS, FAMILIES, SHAPE  # noqa: E402
 from test_hf_tokenizer import train  # noqa: E402
 
-TOKENIZER = {"qwen2": "qwen", "qwen3": "qwen", "llama": "llama"}
+TOKENIZER = {"qwen2": "qwen", "qwen3": "qwen", "llama": "llama", "moe": "qwen"}
 TEMPLATE = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n"
             "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
 
@@ -21,7 +21,8 @@ def test_one_rl_step_on_gsm8k(tmp_path, monkeypatch, family):
     tok = train(TOKENIZER[family], vocab=400)
     eos = "<|im_end|>" if family != "llama" else "<|eot_id|>"
     config, cls, _ = FAMILIES[family]
-    more = dict(head_dim=16) if family == "qwen3" else {}
+    more = dict(head_dim=16) if family in ("qwen3", "moe") else {}
+    more |= EXPERTS if family == "moe" else {}
     torch.manual_seed(0)
     theirs = cls(config(**{**SHAPE, "vocab_size": tok.get_vocab_size()},
                         **more, eos_token_id=tok.token_to_id(eos)))
