@@ -116,7 +116,7 @@ cpu_stage() {
         rl)      stage rl rl nanorl.py --device cpu ;;
         ttrl)    stage ttrl ttrl_majority ttrl.py --device cpu --passes 6 ;;
         student) stage student small train_gpt.py --preset small --device cpu ;;
-        opd)     stage opd opd opd.py --init runs/small --teacher runs/rl --loss full --steps 150 --eval-every 30 --device cpu ;;
+        opd)     stage opd opd opd.py --init runs/small --teacher runs/rl --loss full --steps 200 --eval-every 40 --device cpu ;;
     esac
 }
 
