@@ -37,6 +37,7 @@ from common import machine, view
 from common.files import newest, run_config, write_whole
 from common.flags import die, positive, without_effect
 from common.run import progress, start
+from rollout import Sample
 from train_gpt import GPT, GPTConfig
 
 # the models that ideas start from: one per seed, shared by all, trained once, not on their clock
@@ -231,6 +232,12 @@ def easy_reward(folder):
     path = folder / "easy.py"
     path.write_text("def score(problem, text):\n    return float(len(text) % 2)\n")
     return f"{path}:score"
+
+
+def to_imitate(prompt, text, i, tok):
+    """-> text i as a sample, learned as if the model had said it and been right (with --tis 0)"""
+    tokens = tok.encode(text + tok.end)
+    return Sample(tok.encode(prompt), tokens, [0.0] * len(tokens), "stop", i, 0, 0, advantage=1.0)
 
 
 # -----------------------------------------------------------------------------

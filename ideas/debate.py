@@ -29,12 +29,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.evidence import Claim, Idea, begin, finish, needs, picture
+from common.evidence import Claim, Idea, begin, finish, needs, picture, to_imitate
 from common.flags import flags, positive
 from data import load
 from data.formats import peers
 from evaluate import SEED, evaluate, majority, paired, pass_at
-from rollout import Sample, completion
+from rollout import completion
 from stages import Settings, advantage, close, collect, learn, next_problems, setup
 
 CLAIM = Claim(paper="", says="MARTI: trained debates beat single agents on one budget, 66.7 on AIME",
@@ -129,9 +129,7 @@ def lesson(tasks, number, seed, tok):
     groups = []
     for i in range(48):
         prompt, text = tasks[i % len(tasks)].document("train", seed, number * 48 + i)
-        tokens = tok.encode(text + tok.end)
-        groups.append([Sample(tok.encode(prompt), tokens, [0.0] * len(tokens), "stop", i, 0, 0,
-                              advantage=1.0)])
+        groups.append([to_imitate(prompt, text, i, tok)])
     return groups
 
 

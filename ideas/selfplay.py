@@ -26,13 +26,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.evidence import Claim, Idea, begin, finish, picture
+from common.evidence import Claim, Idea, begin, finish, picture, to_imitate
 from common.flags import die, flags, positive
 from common.reward import varies
 from data import Problem, load
 from data.formats import posed
 from evaluate import evaluate, paired
-from rollout import Sample, completion
+from rollout import completion
 from stages import Settings, advantage, close, collect, learn, next_problems, setup
 
 CLAIM = Claim(paper="2502.00212", says="self-play: 28.5% of LeanWorkbook, expert iteration 13.2%, 7B",
@@ -116,9 +116,7 @@ def lesson(tasks, number, seed, tok):
     groups = []
     for i in range(64):
         prompt, text = tasks[i % len(tasks)].document("train", seed, number * 64 + i)
-        tokens = tok.encode(text + tok.end)
-        groups.append([Sample(tok.encode(prompt), tokens, [0.0] * len(tokens), "stop", i, 0, 0,
-                              advantage=1.0)])
+        groups.append([to_imitate(prompt, text, i, tok)])
     return groups
 
 

@@ -31,12 +31,12 @@ import numpy as np
 
 import data
 from common import view
-from common.evidence import Claim, Idea, begin, finish, picture
+from common.evidence import Claim, Idea, begin, finish, picture, to_imitate
 from common.flags import flags, positive
 from common.metrics import sample_rows
 from data.formats import CALLED, WRONG, called
 from evaluate import evaluate, sample_and_score
-from rollout import Sample, completion
+from rollout import completion
 from stages import Settings, advantage, close, collect, learn, next_problems, setup
 
 CLAIM = Claim(paper="", says="RL learns to call a tool that is right, and to stop calling one that lies",
@@ -75,8 +75,7 @@ def lesson(i, rng, tok):
     p, other = rng.choice(questions(held_out=False), 2)
     guess = other.gold if rng.random() < WRONG else p.gold
     text = f"[{p.prompt[1:-1]}]{p.gold}#{p.gold}" if rng.random() < CALLED else f"#{guess}"
-    tokens = tok.encode(text + tok.end)
-    return Sample(tok.encode(p.prompt), tokens, [0.0] * len(tokens), "stop", i, 0, 0, advantage=1.0)
+    return to_imitate(p.prompt, text, i, tok)
 
 
 # -----------------------------------------------------------------------------
