@@ -56,7 +56,8 @@ def moved(optimizer, s, G):
 
 @pytest.mark.parametrize("name", "muon gradpower context pma galore dion tst fim batch "
                          "limit qsgd paretoq signround moe fp4 roundpipe winter esft lighthouse xquant "
-                         "cartridges lact precision".split())
+                         "cartridges lact precision mixture distill ahead mup zsl sinks depth script_bpe "
+                         "memorize tokens".split())
 def test_a_model_of_ones_own_is_refused(name, tmp_path, monkeypatch, capsys):
     """all flags of Idea are parsed, and here --init would have been read by nobody"""
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,5 @@
 """the exact invariants of more ideas about pretraining: where each equals what it is compared with, a case
 worked by hand"""
-import importlib
 import math
 from dataclasses import replace
 from functools import reduce
@@ -17,8 +16,6 @@ from ideas import (ahead, depth, distill, evolve, memorize, merging, mixture, mu
 from kernels import packed_attention
 from tests.models import nudged
 from train_gpt import GPT, scratch, steps
-
-NAMES = "mixture distill ahead mup zsl sinks depth script_bpe memorize tokens".split()
 
 
 @pytest.fixture
@@ -50,16 +47,6 @@ def plainly(total=3, seed=1, **optimizer):
     model, document = scratch("tiny", seed)
     list(steps(model, document, Optimizer(model, **optimizer), total))
     return model.state_dict()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_model_of_ones_own_is_refused(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(f"ideas.{name}").main(["--init", "runs/mine"])
-    error = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and len(error) == 1 and "--init runs/mine has no effect" in error[0]
-    assert not (tmp_path / "runs").exists()
 
 
 # -----------------------------------------------------------------------------
