@@ -18,15 +18,13 @@ Definitions that others write differently are listed in records/definitions.md.
 """
 
 import math
-from dataclasses import asdict, dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
 import kernels
-from common.flags import as_flag, die, without_effect
 from common.moved import moved
 from common.reward import varies
 from kernels import linear_logprob
@@ -147,7 +145,7 @@ def weigh(groups, config):
     """Fills sample.weight and sample.divisor. Tokens that were forced on one (log-prob nan), a
     tool's words for example, are not trained and do not count. Where the advantage is zero the
     gradient is: unless another term needs such a sample, its weight is 0, and it costs no forward."""
-    always = config.entropy_coef or config.kl_coef
+    always = config.entropy_coef or config.entropy_target or config.kl_coef
     for s in (s for group in groups for s in group):
         L = len(s.tokens)
         if math.isnan(sum(s.logprobs)):
@@ -157,8 +155,10 @@ def weigh(groups, config):
             s.weight = 0.0
 
 
-# axis 5, the regularisers: --kl-coef and the resets of its reference, --cov, --entropy-coef. They
-# add up, so they are flags
+# -----------------------------------------------------------------------------
+# axis 5, the regularisers. They add up, so each is a flag: --kl-coef and the resets of its
+# reference, --cov, --entropy-coef, --entropy-target. What --cov and --entropy-target choose for a
+# rollout is computed before any backward, in common/entropy.py
 
 # -----------------------------------------------------------------------------
 # the table. The clips of cispo (none below) and of holder, and prorl's KL coefficient, are ours:
@@ -218,91 +218,12 @@ class Algo:
     kl_coef: float | None = None         # KL (k3) to a reference, at first the model of --init
     reference_at: Literal["device", "host", "sharded"] = "device"  # where its blocks are between uses
     cov: Literal["", "clip", "kl"] = ""  # cut, or tie to the old policy, what lowers the entropy most
-    cov_share: float = 2e-3              # the share of the tokens of a rollout that are marked so
+    cov_share: float | None = None       # of the tokens that are marked: 2e-4 clip, 2e-3 kl
     cov_coef: float = 1.0                # the coefficient of --cov kl
     entropy_coef: float = 0.0            # bonus on the entropy of the policy; may be negative
+    entropy_target: float = 0.0          # nats per token: a bonus that adapts below it; 0: off
     overlong: int = 0          # soft penalty on the last this many tokens before --max-new; 0: off
     temperature: float | None = None     # of rollout and training; 1 unless the row says otherwise
-
-
-# what holds where neither the row nor a flag says anything
-DEFAULTS = dict(dynamic=False, temperature=1.0, kl_coef=0.0, reset_every=0, clip_low=0.2,
-                clip_high=0.2, length_power=1.0, power=1.0)
-
-
-def unused(c):
-    """-> {flag: the axis that leaves it nothing to say}"""
-    found = {}
-    if c.trust == "none":
-        found |= dict(clip_low="trust", clip_high="trust")
-    if c.ratio != "power":
-        found |= dict(power="ratio", power_end="ratio")
-    if c.aggregate != "length":
-        found |= dict(length_power="aggregate")
-    return found
-
-
-def filled_in(config):
-    """-> {flag: value} by --algo, for --help."""
-    row = DEFAULTS | ALGORITHMS[config.algo]
-    silent = unused(SimpleNamespace(**row))
-    return {name: value for name, value in row.items() if name not in silent}
-
-
-def with_algorithm(config):
-    """The row of --algo, overridden by every axis that was given its own flag. What does not go
-    together is refused, with the reason."""
-    row = ALGORITHMS[config.algo]
-    known = asdict(config)
-    strange = [name for name in row if name not in known]
-    if strange:
-        die(f"--algo {config.algo} needs {as_flag(strange[0])}, which has no place in this "
-            "script: take another row, and what else you want of this one by the flags of its axes")
-    given = {name: value for name, value in known.items() if value not in ("", None)}
-    defaults = {name: value for name, value in DEFAULTS.items() if name in known}
-    c = type(config)(**{**known, **defaults, **row, **given})
-    if c.power_end is None:
-        c.power_end = c.power
-    for name, axis in unused(c).items():
-        if name in given:
-            die(f"{as_flag(name)} says nothing here: --{axis} is {getattr(c, axis)}")
-        setattr(c, name, None)
-    without_effect(c, [
-        ("cov_share", c.cov, "it is the share that --cov marks, and --cov is not given"),
-        ("cov_coef", c.cov == "kl", "it is the coefficient of --cov kl"),
-    ])
-    for wrong, why in [
-        (c.overlong > c.max_new, f"--overlong {c.overlong} is above --max-new {c.max_new}"),
-        (c.clip_low and c.clip_low > 1,
-         f"--clip-low {c.clip_low}: a ratio is never below 0, so give at most 1"),
-        (c.trust == "probability" and c.ratio != "token",
-         f"--trust probability is about the probability of a token, and --ratio is {c.ratio}"),
-        (c.cov and not 0 < c.cov_share < 1,
-         f"--cov-share {c.cov_share} is a share of the tokens: give a number between 0 and 1"),
-        (c.cov == "kl" and not several_updates(c),
-         "--cov kl with one update per rollout: the old policy is the new one, so their KL has no "
-         "gradient; give --epochs 2 or a --minibatch below --prompts, or --cov clip"),
-    ]:
-        if wrong:
-            die(why)
-    return c
-
-
-def several_updates(c):
-    """Is a rollout learned from in more than one update?"""
-    return c.epochs > 1 or 0 < c.minibatch < c.prompts
-
-
-def check_updates(c):
-    """Refuses what only a second update of a rollout could feel. With one, every ratio is 1,
-    whatever its form and wherever it is clipped. c: with the row filled in."""
-    row = DEFAULTS | ALGORITHMS[c.algo]
-    for name in ("ratio", "power", "power_end", "trust", "clip_low", "clip_high"):
-        value = getattr(c, name)
-        first = row.get("power") if name == "power_end" else None
-        if not several_updates(c) and value is not None and value != row.get(name, first):
-            die(f"{as_flag(name)} {value} has no effect with one update per rollout, where every "
-                "ratio is 1: it needs more (nanorl.py: --minibatch below --prompts, or --epochs 2)")
 
 
 # -----------------------------------------------------------------------------
@@ -331,25 +252,6 @@ def by_key(known, batch):
     parts = [known[key(s)] for s in batch.samples]
     flat = np.concatenate([np.zeros(0, np.float32), *parts])
     return kernels.to_device(flat, torch.float32, batch.targets_N.device)
-
-
-def covariant(groups, config):
-    """-> {key: 1 for the predictions that most lower the entropy, else 0}: those with the largest
-    (log-prob - mean) (advantage - mean) of the whole batch. From the sampler's log-probs, so it is
-    known before any backward; of a tie the earlier sample is marked."""
-    samples = [s for g in groups for s in g]
-    trained = [~np.isnan(s.logprobs) for s in samples]
-    logps = [np.array(s.logprobs)[on] for s, on in zip(samples, trained)]
-    advantages = [np.broadcast_to(s.advantage, len(on))[on] for s, on in zip(samples, trained)]
-    logp_N = np.concatenate([np.zeros(0), *logps])
-    A_N = np.concatenate([np.zeros(0), *advantages])
-    marked_N = np.zeros(len(logp_N), np.float32)
-    if len(logp_N):
-        cov_N = (logp_N - logp_N.mean()) * (A_N - A_N.mean())
-        count = math.ceil(config.cov_share * len(cov_N))
-        marked_N[np.argsort(-cov_N, kind="stable")[:count]] = 1
-    ends = np.cumsum([on.sum() for on in trained])
-    return {key(s): part for s, part in zip(samples, np.split(marked_N, ends))}
 
 
 # -----------------------------------------------------------------------------

@@ -35,8 +35,9 @@ import algos
 import kernels
 import stages
 import tail
-from algos import Algo, check_updates, filled_in, several_updates, with_algorithm
+from algos import Algo
 from common import memory
+from common.axes import check_updates, filled_in, several_updates, with_algorithm
 from common.flags import die, flags, positive, without_effect
 from common.metrics import sample_rows, status, summary, warnings
 from common.moved import moved
@@ -141,10 +142,10 @@ def configure(argv):
         (c.tail_batching == "continue" and not c.tis,
          "--tail-batching continue with --tis 0: resumed tokens come from an older policy, and "
          "nothing would correct them"),
-        (c.stream and (several_updates(c) or c.cov),
-         "--stream learns before the rollout is whole: not with --cov, which chooses from all of "
-         "it, nor with --minibatch or --epochs, whose first update would change what is still "
-         "sampled"),
+        (c.stream and (several_updates(c) or c.cov or c.entropy_target),
+         "--stream learns before the rollout is whole: not with --cov or --entropy-target, which "
+         "choose from all of it, nor with --minibatch or --epochs, whose first update would change "
+         "what is still sampled"),
     ]:
         if wrong:
             die(why)

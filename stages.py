@@ -40,9 +40,11 @@ import data
 import kernels
 import pack
 import train_gpt
-from algos import Algo, advantage, covariant, key, make_loss, weigh, with_algorithm
+from algos import Algo, advantage, key, make_loss, weigh
 from common import hf, memory, parity, view
+from common.axes import with_algorithm
 from common.deal import Feed
+from common.entropy import covariant, entropy_bonus
 from common.flags import check_run, check_sampling, die, positive, shares
 from common.machine import Machine
 from common.metrics import Clock, in_order, merge_stats, recent
@@ -97,6 +99,7 @@ class Common(Machine):
     kl_coef = 0.0
     reference_at = "device"
     entropy_coef = 0.0
+    entropy_target = 0.0
     cov = ""
     epochs = 1
     minibatch = 0
@@ -148,6 +151,7 @@ class RL:
     late: list = saved(factory=list)     # problems that were put off: see tail.py
     best: float = saved(-math.inf)       # the highest eval/avg
     stalled: int = saved(0)              # evaluations since then
+    bonus: float = saved(0.0)            # the next coefficient of --entropy-target
     history: list = saved(factory=list)  # the numbers of earlier steps
 
     # of the step that is being made
@@ -395,6 +399,9 @@ def learn(rl, groups):
     parts = [groups[i : i + size] for i in range(0, count, size)] * c.epochs
     old = old_logprobs(rl, groups) if len(parts) > 1 else None
     marked = covariant(groups, c) if c.cov else None
+    if c.entropy_target:
+        coef, rl.bonus = entropy_bonus(rl.bonus, groups, c)
+        c = replace(c, entropy_coef=coef)
     loss = make_loss(c, elapsed(rl), old, marked, rl.reference)
     done = []
     for part in parts:

@@ -58,8 +58,9 @@ import numpy as np
 import algos
 import data
 import stages
-from algos import Algo, check_updates, filled_in, with_algorithm
+from algos import Algo
 from common import view
+from common.axes import check_updates, filled_in, with_algorithm
 from common.files import ended_runs
 from common.flags import die, flags, positive, shares, truncation, without_effect
 from common.metrics import sample_rows, summary, warnings

@@ -123,6 +123,8 @@ def summary(rl, groups, stats, start):
     rl.seconds += all_max(numbers["t_step"])
     if rl.rounds:
         numbers |= rl.rounds.evidence()
+    if rl.config.entropy_target:
+        numbers["bonus"] = rl.bonus
     if rl.config.stream:
         numbers["streamed"] = all_sum(len(rl.early))
     rl.history.append(numbers)

@@ -13,7 +13,9 @@ import sys
 MOVED = {
     "algos": dict(
         address="algos:key", aggregated="algos:weigh", by_address="algos:by_key",
-        predicting="= batch.hidden(model)",
+        predicting="= batch.hidden(model)", covariant="common.entropy",
+        **dict.fromkeys(("check_updates", "filled_in", "several_updates", "unused", "with_algorithm",
+                         "DEFAULTS"), "common.axes"),
     ),
     "common.run": dict(
         flags="common.flags", positive="common.flags", check_name="common.flags", check_day="common.flags",
@@ -22,8 +24,9 @@ MOVED = {
     ),
     "nanorl": dict(
         ALGORITHMS="algos", BASELINES="algos", RATIOS="algos", TRUSTS="algos", AGGREGATES="algos",
-        address="algos:key", covariant="algos", make_loss="algos", predicting="= batch.hidden(model)",
-        with_algorithm="algos", stored="algos:by_key", elapsed="stages", accumulate="stages:update",
+        address="algos:key", covariant="common.entropy", make_loss="algos",
+        predicting="= batch.hidden(model)",
+        with_algorithm="common.axes", stored="algos:by_key", elapsed="stages", accumulate="stages:update",
         backward="stages:update", everyone="stages:gather_groups", test="stages:evaluation",
         together="common.metrics:merge_stats", score="stages:old_logprobs", stream="tail:learn_early",
         rehearse="common.memory:trial_update", budget="common.memory:fixed",

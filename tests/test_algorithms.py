@@ -11,9 +11,12 @@ import algos
 import nanorl
 import pack
 import stages
+from algos import ALGORITHMS, RATIOS, TRUSTS, advantage, key, make_loss
+from common import entropy
+from common.axes import with_algorithm
+from common.entropy import covariant
 from common.metrics import merge_stats
 from common.optim import Optimizer
-from algos import ALGORITHMS, RATIOS, TRUSTS, advantage, covariant, key, make_loss, with_algorithm
 from nanorl import Config
 from rollout import Sample
 from tests.models import nudged
@@ -420,21 +423,57 @@ def test_equal_rewards_still_feel_the_kl():
     assert counts == {0.0: 10, 0.1: 20}
 
 
+def covariances(groups):
+    """-> of every token of all groups, by the formula"""
+    flat = [s for g in groups for s in g]
+    logp = np.array([x for s in flat for x in s.logprobs])
+    A = np.array([s.advantage for s in flat for _ in s.logprobs])
+    return (logp - logp.mean()) * (A - A.mean())
+
+
+def marks(marked, groups):
+    return np.concatenate([marked[key(s)] for g in groups for s in g])
+
+
 def test_covariance_is_taken_over_the_whole_batch():
     """the top share of one group, or of one rank's groups, are other tokens than the top share of all"""
-    config = settled(algo="dr_grpo", cov="clip", cov_share=0.1)
+    config = settled(algo="dr_grpo", cov="kl", cov_share=0.1, epochs=2)
     groups = ragged()
     for g in groups:
         advantage(g, config)
     marked = covariant(groups, config)
-    flat = [s for g in groups for s in g]
-    logp = np.array([x for s in flat for x in s.logprobs])
-    A = np.array([s.advantage for s in flat for _ in s.logprobs])
-    cov = (logp - logp.mean()) * (A - A.mean())
-    top = np.concatenate([marked[key(s)] for s in flat])
-    assert top.sum() == 5 == np.ceil(0.1 * 50) and set(np.flatnonzero(top)) == set(np.argsort(-cov)[:5])
+    top = marks(marked, groups)
+    assert top.sum() == 5 == np.floor(0.1 * 50)
+    assert set(np.flatnonzero(top)) == set(np.argsort(-covariances(groups))[:5])
     assert any(not np.array_equal(covariant([g], config)[key(s)], marked[key(s)])
                for g in groups for s in g)
+
+
+def test_clip_cov_draws_from_a_band_by_chance():
+    """Clip-Cov was once the largest covariances here, as KL-Cov is; its authors' code draws a share
+    of all tokens, one at least, from those whose covariance is between 1 and 5. By chance, but the same
+    ones in whatever order groups come, and others with another seed."""
+    config = settled(algo="dr_grpo", cov="clip", cov_share=0.07)
+    groups = ragged()
+    rng = np.random.default_rng(0)
+    for s in (s for g in groups for s in g):
+        s.logprobs = list(rng.normal(-6, 4, len(s.logprobs)))
+        s.advantage = float(rng.normal(0, 1.5))
+    cov = covariances(groups)
+    inside = (1 < cov) & (cov < 5)
+    assert inside.sum() > 6 and (cov >= 5).any()
+    found = marks(covariant(groups, config), groups).astype(bool)
+    assert found.sum() == 3 == np.floor(0.07 * 50) and inside[found].all()
+    assert set(np.flatnonzero(found)) != set(np.argsort(-np.where(inside, cov, 0))[:3]), "not the largest"
+
+    assert np.array_equal(marks(covariant(groups[::-1], config), groups), found)
+    seeds = [marks(covariant(groups, replace(config, seed=i)), groups) for i in range(30)]
+    assert len({seed.tobytes() for seed in seeds}) > 10
+    every = np.sum(seeds, axis=0)
+    assert (every[inside] > 0).sum() > 0.8 * inside.sum() and not every[~inside].any()
+    few = marks(covariant(groups, replace(config, cov_share=None)), groups)
+    assert few.sum() == 1, "2e-4 of 50 tokens: one at least"
+    assert marks(covariant(groups, replace(config, cov_share=0.9)), groups).sum() == inside.sum()
 
 
 def test_forced_tokens_are_in_no_covariance():
@@ -442,7 +481,7 @@ def test_forced_tokens_are_in_no_covariance():
     none here either"""
     samples = group([1, 0], [4, 4])
     samples[0].logprobs[1] = float("nan")
-    config = settled(algo="dr_grpo", cov="clip", cov_share=0.3)
+    config = settled(algo="dr_grpo", cov="kl", cov_share=0.5, epochs=2)
     advantage(samples, config)
     marked = covariant([samples], config)
     assert [len(marked[key(s)]) for s in samples] == [3, 4] and sum(m.sum() for m in marked.values()) == 3
@@ -450,12 +489,46 @@ def test_forced_tokens_are_in_no_covariance():
     assert len(algos.by_key(marked, batch)) == len(batch.at_N)
 
 
+def test_the_bonus_of_a_target_entropy_by_hand():
+    """Skywork-OR1: it grows by a step while the entropy is below the target, falls above it and is not
+    applied there, and stays between 0 and the most. The entropy is minus the mean log-prob: 1.5 here."""
+    samples = group([1, 0], [2, 2])
+    samples[0].logprobs = [-1.0, -2.0]
+    samples[1].logprobs = [float("nan"), -1.5]
+    step, most = entropy.ENTROPY_STEP, entropy.ENTROPY_MOST
+    low, high = settled(entropy_target=1.6), settled(entropy_target=1.4)
+    assert entropy.entropy_bonus(0.0, [samples], low) == (0.0, step)
+    assert entropy.entropy_bonus(3 * step, [samples], low) == (3 * step, 4 * step)
+    assert entropy.entropy_bonus(most, [samples], low) == (most, most)
+    assert entropy.entropy_bonus(step, [samples], high) == (0.0, 0.0)
+    assert entropy.entropy_bonus(0.0, [samples], high) == (0.0, 0.0)
+    assert entropy.entropy_bonus(step, [], low) == (0.0, step), "a step without samples says nothing"
+
+
+def test_a_target_entropy_is_a_bonus_that_adapts():
+    """the first step has none; from the second on it is the --entropy-coef of that size, for samples of
+    advantage 0, too"""
+    config = settled(algo="dr_grpo", entropy_target=9.0, lr=0.05)
+    rl = fake(config, model(0, torch.float32), ragged())
+    plain = fake(settled(algo="dr_grpo", lr=0.05), model(0, torch.float32), ragged())
+    stages.learn(rl, ragged())
+    stages.learn(plain, ragged())
+    assert torch.equal(weights_of(rl.model), weights_of(plain.model)) and rl.bonus == entropy.ENTROPY_STEP
+    plain.config = replace(plain.config, entropy_coef=entropy.ENTROPY_STEP)
+    flat = [group([1, 1], [3, 5])]
+    for each in (rl, plain):
+        stages.learn(each, flat)
+    assert torch.equal(weights_of(rl.model), weights_of(plain.model)) and rl.bonus == 2 * entropy.ENTROPY_STEP
+    same = model(0, torch.float32)
+    assert not torch.equal(weights_of(rl.model), weights_of(same))
+
+
 def test_clip_cov_stops_and_kl_cov_holds_the_marked_tokens():
     groups = [group([1, 0], [6, 6])]
-    plain, clip = settled(algo="rloo"), settled(algo="rloo", cov="clip", cov_share=0.3)
+    plain, clip = settled(algo="rloo"), settled(algo="rloo", cov="clip")
     kl = settled(algo="rloo", cov="kl", cov_share=0.3, epochs=2, cov_coef=0.5)
     old = moved(stages.old_logprobs(fake(plain, model(0), groups), groups))
-    marked = covariant(groups, clip)
+    marked = covariant(groups, kl)
     W, h = torch.randn(9, 4, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
     batch = pack.rows([segment for s in groups[0] for segment in pack.alone(s)])
     batch.weight_N.fill_(1)              # not those of the aggregation
@@ -467,7 +540,7 @@ def test_clip_cov_stops_and_kl_cov_holds_the_marked_tokens():
         return hidden.grad
 
     a, b, c = per_token(plain), per_token(clip, marked=marked), per_token(kl, marked=marked)
-    assert top_N.sum() == 4 and (b[top_N == 1] == 0).all()
+    assert top_N.sum() == 3 and (b[top_N == 1] == 0).all()
     assert torch.equal(a[top_N == 0], b[top_N == 0]) and torch.equal(a[top_N == 0], c[top_N == 0])
     x_N = (h @ W.T).log_softmax(1)[torch.arange(12), batch.targets_N] - algos.by_key(old, batch)
     onehot = torch.nn.functional.one_hot(batch.targets_N, 9).double()
@@ -512,7 +585,7 @@ def weights_of(policy):
 def test_two_ranks_equal_one(algo):
     """rung 9, the sums: what two ranks back-propagate adds up to what one does, old log-probs and
     marked tokens included"""
-    config = settled(algo=algo, tis=2.0, cov="clip", cov_share=0.1, row_tokens=48)
+    config = settled(algo=algo, tis=2.0, cov="kl", cov_share=0.1, epochs=2, row_tokens=48)
     groups, other = ragged() + [group([1, 1, 0], [2, 13, 5], seed=2, problem=2)], model(1)
     policy = model(0)
     rl = fake(config, policy, groups, reference=other)

@@ -16,7 +16,7 @@ import kernels
 import nanorl
 import pack
 import rollout
-from common import backend, memory, pages
+from common import axes, backend, memory, pages
 from common.optim import Optimizer
 from common.pages import Pool
 from rollout import Sample, Sampler
@@ -269,7 +269,7 @@ def test_no_loss_waits_for_the_device(algo, monkeypatch):
     first: forward and backward of every row stood apart. Ten statistics were read after every
     row, too; now after the last."""
     model = tiny()
-    batch, config = batch_of(model), algos.with_algorithm(nanorl.Config(algo=algo))
+    batch, config = batch_of(model), axes.with_algorithm(nanorl.Config(algo=algo))
     hidden_ND = batch.hidden(model)
     monkeypatch.setattr(kernels, "expect_ids", lambda *args: None)  # it looks at ids on a CPU alone
     with Flowing():

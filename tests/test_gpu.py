@@ -294,6 +294,7 @@ def test_a_loss_waits_for_nothing():
     import algos
     import nanorl
     import pack
+    from common import axes
     from rollout import Sample
     from train_gpt import GPT, GPTConfig
     model = GPT(GPTConfig(1000, 2, 4, 2, 64, 256, 512, 512, 1e4)).init_weights(0).to(DEVICE, HALF)
@@ -302,7 +303,7 @@ def test_a_loss_waits_for_nothing():
     for algo in algos.ALGORITHMS:
         if algos.ALGORITHMS[algo].get("kl_coef"):
             continue                  # a reference moves between host and device, once an update
-        config = algos.with_algorithm(nanorl.Config(algo=algo))
+        config = axes.with_algorithm(nanorl.Config(algo=algo))
         for mode in ("default", "error"):
             (batch,) = pack.batches([samples], 64, model.config)
             torch.cuda.synchronize()

@@ -97,7 +97,8 @@ ALGO = dict(
     cov=(["clip", "kl --minibatch 1", ""], ["kl", "cut"]),
     cov_share=(["0.001 --cov clip", "0.999 --cov clip"], ["0 --cov clip", "1 --cov clip", "2", "0.5"]),
     cov_coef=(["2 --cov kl --minibatch 1", "0 --cov kl --minibatch 1"], ["2", "2 --cov clip", "-1"]),
-    entropy_coef=SIGNED, overlong=(["0", "47", "48"], ["49", "-1"]), temperature=(["0.01", "5"], ["0", "-1"]))
+    entropy_coef=SIGNED, entropy_target=(["0", "0.2", "9"], ["-1", "1 --entropy-coef 1"]),
+    overlong=(["0", "47", "48"], ["49", "-1"]), temperature=(["0.01", "5"], ["0", "-1"]))
 EVALS = dict(eval_every=OFF, eval_n=COUNT, eval_k=COUNT, final_n=COUNT)
 ONE_UPDATE = (["token"], ["sequence"])                   # ttrl.py makes one update per rollout
 
@@ -112,8 +113,8 @@ LIMITS = dict(
         more_prompts=(["1 --tail-batching race"], ["0.99 --tail-batching race", "2"]),
         more_samples=(["1 --tail-batching race"],
                       ["0.99 --tail-batching race", "2", "2 --tail-batching prompt"]),
-        stream=(["on", "off"], ["on --minibatch 1", "on --epochs 2", "on --cov clip", "on --grads sharded",
-                                 "on --kl-coef 1 --reference-at sharded"]),
+        stream=(["on", "off"], ["on --minibatch 1", "on --epochs 2", "on --cov clip", "on --entropy-target 1",
+                                 "on --grads sharded", "on --kl-coef 1 --reference-at sharded"]),
         dry_run=SWITCH, card=(["0", "24 --dry-run"], ["24", "-1"]), host=(["0", "64 --dry-run"], ["64"])),
     ttrl=COMMON | ALGO | dict(
         name=(["", "a"], NAME[1][1:]), preset=(["", "aime --init DIR"], ["aime", "aimee"]),
@@ -628,9 +629,11 @@ ALGO_EFFECTS = dict(
     power=("metrics", "--power 5", f"--ratio power {SECOND} --power-end 1"),
     power_end=("metrics", "--power-end 5", f"--ratio power {SECOND} --steps 3"),
     kl_coef=("metrics", "--kl-coef 1"), reference_at=("memory", "of the reference between two uses"),
-    cov=("metrics", "--cov clip"), cov_share=("metrics", "--cov-share 0.9", "--cov clip"),
+    cov=("metrics", "--cov kl --cov-share 0.5", SECOND),
+    cov_share=("metrics", "--cov-share 0.9", f"--cov kl {SECOND}"),
     cov_coef=("metrics", "--cov-coef 9", f"--cov kl --cov-share 0.5 {SECOND}"),
-    entropy_coef=("metrics", "--entropy-coef 1"), overlong=("metrics", "--overlong 3"),
+    entropy_coef=("metrics", "--entropy-coef 1"), entropy_target=("metrics", "--entropy-target 9"),
+    overlong=("metrics", "--overlong 3"),
     temperature=("metrics", "--temperature 2"))
 EVAL_EFFECTS = dict(eval_every=("metrics", "--eval-every 0"), eval_n=("metrics", "--eval-n 1"),
                     eval_k=("metrics", "--eval-k 3"), final_n=("metrics", "--final-n 1", "--data= --reward="))
@@ -670,6 +673,8 @@ EFFECTS = dict(
         eval_temperature=("metrics", "--eval-temperature 0"), eval_top_p=("metrics", "--eval-top-p 0.1"),
         ratio=REFUSED, trust=REFUSED, clip_low=REFUSED, clip_high=REFUSED, power=REFUSED, power_end=REFUSED,
         cov_coef=("refused", "one update per rollout: cov kl has no gradient"),
+        cov=("metrics", "clip marks what is in its band, and a tiny run has nothing there"),
+        cov_share=("metrics", "the same"),
         tis=("metrics", "it caps a weight that only rounding, bf16 or --top-p moves from 1")),
     opd=COMMON_EFFECTS | EVAL_EFFECTS | LOOP_EFFECTS | dict(
         teacher=("metrics", "--teacher base"), loss=("metrics", "--loss full"),

@@ -55,7 +55,8 @@ import pack
 from bench import peer
 from common import optim
 from evaluate import pass_at
-from algos import AGGREGATES, advantage, make_loss, with_algorithm
+from algos import AGGREGATES, advantage, make_loss
+from common.axes import with_algorithm
 from rollout import Sample
 from tests.models import nudged
 from train_gpt import GPT, GPTConfig

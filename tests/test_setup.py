@@ -84,7 +84,7 @@ ROWS = [      # the bottom first; a row may name files that are not written yet
     ["train_gpt", "common.slabs", "common.pages", "common.prefix"],
     ["rollout"],
     ["algos", "evaluate", "common.metrics", "common.overlap"],
-    ["common.memory", "common.evidence", "common.teacher"],
+    ["common.memory", "common.evidence", "common.teacher", "common.axes", "common.entropy"],
     ["stages"],
     ["tail", "opd_check"],
     ["nanorl", "ttrl", "opd"],

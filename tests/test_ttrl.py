@@ -13,7 +13,7 @@ import torch
 import data
 import stages
 import ttrl
-from algos import with_algorithm
+from common.axes import with_algorithm
 from common.reward import Graders
 from common.run import Run
 from data import Problem
