@@ -292,9 +292,9 @@ def make_loss(config, done=0.0, old=None, marked=None, reference=None):
         elif c.cov == "kl":
             objective_N = objective_N - c.cov_coef * by_key(marked, batch) * x_N.abs()
 
-        # trainer against sampler: rounding, or a bug. Truncation sampled from pi / kept, where
-        # kept is less than 1
-        gap_N = old_N - batch.old_logp_N
+        # trainer against sampler: rounding, or a bug. With --top-p the sampler drew from
+        # pi / kept, where kept is less than 1, so this is the log of old / (sampler's pi / kept)
+        gap_N = old_N - batch.sampler_logp_N
         logweight_N = gap_N + batch.kept_N
         if c.tis:
             objective_N = objective_N * logweight_N.exp().clamp(max=c.tis)
@@ -307,7 +307,7 @@ def make_loss(config, done=0.0, old=None, marked=None, reference=None):
 
         with torch.no_grad():
             ratio_N = logratio_N.exp()
-            outside_N = ratio_N < 0
+            outside_N = torch.zeros_like(ratio_N, dtype=torch.bool)      # without a trust region
             if c.trust == "probability":
                 moved_N = moved_by(logratio_N, old_N)
                 outside_N = (moved_N < -c.clip_low) | (moved_N > c.clip_high)

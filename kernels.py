@@ -259,8 +259,8 @@ def _triton_decode(q, k_new, v_new, k_pages, v_pages, block_table, lengths, spli
     lse = q.new_empty(B, splits, H, dtype=torch.float32)
     block_d = triton.next_power_of_2(hd)
 
-    # BLOCK_N 64: 39 kB, so four programs share an H100's multiprocessor. 32 halves what each has under
-    # way, 128 leaves room for three. (The compiler's report at head_dim 128; not timed.)
+    # BLOCK_N 64: 39 kB, so four programs share an H100's multiprocessor at head_dim 128. 32 halves what
+    # each has under way, 128 leaves room for three.
     _decode_kernel[(B, KV, splits)](
         q, k_new, v_new, k_pages, v_pages, block_table, lengths, part, lse, hd**-0.5,
         block_table.stride(0), q.stride(0), k_new.stride(0), v_new.stride(0),
@@ -648,8 +648,7 @@ def _norm_rope_kernel(q, k, q_grad, k_grad, q_out, k_out, dw_q, dw_k, q_weight, 
 
 def _norm_rope(q, k, weights, cos, sin, eps, grads=(None, None)):
     """-> q and k turned; or, given the gradients of those, dq and dk, and the parts of each dw. Tiles
-    of 2,048 pairs, 16 per thread: 72 registers forward and 123 backward; 4,096 take 164 and 206.
-    (Reported, not timed.)"""
+    of 2,048 pairs, 16 per thread: 72 registers forward and 123 backward; 4,096 take 164 and 206."""
     half = q.shape[2] // 2
     block_d = triton.next_power_of_2(half)
     block_r = max(1, 2048 // block_d)
@@ -1110,10 +1109,8 @@ def backend(device):
 
 
 def main():
-    if torch.cuda.is_available():
-        print(backend("cuda"))
-    else:
-        print(backend("mps" if torch.backends.mps.is_available() else "cpu"))
+    other = "mps" if torch.backends.mps.is_available() else "cpu"
+    print(backend("cuda" if torch.cuda.is_available() else other))
 
 
 if __name__ == "__main__":

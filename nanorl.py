@@ -85,12 +85,13 @@ class Config(Algo, Common):
     host: float = 0.0                    # GB of its host's memory; 0: this one's, or not asked
 
 
-# what runs unless --init, --task or --data says otherwise, by what is found. Flags win over it
+# flags that a run without --init, --task and --data begins with, by the device that is found: the
+# plain command runs these, not the values above. What a user gives wins over them
 RECIPES = {
     "cpu": dict(
         flags="--prompts 64 --n 4 --slots 256 --steps 540 --eval-every 90",
         about="two CPU cores: the base, then 540 steps, a few minutes together; test accuracy "
-              "from 32 to 39% to 59 to 66%, by the seed",
+              "from 32-39% to 59-66%",
     ),
     "cuda": dict(
         flags="--init runs/mixed100m --task countdown:4 --prompts 128 --max-new 96 "
@@ -162,14 +163,6 @@ def configure(argv):
     return c, RECIPES[recipe]["about"] if recipe else ""
 
 
-def note_best(rl, avg):
-    if avg > rl.best:
-        rl.best = avg
-        rl.stalled = 0
-    else:
-        rl.stalled += 1
-
-
 def reset(rl):
     """ProRL: the policy becomes its own reference, so the KL is 0 again, and the optimizer forgets
     its moments."""
@@ -177,8 +170,14 @@ def reset(rl):
     rl.optimizer.reset()
 
 
-def reset_if_due(rl, run):
+def reset_if_due(rl, run, numbers):
+    """Every --reset-every steps, or when --reset-patience evaluations brought no new best."""
     c = rl.config
+    if numbers.get("eval/avg", -math.inf) > rl.best:
+        rl.best = numbers["eval/avg"]
+        rl.stalled = 0
+    elif "eval/avg" in numbers:
+        rl.stalled += 1
     patience = c.reset_patience and rl.stalled >= c.reset_patience
     if due(rl.step, c.reset_every) or patience:
         reset(rl)
@@ -234,12 +233,13 @@ def main(argv=None):
         # update: pack into rows, share out over ranks, back-propagate sums; one division, clip, step
         stats = learn(rl, groups)
 
-        # log: the reward comes first. summary counts the tokens and seconds that over() looks at
+        # log: the reward comes first. summary also counts the tokens and seconds that over() looks
+        # at, and adds a line to rl.history
         numbers = summary(rl, groups, stats, start)
         run.log(status(rl.step, config, numbers))
         for warning in warnings(rl.history, config):
             run.log(f"  warning: {warning}")
-        memory.compare(rl, run)                                  # on a GPU, once
+        memory.compare(rl, run)          # on a GPU, once: the peak against what --dry-run says
         run.pace(rl.step, rl.steps, numbers)                     # on a CPU: how long will it take?
         bar.update()
 
@@ -249,8 +249,7 @@ def main(argv=None):
             numbers |= evaluation(rl, run, "test", "after")
         elif due(rl.step, config.eval_every):
             numbers |= evaluation(rl, run, "eval", "  validation")
-            note_best(rl, numbers["eval/avg"])
-        reset_if_due(rl, run)
+        reset_if_due(rl, run, numbers)
         run.metrics(rl.step, **numbers)
         run.samples(sample_rows(rl, groups))
 

@@ -378,7 +378,7 @@ def make_loss(config, model, teacher, stop=(), special=(), contexts=None, refere
             exact_N = s.logp_N
             if s.stop is not None:
                 exact_N, _ = linear_logprob(hidden_ND, head_VD, batch.targets_N, c.temperature)
-            gap_N = torch.where(gold_N, 0.0, exact_N - batch.old_logp_N)
+            gap_N = torch.where(gold_N, 0.0, exact_N - batch.sampler_logp_N)
             s.trust_N = torch.ones_like(gap_N)
             if c.tis:
                 s.trust_N = (gap_N + batch.kept_N).exp().clamp(max=c.tis)

@@ -107,7 +107,7 @@ def scored(model, teacher, batches, k, stop, device):
         hidden_ND = batch.hidden(model)
         logp_N, _ = linear_logprob(hidden_ND, model.head_weight, batch.targets_N)
         if len(logp_N):
-            worst = max(worst, float((logp_N - batch.old_logp_N).abs().max()))
+            worst = max(worst, float((logp_N - batch.sampler_logp_N).abs().max()))
         begin = time.perf_counter()
         taught_ND = batch.hidden(teacher)
         logq_N, _ = linear_logprob(taught_ND, teacher.head_weight, batch.targets_N)

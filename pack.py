@@ -221,12 +221,14 @@ def work(segments, shape):
 
 @dataclass
 class Batch:
+    """A packed row, one micro-batch. (The Batch of rollout.py is another: the sequences that are
+    being decoded.)"""
     tokens_T: torch.Tensor
     positions_T: torch.Tensor
     at_N: torch.Tensor                   # where the token is that predicts; it may predict many
     targets_N: torch.Tensor
     sample_N: torch.Tensor               # whose prediction it is: an index into samples
-    old_logp_N: torch.Tensor             # the sampler's log-prob
+    sampler_logp_N: torch.Tensor             # the sampler's log-prob
     kept_N: torch.Tensor                 # log of the mass that truncation left, 0 without
     advantage_N: torch.Tensor
     weight_N: torch.Tensor               # in the loss
@@ -282,7 +284,7 @@ def rows(segments):
     tokens = flat(segments[i].tokens for i in order)
     positions = flat(range(before[i], before[i] + n) for i, n in zip(order, lengths))
 
-    # the predictions, sample by sample
+    # the predictions, sample by sample, and what the loss knows of each
     predicts = []
     for k, i in enumerate(order):
         if segments[i].sample:
@@ -295,15 +297,17 @@ def rows(segments):
     samples = [segments[i].sample for i in order if segments[i].sample]
     targets = flat(s.tokens for s in samples)
     owner = flat([k] * len(s.tokens) for k, s in enumerate(samples))
-    old = flat(s.logprobs for s in samples)
+    logp = flat(s.logprobs for s in samples)
     kept = flat(s.kept or [0.0] * len(s.tokens) for s in samples)
     advantage = flat(advantages(s) for s in samples)
     weight = flat([s.weight] * len(s.tokens) for s in samples)
-    real = torch.tensor([old, kept, advantage, weight], dtype=torch.float32)
-    trained = ~real[0].isnan()
-    at_N, targets_N, sample_N = torch.tensor([predicts, targets, owner], dtype=torch.int64)[:, trained]
-    return Batch(torch.tensor(tokens), torch.tensor(positions), at_N, targets_N, sample_N, *real[:, trained],
-                 cu, max(lengths), parent, samples)
+    numbers = torch.tensor([logp, kept, advantage, weight], dtype=torch.float32)
+    places = torch.tensor([predicts, targets, owner], dtype=torch.int64)
+    chosen = ~numbers[0].isnan()         # by the sampler: not forced on it
+    logp_N, kept_N, advantage_N, weight_N = numbers[:, chosen]
+    at_N, targets_N, sample_N = places[:, chosen]
+    return Batch(torch.tensor(tokens), torch.tensor(positions), at_N, targets_N, sample_N, logp_N, kept_N,
+                 advantage_N, weight_N, cu, max(lengths), parent, samples)
 
 
 # -----------------------------------------------------------------------------

@@ -14,23 +14,11 @@ stages.py: what every loop is made of. Each stage is a function of `rl`, the sta
     evaluation     avg@k of the model as it is
     save           a checkpoint
 
-A loop is these, top to bottom; nanorl.py's is the one to read first. Left out of the usual
+A loop is these, top to bottom, as nanorl.py has them: read its main first. Left out of the usual
 recipe: a trainer that owns the loop, and callbacks to get back into it.
-
-    rl = setup(config)
-    while not over(rl):
-        rl.step += 1
-        start = time.perf_counter()
-        groups = list(collect(rl, next_problems(rl, config.prompts), config.n))
-        for group in groups:
-            advantage(group, rl.config)
-        stats = learn(rl, groups)
-        share_visits(rl)
-        numbers = summary(rl, groups, stats, start)   # common/metrics.py
 """
 
 import math
-from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, field, fields, replace
 
 import numpy as np
@@ -40,7 +28,8 @@ import data
 import kernels
 import pack
 import train_gpt
-from algos import Algo, advantage, key, make_loss, weigh
+from algos import Algo, key, make_loss, weigh
+from algos import advantage as advantage         # a stage too, so it can be had from here
 from common import hf, memory, parity, view
 from common.axes import with_algorithm
 from common.deal import Feed
@@ -58,18 +47,13 @@ from kernels import linear_logprob
 from rollout import Sample, Sampler, completion, prompt_ids
 from train_gpt import GPT
 
-# what a fork imports from here
-__all__ = ["Common", "RL", "Settings", "advantage", "close", "collect", "due", "evaluation",
-           "finish", "gather_groups", "learn", "make_loss", "next_problems", "open_run",
-           "over", "save", "setup", "share_visits", "step", "update"]
-
 # -----------------------------------------------------------------------------
 # what a run is told, and what it knows
 
 
 @dataclass
 class Common(Machine):
-    """every loop"""
+    """every loop"""                     # device, threads and the like: common/machine.py
     name: str = "rl"                     # the run: everything it writes lies in runs/NAME
     init: str = "runs/base"    # a Hugging Face folder, or a run; missing bases are trained first
     task: str = "countdown"              # a task of data/; the word after a colon is its variant
@@ -94,7 +78,8 @@ class Common(Machine):
     seed: int = 0                        # problems and samples
     parity: bool = False  # log-probs of sampler and trainer equal to the bit, on CUDA; slower
 
-    # flags that only some loops have, as they stand in the others: without a type, so no fields
+    # flags that some loops have, read here for all of them. Where a loop has none of that name, the
+    # value below holds: an attribute without a type is no field of a dataclass, so no flag
     aggregate = "token"
     kl_coef = 0.0
     reference_at = "device"
@@ -189,7 +174,7 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="",
     env = start(config.device, config.dtype, config.threads, config.deterministic, begun_with(config))
     if isinstance(config, Algo):
         config = with_algorithm(config)
-    check_flags(config)
+    check_flags(config)                  # for a loop without a command line
     if config.stream and env.deterministic:
         die("--stream adds up in the order of the clock: give --no-deterministic, too")
     try:
@@ -259,15 +244,8 @@ def open_run(rl, sources):
     if config.prompts > count:
         run.log(f"--prompts {config.prompts} is more than the {count} problems there are: "
                 f"a step holds {count}")
-    if not config.resume:
-        return run
-    found = run.latest()
-    run.rewind(found[1] if found else -1)
-    if found:
-        folder = found[0]
-        rl.model.load_hf(folder)
-        states = run.load(folder)
-        rl.optimizer.load_state_dict([state["optimizer"] for state in states])
+    states = run.restore(rl.model, rl.optimizer) if config.resume else None
+    if states:
         for name, value in states[0]["kept"].items():
             setattr(rl, name, value)
         if rl.reference:
@@ -342,29 +320,30 @@ def collect(rl, problems, n, resume=None, max_new=None, stop_strings=(), reward=
     feed = Feed(sampler, prompts, n, limits, visits=visits, resume=branches, wait=not c.stream,
                 stop_strings=stop_strings, seed=c.seed if seed is None else seed,
                 temperature=c.temperature, top_p=c.top_p)
-    with feed, ExitStack() as at_the_end:
-        at_the_end.callback(rl.workers.forget)                   # what is still pending
-        while feed.busy:
-            with clock("rollout" if feed.prompts_left or sampler.live else "idle"):
-                ready = feed.step()                              # samples that ended
-            if reward:
-                with clock("reward"):                            # waits if nothing else is missing
-                    wait = not feed.samples_left and bool(feed.groups)
-                    ready = get_rewards(rl, by_id, ready, wait)
-            for group in feed.complete(ready):
-                visits[group[0].problem] = group[0].visit + 1
-                yield group
+    try:
+        with feed:
+            while feed.busy:
+                with clock("rollout" if feed.prompts_left or sampler.live else "idle"):
+                    ready = feed.step()                          # samples that ended
+                if reward:
+                    with clock("reward"):
+                        ready = get_rewards(rl, by_id, ready, wait=feed.only_rewards_missing)
+                for group in feed.complete(ready):
+                    visits[group[0].problem] = group[0].visit + 1
+                    yield group
+    finally:
+        rl.workers.forget()                                      # what is still pending
 
 
 def get_rewards(rl, problems, ended, wait=False):
-    """Sends samples that ended to the workers, where task.reward(problem, text) or a function of
-    yours runs. -> the samples whose rewards are in; a reward may be nan. problems: by id. wait:
-    until a reward comes."""
-    # a group that another rank handed over may have its rewards
+    """Sends samples that ended to the workers, where the task's reward or a function of yours runs.
+    -> the samples whose rewards are in; a reward may be nan. problems: by id. wait: for one."""
+    # a group that another rank handed over may have its rewards; nan is none yet
     ready = [s for s in ended if not math.isnan(s.reward)]
     for s in ended:
         if math.isnan(s.reward):
-            rl.workers.put((s.problem, s.index, s), problems[s.problem], completion(s, rl.tok))
+            name = (s.problem, s.index, s)       # two numbers for the log, and the sample itself
+            rl.workers.put(name, problems[s.problem], completion(s, rl.tok))
     for (_, _, sample), reward, _ in rl.workers.get(block=wait):
         sample.reward = reward
         ready.append(sample)
@@ -393,14 +372,15 @@ def learn(rl, groups):
     """Every update of a rollout: one, unless --minibatch or --epochs ask for more; mini-batches by
     problem and visit, the same for any number of ranks. -> stats of them all."""
     c = rl.config
-    groups = gather_groups(rl, groups)
-    count = max(1, len(groups))          # a step without groups is an update, too: of nothing
+    everyone = gather_groups(rl, groups)
+    share_visits(rl)
+    count = max(1, len(everyone))        # a step without groups is an update, too: of nothing
     size = c.minibatch or count
-    parts = [groups[i : i + size] for i in range(0, count, size)] * c.epochs
-    old = old_logprobs(rl, groups) if len(parts) > 1 else None
-    marked = covariant(groups, c) if c.cov else None
+    parts = [everyone[i : i + size] for i in range(0, count, size)] * c.epochs
+    old = old_logprobs(rl, everyone) if len(parts) > 1 else None
+    marked = covariant(everyone, c) if c.cov else None
     if c.entropy_target:
-        coef, rl.bonus = entropy_bonus(rl.bonus, groups, c)
+        coef, rl.bonus = entropy_bonus(rl.bonus, everyone, c)
         c = replace(c, entropy_coef=coef)
     loss = make_loss(c, elapsed(rl), old, marked, rl.reference)
     done = []
@@ -417,7 +397,8 @@ def update(rl, groups, loss, gathered=False):
     c = rl.config
     if not gathered:
         groups = gather_groups(rl, groups)
-    # an advantage of 0 gives a weight of 0: such a sample counts here, and pack leaves it out
+    # all ranks hold the groups of all ranks here, so each comes to the same normaliser. A sample of
+    # weight 0, because its advantage is 0, counts in it and is not packed
     weigh(groups, c)
     for group in groups:
         for s in group:
@@ -427,6 +408,13 @@ def update(rl, groups, loss, gathered=False):
         groups = [g for g in groups if key(g[0]) not in learned]
     with rl.clock("pack"):
         batches = pack.batches(groups, c.row_tokens, rl.model.config, rl.env.rank, rl.env.world)
+    stats = back_propagate(rl, batches, loss)
+    mine = merge_stats([*rl.early.values(), stats])              # early: empty without --stream
+    return merge_stats(gather(mine))
+
+
+def back_propagate(rl, batches, loss):
+    """Adds the gradients of these micro-batches to those that are there. -> stats as sums"""
     parts = []
     with rl.clock("train"):
         for batch in batches:
@@ -436,21 +424,23 @@ def update(rl, groups, loss, gathered=False):
             rl.optimizer.finish_micro_batch()
             parts.append(stats)
         # only now, when all rows are launched: to read a number waits for the GPU
-        stats = merge_stats(parts)
-    return merge_stats(gather(merge_stats([*rl.early.values(), stats])))
+        return merge_stats(parts)
 
 
-def step(rl, share=1.0):
-    """The one division, the clipping, the optimizer. A step without signal moves nothing. share:
+def step(rl, part=1.0):
+    """The one division, the clipping, the optimizer. A step without signal moves nothing. part:
     of a rollout, when it is learned from in several steps; schedules count rollouts."""
     c = rl.config
     with rl.clock("opt"):
         factor = min(1.0, (rl.progress + 1) / max(1, c.warmup))
         if c.decay:      # at least over the last rollout, however small a share is asked for
             factor = min(factor, (1 - elapsed(rl)) / max(1 / rl.steps, c.decay))
-        stats = rl.optimizer.step(divide=rl.normaliser, factor=max(0.0, factor))
+        try:
+            stats = rl.optimizer.step(divide=rl.normaliser, factor=max(0.0, factor))
+        except FloatingPointError as e:
+            die(f"step {rl.step}: {e}. runs/{c.name} stays as its last checkpoint left it")
     rl.normaliser = 0.0
-    rl.progress += share
+    rl.progress += part
     return stats
 
 
@@ -466,7 +456,7 @@ def old_logprobs(rl, groups):
     """-> {key: log-probs of the policy as it is now}, of every sample that is trained, on all
     ranks."""
     c = rl.config
-    weigh(groups, c)                     # so that those of weight 0 are left out here, too
+    weigh(groups, c)                     # those of weight 0 are left out here, too
     mine = {}
     with rl.clock("train"):
         for batch in pack.batches(groups, c.row_tokens, rl.model.config, rl.env.rank, rl.env.world):

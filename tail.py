@@ -36,11 +36,11 @@ import numpy as np
 import pack
 from algos import key, make_loss, weigh
 from common.deal import shared_counter
-from common.metrics import length_bias, merge_stats, varied
+from common.metrics import length_bias, varied
 from common.moved import moved
 from common.run import all_sum, gather
 from rollout import Sample, prompt_ids
-from stages import collect, elapsed, get_rewards, next_problems, share_visits
+from stages import back_propagate, collect, elapsed, get_rewards, next_problems, share_visits
 
 # -----------------------------------------------------------------------------
 # a round, and what happens to the prompts in it
@@ -272,8 +272,6 @@ def sample_step(rl):
         yield from special_step(rl)
         return
     yield from collect(rl, next_problems(rl, c.prompts), c.n)
-    with rl.clock("idle"):                       # waits for the slowest rank
-        share_visits(rl)
 
 
 def special_step(rl):
@@ -401,15 +399,8 @@ def learn_early(rl, group):
     so when does not matter. In the normaliser it counts later, in update()."""
     loss = make_loss(rl.config, elapsed(rl), reference=rl.reference)
     weigh([group], rl.config)
-    parts = []
-    with rl.clock("train"):
-        for batch in pack.batches([group], rl.config.row_tokens, rl.model.config):
-            batch = batch.to(rl.env.device)
-            total, stats = loss(batch, batch.hidden(rl.model), rl.model.head_weight)
-            total.backward()
-            rl.optimizer.finish_micro_batch()
-            parts.append(stats)
-        rl.early[key(group[0])] = merge_stats(parts)
+    batches = pack.batches([group], rl.config.row_tokens, rl.model.config)
+    rl.early[key(group[0])] = back_propagate(rl, batches, loss)
 
 
 __getattr__ = moved(__name__)            # names that a fork may know from here

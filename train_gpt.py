@@ -510,22 +510,6 @@ def scratch(preset, seed=0):
     return model, document
 
 
-def last_checkpoint(run, model, optimizer):
-    """-> the step after which it was written, everything as it was then, and the seconds of the
-    steps until there; 0 if there is none yet."""
-    found = run.latest()
-    begin = 0
-    seconds = 0.0
-    if found:
-        model.load_hf(found[0])
-        states = run.load(found[0])
-        optimizer.load_state_dict([state["optimizer"] for state in states])
-        begin = states[0]["step"]
-        seconds = states[0]["seconds"]
-    run.rewind(begin)
-    return begin, seconds
-
-
 def status(step, config, m):
     used = f"  mfu {m['mfu']:.1%}" if "mfu" in m else ""
     return (f"step {step}/{config.steps}  loss {m['eval/loss']:.4f}  bits/byte {m['eval/bpb']:.4f}  "
@@ -556,7 +540,9 @@ def main(argv=None):
     run = Run(f"runs/{config.name}", config, env, resume=config.resume, free=FREE,
               sources=[__file__, kernels.__file__])
     run.log_machine()
-    begin, seconds = last_checkpoint(run, model, optimizer) if config.resume else (0, 0.0)
+    states = run.restore(model, optimizer) if config.resume else None
+    begin = states[0]["step"] if states else 0
+    seconds = states[0]["seconds"] if states else 0.0
     end = begin if out_of_time(config, seconds) else config.steps
     size = sum(p.numel() for p in model.parameters()) / 1e6
     many = f"{count:,}" if count else "endless"
@@ -595,8 +581,8 @@ def main(argv=None):
             if last:
                 break
     except FloatingPointError as e:
-        die(f"step {step + 1}: {e}. The last checkpoint holds: "
-            f"{run.latest() or 'none was written yet'}")
+        bar.close()
+        die(f"step {step + 1}: {e}. {run.folder} stays as its last checkpoint left it")
     bar.close()
 
     # ---- samples, pictures, and where the model lies

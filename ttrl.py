@@ -61,7 +61,6 @@ import stages
 from algos import Algo
 from common import view
 from common.axes import check_updates, filled_in, with_algorithm
-from common.files import ended_runs
 from common.flags import die, flags, positive, shares, truncation, without_effect
 from common.metrics import sample_rows, summary, warnings
 from common.moved import moved
@@ -70,7 +69,7 @@ from common.run import gather, out_of_time, progress
 from evaluate import evaluate, largest, paired, tally, words
 from rollout import completion
 from stages import (Common, advantage, check_flags, collect, due, learn, next_problems, open_run, over,
-                    save, setup, share_visits, stop_here)
+                    save, setup, stop_here)
 
 
 @dataclass
@@ -457,36 +456,12 @@ def report(config, results):
     return lines
 
 
-def compare_runs(config):
-    """-> the lines that compare this run with those that differ in reward, judge or seed alone."""
-    runs = []
-    free = "name reward judge seed resume threads workers save_every wandb".split()
-    for other, result in ended_runs(config, free):
-        judge = f" ({other['judge']})" if other["reward"] == "majority" else ""
-        runs.append((other["reward"] + judge, other["seed"], result))
-    runs.sort(key=lambda entry: entry[:2])
-    if len(runs) < 2:
-        return []
-    ceiling = {}                                         # seed -> the gain with true labels
-    for name, seed, result in runs:
-        if name == "label" and "trained" in result["gain"]:
-            ceiling[seed] = result["gain"]["trained"][0]
-    lines = [f"beside each other, avg@{config.eval_k} after - before (paired):"]
-    for name, seed, result in runs:
-        parts = [f"{where} {d:+.1%} +-{se:.1%}" for where, (d, se) in result["gain"].items()]
-        if ceiling.get(seed, 0) > 0 and "trained" in result["gain"]:
-            share = result["gain"]["trained"][0] / ceiling[seed]
-            parts.append(f"{share:.0%} of the gain with true labels")
-        lines.append(f"  {name:<20} seed {seed}  {', '.join(parts)}")
-    return lines
-
-
 def write_result(rl, run, results):
-    """result.json, which compare_runs reads; the comparison; pictures."""
+    """result.json, which view.compare_runs reads; the comparison; pictures."""
     gains = {name: gain(*pair) for name, pair in results.items() if pair[0]}
     found = dict(step=rl.own.best_step, steps=rl.step, seconds=rl.seconds, gain=gains, **results)
     Path(run.folder, "result.json").write_text(json.dumps(found) + "\n")
-    for line in compare_runs(rl.config):
+    for line in view.compare_runs(rl.config):
         run.log(line)
     view.pages(run.folder)
 
@@ -639,7 +614,6 @@ def main(argv=None):
 
         # update: back-propagate sums; one division, clip, step
         stats = learn(rl, trained)
-        share_visits(rl)
 
         # log
         numbers = summary(rl, groups, stats, start)

@@ -167,6 +167,10 @@ class Feed:
     def busy(self):
         return self.samples_left or bool(self.groups)
 
+    @property
+    def only_rewards_missing(self):
+        return not self.samples_left and bool(self.groups)
+
     def step(self):
         """Prompts join the sampler's queue while there is room, then it makes a step. -> the samples
         that ended, here or before their group came"""
@@ -189,8 +193,7 @@ class Feed:
         """These samples need nothing more. -> an iterator over the groups that are complete by that,
         each in order"""
         for s in ready:
-            # its group may have moved to another rank since, and come back as a copy
-            if any(s is there for there in self.groups.get(s.problem, ())):
+            if self._is_here(s):
                 self.ready[s.problem].add(s.index)
         for id in dict.fromkeys(s.problem for s in ready):
             if id in self.groups and len(self.ready[id]) == self.size[id]:
@@ -199,6 +202,10 @@ class Feed:
                 if self.shared:
                     self.shared.done()
                 yield group
+
+    def _is_here(self, sample):
+        """False if its group has moved to another rank since, or has come back as a copy."""
+        return any(sample is there for there in self.groups.get(sample.problem, ()))
 
     def _submit(self, id, n, resume):
         self.groups[id] = []

@@ -26,8 +26,9 @@ MOVED = {
         ALGORITHMS="algos", BASELINES="algos", RATIOS="algos", TRUSTS="algos", AGGREGATES="algos",
         address="algos:key", covariant="common.entropy", make_loss="algos",
         predicting="= batch.hidden(model)",
-        with_algorithm="common.axes", stored="algos:by_key", elapsed="stages", accumulate="stages:update",
-        backward="stages:update", everyone="stages:gather_groups", test="stages:evaluation",
+        with_algorithm="common.axes", stored="algos:by_key", elapsed="stages",
+        accumulate="stages:back_propagate",
+        backward="stages:back_propagate", everyone="stages:gather_groups", test="stages:evaluation",
         together="common.metrics:merge_stats", score="stages:old_logprobs", stream="tail:learn_early",
         rehearse="common.memory:trial_update", budget="common.memory:fixed",
         fullest="common.memory:fullest_row", CLOCKS="common.metrics", recent="common.metrics",
@@ -50,7 +51,8 @@ MOVED = {
         Row="rollout:Sequence", PAGE="common.pages", Columns="rollout:Batch",
     ),
     "stages": dict(
-        backward="stages:update", backward_share="stages:update", accumulate="stages:update",
+        backward="stages:back_propagate", backward_share="stages:back_propagate",
+        accumulate="stages:back_propagate",
         ask_rewards="stages:get_rewards", take_rewards="stages:get_rewards", test="stages:evaluation",
         micro_batches="pack:batches", aggregated="algos:weigh", address="algos:key",
         predicting="= batch.hidden(model)", find_base="train_gpt:train_missing",
@@ -61,9 +63,11 @@ MOVED = {
         shared_counter="common.deal",
     ),
     "train_gpt": dict(
+        last_checkpoint="common.run:Run",
         mfu="common.machine", rope_frequencies="common.hf",
     ),
     "ttrl": dict(
+        compare_runs="common.view",
         Graders="common.reward", ended_runs="common.files", in_metrics="common.view:has",
         test="ttrl:evaluation",
     ),

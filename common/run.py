@@ -450,6 +450,20 @@ class Run:
     def latest(self):
         return newest(self.folder)
 
+    def restore(self, model, optimizer):
+        """
+        the last checkpoint, in place; what was written after it is forgotten. -> every rank's state, or
+        None where no checkpoint was written yet
+        """
+        found = self.latest()
+        states = None
+        if found:
+            model.load_hf(found[0])
+            states = self.load(found[0])
+            optimizer.load_state_dict([state["optimizer"] for state in states])
+        self.rewind(found[1] if found else -1)
+        return states
+
     def load(self, path):
         """every rank's state, on the CPU, mapped and not read: a rank touches only what it needs"""
         path = Path(path)

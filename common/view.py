@@ -18,6 +18,7 @@ import math
 import sys
 from pathlib import Path
 
+from common.files import ended_runs
 from common.flags import die
 
 # title, keys, scale; reward first: it is the question, the loss is not
@@ -406,6 +407,31 @@ def compare(folders, runs):
                "problems": problems, "found": found}
     path = folders[0].parent / f"compare-{'-'.join(f.name for f in folders)[:120]}.html"
     return write_page("compare.html", " and ".join(runs), content, path)
+
+
+def compare_runs(config):
+    """-> the lines that compare a run of ttrl.py that ended with those that differ from it in reward, judge
+    or seed alone"""
+    runs = []
+    free = "name reward judge seed resume threads workers save_every wandb".split()
+    for other, result in ended_runs(config, free):
+        judge = f" ({other['judge']})" if other["reward"] == "majority" else ""
+        runs.append((other["reward"] + judge, other["seed"], result))
+    runs.sort(key=lambda entry: entry[:2])
+    if len(runs) < 2:
+        return []
+    ceiling = {}                                         # seed -> the gain with true labels
+    for name, seed, result in runs:
+        if name == "label" and "trained" in result["gain"]:
+            ceiling[seed] = result["gain"]["trained"][0]
+    lines = [f"beside each other, avg@{config.eval_k} after - before (paired):"]
+    for name, seed, result in runs:
+        parts = [f"{where} {d:+.1%} +-{se:.1%}" for where, (d, se) in result["gain"].items()]
+        if ceiling.get(seed, 0) > 0 and "trained" in result["gain"]:
+            share = result["gain"]["trained"][0] / ceiling[seed]
+            parts.append(f"{share:.0%} of the gain with true labels")
+        lines.append(f"  {name:<20} seed {seed}  {', '.join(parts)}")
+    return lines
 
 
 def main(argv=None):

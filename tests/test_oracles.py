@@ -150,7 +150,7 @@ def exact(batch, config):
     weights = [AGGREGATES[config.aggregate](len(s.tokens), config)[0] for s in batch.samples]
     advantages = [s.advantage for s in batch.samples]
     return replace(
-        batch, old_logp_N=batch.old_logp_N.double(), kept_N=batch.kept_N.double(),
+        batch, sampler_logp_N=batch.sampler_logp_N.double(), kept_N=batch.kept_N.double(),
         weight_N=torch.tensor(weights, dtype=torch.float64)[batch.sample_N],
         advantage_N=torch.tensor(advantages, dtype=torch.float64)[batch.sample_N])
 
@@ -299,7 +299,7 @@ def mean_weight(inputs, known, batch):
     mean = (weight * mask).sum(1) / mask.sum(1)
     owner_N = torch.tensor([s.problem * N + s.index for s in batch.samples])[batch.sample_N]
     old_N = torch.as_tensor(np.concatenate([known[address(s)] for s in batch.samples])).double()
-    return replace(batch, old_logp_N=old_N - mean[owner_N].log())
+    return replace(batch, sampler_logp_N=old_N - mean[owner_N].log())
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -246,7 +246,8 @@ def test_every_prediction_of_every_sample_is_there_once(seed, n_groups, budget, 
             text.append(before + batch.tokens_T[own].tolist())
         assert (batch.weight_N == 1).all()
         for at, target, owner, old, kept, adv in zip(*(x.tolist() for x in (
-            batch.at_N, batch.targets_N, batch.sample_N, batch.old_logp_N, batch.kept_N, batch.advantage_N))):
+            batch.at_N, batch.targets_N, batch.sample_N, batch.sampler_logp_N, batch.kept_N,
+            batch.advantage_N))):
             s, position = batch.samples[owner], int(batch.positions_T[at])
             t = position + 1 - len(s.prompt)
             assert text[segment_of[at]][: position + 1] == (s.prompt + s.tokens)[: position + 1]
@@ -270,7 +271,7 @@ def test_the_stop_token_is_trained_and_the_prompt_is_not():
         (batch,) = pack.batches([[Sample([1, 2], [3, stop], [-0.5, -0.25]),
                                   Sample([1, 2], [stop], [-0.125])]], 64, SHAPE, share=share)
         assert sorted(batch.targets_N.tolist()) == [3, stop, stop]
-        assert sorted(batch.old_logp_N.tolist()) == [-0.5, -0.25, -0.125]
+        assert sorted(batch.sampler_logp_N.tolist()) == [-0.5, -0.25, -0.125]
 
 
 def test_a_prompt_row_predicts_the_first_token_of_each_response():

@@ -188,7 +188,7 @@ def scored(model, temperature):
     for batch in pack.batches(groups, 60, model.config, share=True):
         hidden_ND = batch.hidden(model)
         logp_N, _ = kernels.linear_logprob(hidden_ND, model.head_weight, batch.targets_N, temperature)
-        sampled.append(batch.old_logp_N)
+        sampled.append(batch.sampler_logp_N)
         trained.append(logp_N.detach())
     return torch.cat(sampled), torch.cat(trained)
 

@@ -182,3 +182,25 @@ def test_a_samples_reward_may_be_nan_and_still_be_in(rl, monkeypatch):
     found = groups_of(rl, 2)
     assert len(found) == 2
     assert all(isinstance(s, Sample) and math.isnan(s.reward) for g in found.values() for s in g)
+
+
+def test_a_run_that_diverged_ends_in_one_line(rl, capsys):
+    """gradients that are not finite five times in a row ended nanorl.py, ttrl.py and opd.py in a traceback;
+    train_gpt.py named the tuple of its last checkpoint"""
+    (group,) = groups_of(rl, 1).values()
+    rl.step = 7
+    for _ in range(4):
+        advantage(group, rl.config)
+        stages.learn(rl, [spoiled(group)])
+    with pytest.raises(SystemExit) as ended:
+        stages.learn(rl, [spoiled(group)])
+    error = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and error.count("\n") == 0
+    assert error.startswith("error: step 7: the gradient was not finite 5 steps in a row")
+    assert "runs/rl stays as its last checkpoint left it" in error
+
+
+def spoiled(group):
+    for s in group:
+        s.advantage = math.inf
+    return group

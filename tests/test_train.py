@@ -264,3 +264,15 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path, monkeypatch, capsys
     assert "--d-ff was 48, is 64" in bad(tmp_path, monkeypatch, capsys,
                                          "--steps", "2", "--d-ff", "64", "--resume")
     assert "--resume" in bad(tmp_path, monkeypatch, capsys, "--steps", "2")
+
+
+def test_pretraining_that_diverged_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    def stuck(self, **settings):
+        raise FloatingPointError("the gradient was not finite 5 steps in a row")
+    monkeypatch.setattr(train_gpt.Optimizer, "step", stuck)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, monkeypatch)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: step 1: the gradient was not finite 5 steps in a row. runs/base stays as its last "
+        "checkpoint left it")
