@@ -122,7 +122,7 @@ def configure(argv):
     positive(c, "steps prompts n max_new problems row_tokens eval_n eval_k final_n save_every "
                 "workers epochs")
 
-    # of what was asked for: a recipe fills in a model, too
+    # the recipe of the bare command line: c.init is filled in by now
     recipe = recipe_of(flags(Config, argv))
     c = with_algorithm(c)
 

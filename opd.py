@@ -58,7 +58,7 @@ from common.flags import die, flags, positive, shares, without_effect
 from common.metrics import sample_rows, summary, warnings
 from common.overlap import (by_sample, diagnosis, disagreement, guard, log_softmax, measure,
                             pulls_of)
-from common.offload import lodge
+from common.offload import place_blocks
 from common.run import gather, progress
 from common.teacher import audit, load_teacher, privileged, read_gold, sides, stop_class
 from kernels import linear_logprob, linear_logprob_at, linear_topk
@@ -560,7 +560,7 @@ def add_teacher(rl):
         rl.tok.stop = set(stop_class(rl.tok, its_tok))   # saved with the student
         rl.sampler.stop = set(rl.tok.stop)
         rl.sampler.reset()
-    return lodge(teacher, config.teacher_at, rl.env)
+    return place_blocks(teacher, config.teacher_at, rl.env)
 
 
 def add_texts(rl, teacher):

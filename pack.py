@@ -267,6 +267,21 @@ def advantages(sample):
     return [sample.advantage] * len(sample.tokens)
 
 
+def predictors(segments, cu, parent):
+    """-> for every response token the place in the row of the one that predicts it. segments: in the
+    order of the row; cu: where each begins."""
+    places = []
+    for k, segment in enumerate(segments):
+        if segment.sample:
+            n = len(segment.sample.tokens)
+            last = cu[k + 1] - 1
+            if n < len(segment.tokens):  # the prompt stands in the same segment
+                places += range(last - n, last)
+            else:                        # the parent's last token predicts the first one
+                places += [cu[parent[k] + 1] - 1, *range(cu[k], last)]
+    return places
+
+
 def rows(segments):
     """-> the Batch of these segments, any forest of them. Every response token is a prediction,
     the stop token too: a model whose stop is masked never learns to stop. Tokens with log-prob
@@ -285,15 +300,7 @@ def rows(segments):
     positions = flat(range(before[i], before[i] + n) for i, n in zip(order, lengths))
 
     # the predictions, sample by sample, and what the loss knows of each
-    predicts = []
-    for k, i in enumerate(order):
-        if segments[i].sample:
-            n = len(segments[i].sample.tokens)
-            last = cu[k + 1] - 1
-            if n < lengths[k]:           # the prompt stands in the same segment
-                predicts += range(last - n, last)
-            else:                        # the parent's last token predicts the first one
-                predicts += [cu[parent[k] + 1] - 1, *range(cu[k], last)]
+    predicts = predictors([segments[i] for i in order], cu, parent)
     samples = [segments[i].sample for i in order if segments[i].sample]
     targets = flat(s.tokens for s in samples)
     owner = flat([k] * len(s.tokens) for k, s in enumerate(samples))

@@ -38,10 +38,10 @@ from common.flags import check_run, check_sampling, die, positive, shares
 from common.machine import Machine
 from common.metrics import Clock, in_order, merge_stats, recent
 from common.moved import moved
-from common.offload import load_state, lodge, state_of
+from common.offload import load_state, place_blocks, state_of
 from common.optim import Optimizer
 from common.reward import Rewards, check
-from common.run import Run, begun_with, dated, gather, out_of_time, start
+from common.run import Run, gather, out_of_time, start, threads_of_resumed, with_date
 from evaluate import evaluate, words
 from kernels import linear_logprob
 from rollout import Sample, Sampler, completion, prompt_ids
@@ -171,7 +171,7 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="",
     teacher   a model that the caller loads later, and needs room for
     """
     parity.prepare(config.parity)
-    env = start(config.device, config.dtype, config.threads, config.deterministic, begun_with(config))
+    env = start(config.device, config.dtype, config.threads, config.deterministic, threads_of_resumed(config))
     if isinstance(config, Algo):
         config = with_algorithm(config)
     check_flags(config)                  # for a loop without a command line
@@ -199,7 +199,7 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="",
         final = task.problems("test", config.final_n, config.seed) if config.final_n else []
 
         chats = any("messages" in p.data for p in [*problems, *valid, *final])
-        config = dated(config, tok, chats)
+        config = with_date(config, tok, chats)
         prompts = [len(prompt_ids(p, tok)) for p in [*problems, *valid, *final]]
         need = max([longest, *prompts]) + config.max_new         # tokens of the longest sample
         memory.check_lengths(config, model.config, need)
@@ -210,7 +210,7 @@ def setup(config, problems=None, reward=None, longest=0, task=None, teacher="",
         reference = None
         if config.kl_coef:
             reference = GPT.from_hf(folder, dtype=env.dtype).requires_grad_(False)
-            lodge(reference, config.reference_at, env)
+            place_blocks(reference, config.reference_at, env)
         # who needs what of a GPU: the teacher, an update, and keys and values get what they leave
         room = memory.room_for(teacher, teacher_at, env, model.head_weight.element_size())
         optimizer = memory.make_optimizer(model, reference, config, need, env)
@@ -325,9 +325,9 @@ def collect(rl, problems, n, resume=None, max_new=None, stop_strings=(), reward=
             while feed.busy:
                 with clock("rollout" if feed.prompts_left or sampler.live else "idle"):
                     ready = feed.step()                          # samples that ended
-                if reward:
-                    with clock("reward"):
-                        ready = get_rewards(rl, by_id, ready, wait=feed.only_rewards_missing)
+                with clock("reward"):
+                    wait = feed.only_rewards_missing
+                    ready = get_rewards(rl, by_id, ready, wait) if reward else ready
                 for group in feed.complete(ready):
                     visits[group[0].problem] = group[0].visit + 1
                     yield group
@@ -485,8 +485,8 @@ def due(step, every):
 
 
 def evaluation(rl, run, name, title):
-    """-> {NAME/metric: value} of the model as it is. name: "test", the test problems, before and
-    after a run; "eval", the validation problems, during it."""
+    """-> {NAME/metric: value} of the model as it is, at temperature 1 whatever the run samples at.
+    name: "test", the test problems, before and after a run; "eval", the validation problems."""
     problems = rl.test_problems if name == "test" else rl.valid_problems
     c = rl.config
     result = evaluate(rl.sampler, rl.tok, rl.task, rl.workers, problems, c.eval_k, c.max_new)

@@ -43,7 +43,8 @@ from common.flags import check_run, die, flags, positive, shares, without_effect
 from common.machine import Machine
 from common.moved import moved
 from common.optim import Optimizer
-from common.run import Run, all_max, all_sum, barrier, begun_with, dated, out_of_time, progress, start
+from common.run import (Run, all_max, all_sum, barrier, out_of_time, progress, start,
+                        threads_of_resumed, with_date)
 from data.documents import documents, kind_of
 from kernels import (linear, linear_logprob, packed_attention, qk_norm_rope, rms_norm,
                      rope_tables, swiglu, uniform)
@@ -469,7 +470,7 @@ def setup(config, device, dtype):
     try:
         source = hf.find(c.init) if c.init else None
         tok = data.tokenizer(source or c.tokenizer)
-        c = dated(c, tok, kind_of(c.data) == "chats")
+        c = with_date(c, tok, kind_of(c.data) == "chats")
         if source:
             model = GPT.from_hf(source, dtype=dtype, device=device)
         else:
@@ -533,7 +534,7 @@ def show(run, model, document):
 def main(argv=None):
     # ---- config and init
     config = configure(argv)
-    env = start(config.device, config.dtype, config.threads, config.deterministic, begun_with(config))
+    env = start(config.device, config.dtype, config.threads, config.deterministic, threads_of_resumed(config))
     model, document, count = setup(config, env.device, env.dtype)
     config = document.config                     # with the date that its chats are told
     optimizer = new_optimizer(model, config)

@@ -80,7 +80,7 @@ def count_of(shape):
 
 
 def beside(shape, where, width, world):
-    """-> bytes on the device of a model that only scores, beside the one that learns: see lodge()."""
+    """-> bytes on the device of a model that only scores, beside the one that learns: see place_blocks()."""
     params, _, blocks = count_of(shape)
     if where == "device":
         return params * width

@@ -20,7 +20,8 @@ MOVED = {
     "common.run": dict(
         flags="common.flags", positive="common.flags", check_name="common.flags", check_day="common.flags",
         GONE="common.watch", ONE="common.cpu:ONE_THREAD", times="common.cpu:matmul_t",
-        spare="common.cpu:spare_rows",
+        spare="common.cpu:spare_rows", begun_with="common.run:threads_of_resumed",
+        dated="common.run:with_date",
     ),
     "nanorl": dict(
         ALGORITHMS="algos", BASELINES="algos", RATIOS="algos", TRUSTS="algos", AGGREGATES="algos",

@@ -178,7 +178,7 @@ def work_off(jobs, buffers, failed, device):
 # a model that only scores: a reference, a teacher
 
 
-def lodge(model, where, env):
+def place_blocks(model, where, env):
     """
     -> the model, never trained, with its blocks where they are to live. Embedding, head and last norm
     are on the device in any case, and a block is there for as long as its forward takes.

@@ -55,7 +55,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def start(device="auto", dtype="auto", threads=0, deterministic=None, begun=0):
     """
     -> where this process runs: rank, local_rank, world, master, device, dtype, deterministic,
-    threads, pace (common/machine.py). begun: the threads of a run that is resumed, see begun_with
+    threads, pace (common/machine.py). begun: the threads of a run that is resumed, see threads_of_resumed
     """
     rank = int(os.environ.get("RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -240,7 +240,7 @@ def resumed(config):
     return run_config(f"runs/{config.name}") if config.resume else {}
 
 
-def dated(config, tok, chats):
+def with_date(config, tok, chats):
     """
     -> Config. A chat template may ask for today's date, as Llama 3.2's does. It gets the day on
     which the run began, which the config keeps: resumed tomorrow, the run asks the same.
@@ -255,7 +255,7 @@ def dated(config, tok, chats):
     return dataclasses.replace(config, date=tok.date)
 
 
-def begun_with(config):
+def threads_of_resumed(config):
     """-> the threads of the run that this one resumes, which its config.json holds; 0: a new run"""
     count = resumed(config).get("threads", 0)
     return count if isinstance(count, int) and count > 0 else 0

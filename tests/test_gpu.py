@@ -438,7 +438,7 @@ def test_a_reference_on_the_host():
     one, other = one.to(HALF), other.to(HALF)
     away = GPT(one.config).to(HALF)
     away.load_state_dict(one.state_dict())
-    offload.lodge(away.requires_grad_(False), "host", env)
+    offload.place_blocks(away.requires_grad_(False), "host", env)
     tokens = torch.arange(100, device=DEVICE) % 50
     with torch.no_grad():
         for twin in (one, other):

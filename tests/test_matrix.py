@@ -480,7 +480,7 @@ def test_the_date_of_a_chat_is_the_day_on_which_the_run_began(tmp_path, monkeypa
 def test_a_date_that_no_template_asks_for(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = SimpleNamespace(date="2026-01-31")
-    error = refusal(capsys, run.dated, config, data.tokenizer("chars"), True)
+    error = refusal(capsys, run.with_date, config, data.tokenizer("chars"), True)
     assert "--date 2026-01-31 has no effect: its chat template asks for no date" in error
 
 

@@ -344,7 +344,7 @@ def test_two_ranks_pretrain_as_one(tmp_path, monkeypatch, ranks, one_process):
 def test_a_lodged_model_scores_the_same(where):
     """and takes a new state wherever it lives: ProRL's reference becomes the policy"""
     one, other = tiny(), tiny(1)
-    model = offload.lodge(tiny().requires_grad_(False), where, CPU)
+    model = offload.place_blocks(tiny().requires_grad_(False), where, CPU)
     batch = row_of(one)
     for twin in (one, other):
         with torch.no_grad():
@@ -359,7 +359,7 @@ def test_a_block_is_whole_only_while_it_runs():
     env = SimpleNamespace(device=torch.device("cpu"), world=2, rank=1)
     model = tiny()
     whole = model.blocks[0].qkv.weight.detach().clone()
-    offload.lodge(model, "sharded", env)
+    offload.place_blocks(model, "sharded", env)
     part = model.blocks[0].qkv.weight.data
     assert torch.equal(part, whole.flatten()[whole.numel() // 2 :])
     held = sum(p.untyped_storage().nbytes() for p in model.blocks.parameters())
