@@ -11,10 +11,10 @@ shape of 100,000 to 20 million parameters (3.51 trained in bf16, 3.83 in fp32: t
 9% more), after a million steps of 2,048 texts. "As much per parameter" and "bf16 loses little" are
 what can be asked in minutes, since a model that still learns is not full: the gain is what is left
 of an allowance of 15%, twice the paper's 8%, for what is lost when the weights are rounded to bf16
-after each step. `smaller` and `smallest` have 0.43 and 0.29 of the parameters, and as many texts for
-each: their bits per parameter should be the same. The controls: `unseen` are texts that no model has read (there is
-nothing to hold), and `fewer bits` is rounded to 5 bits of mantissa instead of 8, which is to show
-that rounding can be seen at all.
+after each step. `smaller` and `smallest` have 0.43 and 0.29 of the parameters, and as many texts
+for each of them: their bits per parameter should be the same. The controls: `unseen` are texts that
+no model has read (there is nothing to hold), and `fewer bits` is rounded to 5 bits of mantissa
+instead of 8, which is to show that rounding can be seen at all.
 
 Here: V = 64, S = 32, as many texts as twice 3.6 bits per parameter are, Muon. Left out: text of a
 language, where the bits that a larger model saves are taken off; several N, for the plateau.
@@ -142,8 +142,9 @@ def main(argv=None):
     bits = {arm: row["bits"] for arm, row in results.items()}
     lost = {arm: 100 * (1 - bits[arm] / max(bits["fp32"], 1e-9)) for arm in ARMS}
     picture(trial, x="step", y="bits held per parameter")
-    note = (f"(bits per parameter: fp32 {bits['fp32']:.2f}, smaller {bits['smaller']:.2f} "
-            f"and {bits['smallest']:.2f}, unseen {results['fp32']['unseen']:.2f}; fewer bits lose {lost['fewer bits']:.0f}%)")
+    note = (f"(bits per parameter: fp32 {bits['fp32']:.2f}, smaller {bits['smaller']:.2f} and "
+            f"{bits['smallest']:.2f}, unseen {results['fp32']['unseen']:.2f}; fewer bits lose "
+            f"{lost['fewer bits']:.0f}%)")
     return finish(trial, (ALLOWED - lost["bf16"], 0.0), results, note=note)
 
 
