@@ -99,7 +99,11 @@ def mfu(model, docs, seconds):
     peak = peak_flops()
     c = model.config
     weights = sum(p.numel() for name, p in model.named_parameters()
-                  if not name.startswith("embed") or c.tie_embeddings)
+                  if c.tie_embeddings or not name.startswith("embed"))
+    if c.n_expert:                             # of which a token meets a few only
+        experts = sum(p.numel() for name, p in model.named_parameters()
+                      if name.endswith(("experts.gate_up.weight", "experts.down.weight")))
+        weights -= experts * (1 - c.n_active / c.n_expert)
     tokens = sum(len(t) for t, _ in docs)
     squares = sum(len(t) ** 2 for t, _ in docs)
     flops = 6 * weights * tokens + 6 * c.n_layer * c.n_head * c.head_dim * squares

@@ -93,16 +93,19 @@ def kept_by_layer(shape, half):
     """-> numbers that a block keeps for its backward, per token. Checked against what torch holds on a
     CPU, with and without the kernels."""
     d, f = shape.d_model, shape.d_ff
+    # rows as their experts see them, what experts say of them, and the router
+    experts = 2 * shape.n_active * d + 3 * shape.n_expert if shape.n_expert else 0
     heads = shape.n_head * shape.head_dim
     kv_heads = shape.n_kv_head * shape.head_dim
     if half:
         # two norms in and out; q k v before the rotation, q k after it; the attention's output; gate
         # and up, and their product
-        return 4 * d + (heads + 2 * kv_heads) + (heads + kv_heads) + heads + 3 * f
+        return 4 * d + (heads + 2 * kv_heads) + (heads + kv_heads) + heads + 3 * f + experts
     # the twins keep what lies between their steps, too
     norms = shape.n_head + shape.n_kv_head if shape.qk_norm else 0
     each = 4 if shape.qk_norm else 3
-    return 6 * d + each * (heads + kv_heads) + 4 * f + shape.n_head + norms + 4 * shape.head_dim + 2
+    return (6 * d + each * (heads + kv_heads) + 4 * f + shape.n_head + norms + 4 * shape.head_dim + 2
+            + experts)
 
 
 def activations(shape, config, half, longest):

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import train_gpt
 from common import cpu, machine, run
 from common.machine import Pace, Threads
 from tests.test_matrix import TINY
+from train_gpt import GPT, GPTConfig
 
 
 class Fake:
@@ -262,3 +264,14 @@ def test_no_minutes_at_all_are_refused(tmp_path, monkeypatch, capsys, main):
     assert stop.value.code == 2 and not os.listdir(tmp_path)
     assert capsys.readouterr().err == ("error: --minutes is 0: a run needs more than 0; leave it out for no "
                                        "limit\n")
+
+
+def test_mfu_counts_the_experts_that_a_token_meets(monkeypatch):
+    """two of eight experts are a quarter of their matrices, and the cost is that of a dense block"""
+    monkeypatch.setattr(machine, "peak_flops", lambda: 1.0)
+    docs = [([0] * 10, None), ([0] * 30, None)]
+    shape = GPTConfig(50, 2, 2, 2, 8, 16, 64, 64, 1e4)
+    dense = machine.mfu(GPT(shape), docs, 1.0)
+    sparse = machine.mfu(GPT(replace(shape, n_expert=8, n_active=2)), docs, 1.0)
+    routers = 6 * 40 * 2 * 8 * 16
+    assert sparse == pytest.approx(dense + routers)

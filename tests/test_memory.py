@@ -389,7 +389,8 @@ def kept_by(model, batch):
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("kw", [{}, dict(d_ff=320), dict(qk_norm=False, qkv_bias=True, n_head=8, head_dim=8),
-                                dict(d_model=128, n_kv_head=1, n_layer=4)])
+                                dict(d_model=128, n_kv_head=1, n_layer=4),
+                                dict(d_ff=256, n_expert=8, n_active=2)])
 def test_activations_are_as_counted(checkpoint, kw, monkeypatch):
     """within 10% of what torch holds on a CPU; recomputed, one block's come on top in the backward. Norms
     as they are defined: those of common/norms.py keep less."""
