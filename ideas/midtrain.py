@@ -10,16 +10,16 @@ different texts; then the same RL on each. A branch costs little, so the texts c
     swapped   S3 7 12=43:   (what was thought about another problem)#12*3=36,36+7=43  20% of them
 
 All in one prompt format, or the base without searches would have to guess what it is asked for.
-Branches share the plateau and its optimizer, and train on as many tokens in as many steps: 20% of
-the documents is half of them. In the control two documents exchange their searches: the same texts,
-and no word of help, so what it gains is the format's and the longer sample's. Half of the searches
-find the way at once, the others try dead ends first, at random (data/countdown.py).
+Branches share the plateau and its optimizer, and train on as many tokens, to 2%, in as many steps;
+20% of the documents hold half of them. In the control two documents exchange their searches: the
+same texts, and no word of help, so what it gains is the format's and the longer sample's. Half of
+the searches find the way at once, the others try dead ends first, at random (data/countdown.py).
 
-The paper: Llama 3.2 of 1B to 8B, 200B tokens of mathematics at a constant rate, three branches of
-20B with short, long, or both kinds of reasoning: 10 to 20% above the start, as reported, and after
-RL level with Qwen2.5-3B; long reasoning makes RL less stable. Its tables we could not read. Left
-out: web text, instructions, limits of length that grow during RL. Here: 0.5M parameters, Countdown;
-RL on problems that no document wrote out.
+The paper: Llamas of 1B to 8B, 200B tokens of mathematics at a constant rate, branches of 20B with
+short, long, or both kinds of reasoning: 10 to 20% above the Llamas on 13 benchmarks of mathematics,
+and after RL level with Qwen2.5; long reasoning makes RL less stable. So say summaries; its tables we
+could not read. Left out: web text, instructions, other shares (nobody told us the paper's). Here:
+0.5M parameters, Countdown; RL on problems that no document wrote out.
 
     python -m ideas.midtrain
     python -m bench ideas --names midtrain
@@ -43,7 +43,7 @@ from data.documents import Documents
 from evaluate import evaluate, paired
 from stages import Settings, advantage, close, collect, learn, next_problems, setup
 
-CLAIM = Claim(paper="2506.20512", says="reasoning read as the rate decays makes Llama 1B to 8B ready for RL",
+CLAIM = Claim(paper="2506.20512", says="reasoning in the decay: Llamas of 1B to 8B 10 to 20% better on math",
               measured="accuracy after RL, 20% searches in the decay against none", smallest=3.0)
 SHARES = {"0%": 0.0, "5%": 0.05, "20%": 0.2, "swapped": 0.2}
 SEARCHES = 10_000_000                    # where they begin in the corpus, far from the answers alone
@@ -53,7 +53,7 @@ SEARCHES = 10_000_000                    # where they begin in the corpus, far f
 class Config(Idea):
     task: str = "countdown:search"       # a task whose documents search, then answer behind "#"
     steps: int = 600                     # of the plateau, 64 documents each
-    decay_steps: int = 400               # of each branch, on as many tokens as in so many of the plateau
+    decay_steps: int = 400               # of each branch; one has as many tokens as one of the plateau
     rollouts: int = 60                   # of RL, per branch
     prompts: int = 32                    # problems per rollout
     n: int = 8                           # samples of each
@@ -186,7 +186,7 @@ def main(argv=None):
     ticks = config.rollouts + config.decay_steps + config.steps // len(SHARES)
     trial = begin(config, __file__, CLAIM, tuple(SHARES), ticks)
     results = {arm: reinforce(arm, trial, config, folder) for arm, folder in bases(trial, config).items()}
-    table = {arm: dict(before=before["avg"], avg=after["avg"], best=after["pass@4"], length=after["length"])
+    table = {arm: dict(before=before["avg"]) | {k: after[k] for k in ("avg", "pass@4", "length")}
              for arm, (before, after) in results.items()}
     start, none = results["0%"]
     began = paired(results["20%"][0], start, "avg")[0]

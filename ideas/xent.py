@@ -15,9 +15,9 @@ which an honest prompt needs: runs of four tokens are removed instead. Left out:
 tokens, other games. xent(s) is taken behind ":", a prompt that says nothing.
 
 The paper proposes such games to measure what models know, and trains none. Here a player learns by
-GRPO from its nats alone, after lessons in which most of a prompt is of another text; what comes out
-is checked by what no reward saw: is x a problem that s solves? "held" has the rule, "free" has none.
-Control: in "other" prompts are paid by what they are worth to another text.
+GRPO from its nats alone, after lessons in which most of a prompt is of another text; it is checked
+by what no reward saw: is x a problem that s solves? "held" has the rule, "free" has none. Control:
+in "other" prompts are paid by what they are worth to another text.
 
     python -m ideas.xent
     python -m bench ideas --names xent
@@ -67,7 +67,7 @@ class Config(Idea):
 
 
 def xents(rl, judge, prompts, texts):
-    """-> of each text the sum of -log p over its tokens, behind its prompt. Both are lists of tokens"""
+    """-> of each text the sum of -log p over its tokens, behind its prompt; both are tokens"""
     groups = [[Sample(x, s, [0.0] * len(s), "stop", i, 0, 0, advantage=1.0)]
               for i, (x, s) in enumerate(zip(prompts, texts))]
     known = old_logprobs(replace(rl, model=judge), groups)
@@ -121,8 +121,8 @@ def to_read(task, split, n, seed):
 
 
 def lesson(task, number, seed, tok):
-    """-> 64 prompts to be imitated, as groups; every other one has a solution in front. The problem, and that
-    solution, are of the text that is read with a chance of OWN each, of another text else."""
+    """-> 64 prompts to be imitated, as groups; every other one has a solution in front. The problem, and
+    that solution, are of the text that is read with a chance of OWN each, of another text else."""
     rng = np.random.default_rng([seed, number])
     groups = []
     for i in range(64 * number, 64 * number + 64):
