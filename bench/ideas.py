@@ -50,10 +50,11 @@ WIDTH = 300                          # of a picture in the table, in pixels
 GROUPS = {
     "Is there anything to see?": "harness muon",
     "Which samples teach, and how much": "darling evol dupo order chunks treepo relex routing",
-    "Tools, turns, other players, one's own texts": "tools debate selfplay gzero sdpo forgetting collapse",
+    "Tools, turns, other players, one's own texts": "tools debate selfplay xent gzero sdpo forgetting "
+                                                    "collapse",
     "Optimizers": "dion galore gradpower qsgd batch pma mup zsl roundpipe",
-    "What a model is trained on, and for": "tst fim ahead depth tokens script_bpe mixture memorize distill "
-                                           "winter merging evolve",
+    "What a model is trained on, and for": "tst fim ahead depth tokens script_bpe mixture midtrain memorize "
+                                           "distill winter merging evolve",
     "Attention, caches, long texts": "context lighthouse lact cartridges xquant sinks limit",
     "Few bits": "paretoq signround fp4 precision",
     "Experts": "moe esft",

@@ -14,7 +14,7 @@ import data
 import pack
 from common import evidence, view
 from data import formats
-from ideas import collapse, debate, forgetting, gzero, sdpo, selfplay, tools
+from ideas import collapse, debate, forgetting, gzero, sdpo, selfplay, tools, xent
 from kernels import packed_attention
 from rollout import Sample, completion, prompt_ids
 from stages import Settings, close, collect, next_problems, setup, update
@@ -74,6 +74,7 @@ def gradient(rl, groups, loss):
     ("debate", "--task code", "--task code has no answer and no canon and no same: there is a vote"),
     ("forgetting", "--steps 15", "--steps 15: give a multiple of --every 10"),
     ("gzero", "--task arith", "--task arith has no solution: a hint is the first step of one"),
+    ("xent", "--lessons 0", "--lessons is 0: give at least 1"),
 ])
 def test_bad_input_is_one_line_before_anything_is_trained(name, words, said, here, capsys, monkeypatch):
     monkeypatch.setattr(evidence, "shared", lambda *args: pytest.fail("a start was trained"))
@@ -573,3 +574,88 @@ def test_gzero_ranks():
     assert gzero.rank_correlation([1, 2, 30], [0.1, 0.2, 0.3]) == pytest.approx(1)
     assert gzero.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert gzero.rank_correlation([1, 1, 1], [3, 2, 1]) == 0.0
+
+
+# --- xent
+
+
+TEXT = "12*3=36,36+7=43"
+
+
+def test_nats_of_a_text_behind_its_prompt(small):
+    """against plain log-softmax in float64, texts of different lengths in one call"""
+    prompts = [TOK.encode(x) for x in ("C3 7 12=43:", "C9 1=8:", ":")]
+    texts = [TOK.encode(s) for s in (TEXT, "9-1=8", TEXT)]
+    found = xent.xents(small, small.model, prompts, texts)
+    for x, s, nats in zip(prompts, texts, found):
+        logp = logits(small.model, x + s).detach().log_softmax(-1)
+        by_hand = -sum(float(logp[len(x) + t - 1, token]) for t, token in enumerate(s))
+        assert nats == pytest.approx(by_hand, rel=1e-5)
+    saved = xent.xed(small, small.model, [*prompts[:2], []], texts)
+    assert saved[2] == 0, "a prompt that says nothing saves nothing, and an empty one is that prompt"
+    assert saved[0] == pytest.approx(found[2] - found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("prompt, left", [
+    ("C3 12 7=43:", "C3 12 7=43:"),                              # honest: three tokens in a row at most
+    (f"E{TEXT}|C3 7 12=43:", "E|C3 7 12=43:"),
+    ("H12*3=36|C9:", "H|C9:"),
+    ("12*3=12*3", "12*3"),
+    ("12*3", "12*3"),
+    (TEXT, ""),
+    ("", ""),
+])
+def test_what_a_prompt_shares_with_its_text_is_removed(prompt, left):
+    assert TOK.decode(xent.without_shared(TOK.encode(prompt), TOK.encode(TEXT))) == left
+
+
+def test_the_rule_leaves_honest_prompts_whole():
+    """with three tokens a prompt whose last number is the last operand, 7=43, would lose its end"""
+    task = data.load("countdown")
+    for p in task.problems("valid", 200, 0):
+        x = TOK.encode(p.prompt)
+        assert xent.without_shared(x, TOK.encode(p.gold)) == x and xent.is_right(p.prompt, p.gold, task)
+
+
+def test_a_prompt_is_right_if_the_text_solves_it():
+    task = data.load("countdown")
+    for prompt, right in (("C3 7 12=43:", True), ("C12 7 3=43:", True), (f"E{TEXT}|C3 7 12=43:", True),
+                          ("C3 7 12=42:", False), ("C3 7 11=43:", False), ("C3 7 12 1=43:", False),
+                          (f"E{TEXT}|C9 1 20=5:", False), (TEXT, False), ("C3 7 12=43", False), ("", False)):
+        assert xent.is_right(prompt, TEXT, task) is right, prompt
+
+
+def test_prompts_are_paid_by_the_rule_of_each_arm(small):
+    """honest prompts are paid alike with and without the rule, a copy is not; "other": by the next text"""
+    texts = {4: TOK.encode(TEXT), 9: TOK.encode("9-1=8")}
+
+    def paid(arm):
+        groups = [[Sample([1], TOK.encode(x) + [0], [], "stop", id, 0, 0)]
+                  for id, x in ((4, "C3 7 12=43:"), (4, f"E{TEXT}|C9:"), (9, "C9 1=8:"))]
+        xent.pay(arm, small, small.model, groups, texts)
+        return [group[0].reward for group in groups]
+
+    free, held, other = map(paid, xent.ARMS[1:])
+    assert held[0] == pytest.approx(free[0], rel=1e-5) and held[2] == pytest.approx(free[2], rel=1e-5)
+    assert held[1] != pytest.approx(free[1], rel=1e-3)
+    cut = TOK.encode("E|C9:")
+    assert held[1] == pytest.approx(xent.xed(small, small.model, [cut], [texts[4]])[0], rel=1e-4)
+    crossed = xent.xed(small, small.model, [TOK.encode("C3 7 12=43:"), TOK.encode("C9 1=8:")],
+                       [texts[9], texts[4]])
+    assert [other[0], other[2]] == pytest.approx([*crossed], rel=1e-4)
+
+
+def test_a_quarter_of_what_lessons_show_belongs_to_the_text():
+    """problem and solution each for itself, so that a start is no more honest than it copies"""
+    task = data.load("countdown")
+    own = {"C": [], "E": [], "copied": []}
+    for number in range(10):
+        for (s,) in xent.lesson(task, number, 0, TOK):
+            text, prompt = TOK.decode(s.prompt)[1:-1], completion(s, TOK)
+            assert xent.ASKED.search(prompt)
+            own[prompt[0]].append(xent.is_right(prompt, text, task))
+            if prompt[0] == "E":
+                own["copied"].append(prompt.startswith(f"E{text}|"))
+    assert len(own["C"]) == len(own["E"]) == 320
+    assert all(0.18 < np.mean(kind) < 0.32 for kind in own.values())
+    assert abs(np.corrcoef(own["E"], own["copied"])[0, 1]) < 0.2

@@ -9,8 +9,9 @@ import torch
 
 import algos
 import data
+import train_gpt
 from common import evidence
-from ideas import chunks, evol, treepo
+from ideas import chunks, evol, midtrain, treepo
 from rollout import Sample
 from stages import Settings, close, collect, next_problems, setup
 
@@ -265,6 +266,75 @@ def test_evol_never_sees_a_label(small):
     assert evol.judge(group_of(["x", "y"]), "evol", small, evol.Config(), np.random.default_rng(0)) == []
 
 
+# --- midtrain
+
+
+SEARCH = data.load("countdown:search")
+NUMBERS = data.tokenizer("numbers")
+
+
+def read(i):
+    return SEARCH.document("train", 0, i)
+
+
+def size(text):
+    return len(NUMBERS.encode(text)) + 1
+
+
+def branch(arm, budget=6000):
+    return midtrain.branch(arm, read, size, 50, budget)
+
+
+def test_a_branch_without_searches_reads_on_where_the_plateau_ended():
+    texts = branch("0%", 500)
+    assert texts == [midtrain.answer_alone(*read(50 + i)) for i in range(len(texts))]
+    assert all(text.count("#") == 1 and text[0] == "#" and "(" not in text for _, text in texts)
+
+
+@pytest.mark.parametrize("arm", midtrain.SHARES)
+def test_a_branch_has_its_share_its_tokens_and_no_wrong_answer(arm):
+    """arms differ in what is thought before an answer, never in whether it is right"""
+    texts = branch(arm)
+    sizes = [size(text) for _, text in texts]
+    assert sum(sizes[:-1]) < 6000 <= sum(sizes)
+    for number in range(1, len(texts)):
+        thought = sum(text[0] != "#" for _, text in texts[:number])
+        assert abs(thought - midtrain.SHARES[arm] * number) <= 1, "evenly, from the first document on"
+    for prompt, text in texts:
+        numbers, target = prompt[1:-1].split("=")
+        facts = dict(numbers=[int(x) for x in numbers.split()], target=int(target))
+        assert SEARCH.reward(data.Problem(prompt, data=facts), text) == 1
+
+
+def test_two_documents_exchange_their_searches_and_nothing_else():
+    pair = ("S3 7 12=43:", "12*3=36(36+7=43#12*3=36,36+7=43"), ("S5 2 9=16:", "5+2=7(9+7=16#5+2=7,9+7=16")
+    assert midtrain.exchanged(*pair) == (("S3 7 12=43:", "5+2=7(9+7=16#12*3=36,36+7=43"),
+                                         ("S5 2 9=16:", "12*3=36(36+7=43#5+2=7,9+7=16"))
+    own, other = midtrain.searches(read, False), midtrain.searches(read, True)
+    for _ in range(20):
+        pair, swapped = ([next(texts), next(texts)] for texts in (own, other))
+        assert sum(size(text) for _, text in pair) == sum(size(text) for _, text in swapped)
+        assert [prompt for prompt, _ in pair] == [prompt for prompt, _ in swapped]
+
+
+def test_rows_are_those_that_pretraining_reads():
+    given = train_gpt.configure("--data countdown:search --seed 0".split())
+    own = train_gpt.documents(given, NUMBERS)[0]
+    rows = midtrain.in_rows([read(i) for i in range(8)], own, batch=4)
+    assert [rows("train", i) for i in range(8)] == [own("train", i) for i in range(8)]
+
+
+def test_every_branch_begins_at_the_end_of_the_plateau(here, monkeypatch):
+    """the second of two equal branches ends where the first did, to the bit: weights and moments were
+    taken back"""
+    monkeypatch.setattr(midtrain, "SHARES", {"one": 0.2, "two": 0.2})
+    config = midtrain.Config(smoke=True)
+    trial = SimpleNamespace(folder=here, bar=evidence.progress(1, "branches"))
+    folders = midtrain.bases(trial, config).values()
+    one, two = (train_gpt.GPT.from_hf(folder).state_dict() for folder in folders)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 # --- bad input
 
 
@@ -274,6 +344,8 @@ def test_evol_never_sees_a_label(small):
     (treepo, "--n 1", "--n: at least 2"),
     (evol, "--task code", "--task code has no answer and no canon and no same: there is a vote on answers"),
     (evol, "--n 40", "--n 40 is above --votes 32"),
+    (midtrain, "--task countdown", "--task countdown: its documents show no search"),
+    (midtrain, "--init runs/base", "--init runs/base has no effect: this idea trains its own models"),
 ])
 def test_bad_input_is_one_line_before_anything_is_trained(idea, words, said, here, capsys, monkeypatch):
     monkeypatch.setattr(evidence, "shared", lambda *args: pytest.fail("a start was trained"))
