@@ -596,6 +596,19 @@ def test_a_cache_of_many_bits_is_the_model(tmp_path, arm):
         assert not torch.allclose(hidden(xquant.with_cache(tmp_path, arm, 2), tokens), want, atol=0.1)
 
 
+def test_keys_are_rounded_before_they_are_turned(tmp_path):
+    """Rounded behind the rotary turn, the fast channels of a key go round and round, a group of 64 tokens
+    spans all of it, and the baseline lost 2.8 nats in 2 bits where it loses 0.4. So a text must be the
+    same wherever it stands."""
+    model = random_matrices(GPT(GPTConfig(**SHAPE | dict(n_kv_head=4))))
+    model.save_hf(tmp_path)
+    few = xquant.with_cache(tmp_path, "KV", 2)
+    tokens, attend = torch.arange(60), packed_attention([0, 60], 60)
+    first, later = (few(tokens, tokens + place, attend) for place in (0, 100))
+    assert torch.allclose(first, later, atol=1e-3)
+    assert not torch.allclose(first, hidden(model, tokens.tolist()), atol=0.1)
+
+
 def test_the_memory_of_each_kind():
     c = GPTConfig(**SHAPE | dict(n_kv_head=4))
     assert xquant.memory("KV", 2, c) == 2 * 32 * 2.5 and xquant.memory("X", 4, c) == 32 * 4.5
