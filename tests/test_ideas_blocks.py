@@ -293,6 +293,23 @@ def test_gradients_of_4_bits_are_right_on_average():
     assert drawn < 0.03 and nearest > 2 * drawn
 
 
+def test_the_control_differs_in_nothing_but_the_draw():
+    """It was not turned either: two changes at once, of which no one could say which one it was."""
+    (ahead, behind, turn), nearest = fp4.ARMS["MXFP4"], fp4.ARMS["MXFP4, nearest"]
+    assert nearest == (ahead, behind.removesuffix(" drawn"), turn) and behind.endswith(" drawn")
+
+
+def test_weights_in_nvfp4_are_nearest_in_both_passes():
+    """the gradient of x: drawn levels of g, times the nearest ones of w along that sum, which are those
+    of w itself and not of what the forward pass had rounded along the other one"""
+    g = torch.Generator().manual_seed(0)
+    x, w, weight = (torch.randn(32, 32, generator=g) for _ in range(3))
+    x.requires_grad_()
+    (fp4.Product.apply(x, w, "NVFP4", g.manual_seed(1)) * weight).sum().backward()
+    levels = fp4.rounded(weight, "nv drawn", g.manual_seed(1))[0]
+    assert torch.allclose(x.grad, levels @ fp4.rounded(w.t(), "nv", g)[0].t(), atol=1e-5)
+
+
 def test_the_arm_of_fp32_is_the_core(few):
     ends = []
     for wrap in (lambda model: model, lambda model: fp4.in_bits(model, "fp32", 0)):
