@@ -14,11 +14,12 @@ sums over the layers). Left out: shared experts, which this block does not have.
 
 The paper: DeepSeek-V2-Lite (64 experts, 6 picked), 5 to 15% of the experts: as good as tuning all
 on the task, and less is forgotten. Here: 16 experts, 2 picked, 0.7M parameters, trained first on
-the bytes of Python's own library and on two tasks; then tuned on a third one. All arms tune that
-model on the same texts for as many steps; each has that of two rates which learned better (texts
-are met once, so the loss of a step is of unseen ones). "task" and "before" are the losses on the
-new task and on what was known. The control trains as many experts, drawn at random: it forgets less
-than tuning all does as well, but if it learns as much, it does not matter which.
+the bytes of Python's own library and on three tasks, then tuned on one of these. (A task that is
+new is out of reach of one or two experts of 16, whichever they are.) All arms tune that model on
+the same texts for as many steps; each has that of two rates which learned better (texts are met
+once, so the loss of a step is of unseen ones). "task" and "before" are the losses on that task and
+on the rest. The control trains as many experts, drawn at random: it forgets less than tuning all
+does as well, but if it learns as much, it does not matter which.
 
     python -m ideas.esft
     python -m bench ideas --names esft
@@ -36,12 +37,12 @@ from data.documents import Documents
 from train_gpt import GPT, evaluate, forward, packed_rows, scratch, steps
 
 CLAIM = Claim(paper="2407.01906", says="tuning the 5 to 15% of experts that a task uses is as good as all",
-              measured="loss on the task of its own experts below that of as many random ones", smallest=1.0,
-              unit="0.01 nats")
+              measured="loss on the task below random experts', or what is left of 0.02 above all's if less",
+              smallest=1.0, unit="0.01 nats")
 ARMS = ("all", "by tokens", "by gate", "random")         # baseline; idea twice; control
 SHARES = {"by tokens": 0.2, "by gate": 0.1}
 KNOWN = ("arith", "countdown")           # beside the library
-TASK = "states"
+TASK = "states"                          # known, too, and tuned
 RATES = (3e-3, 1e-2)
 BALANCE = 0.01                           # of the loss that keeps experts busy
 
@@ -156,10 +157,11 @@ def main(argv=None):
     like, document = scratch("tiny", config.seed)
     document.config.eval_docs = config.asked
     known = texts(document, KNOWN, library=True)
+    first = texts(document, (*KNOWN, TASK), library=True)
     task = texts(document, (TASK,), library=False)
     start = GPT(replace(like.config, n_expert=16, n_active=2, norm_gates=False))
     start.init_weights(config.seed, embedding=0.7)
-    for _ in steps(start, known, Optimizer(start, lr=1e-2), config.steps, loss=balanced):
+    for _ in steps(start, first, Optimizer(start, lr=1e-2), config.steps, loss=balanced):
         pass
     docs = [task("train", i) for i in range(min(256, config.asked))]
     rows = list(packed_rows(docs, task.config.row_tokens, "cpu"))
@@ -178,11 +180,11 @@ def main(argv=None):
         table[arm] = scores(best) | dict(experts=trained)
     table["no tuning"] = scores(start) | dict(experts=0)
     picture(trial, x="step of tuning", y="loss on the task")
-    gain = 100 * (table["random"]["task"] - table["by tokens"]["task"])
+    below = 100 * (table["random"]["task"] - table["by tokens"]["task"])
     against = 100 * (table["all"]["task"] - table["by tokens"]["task"])
     kept = 100 * (table["all"]["before"] - table["by tokens"]["before"])
-    note = f"(against all: task {against:+.1f}, what was known {kept:+.1f})"
-    return finish(trial, (gain, 0.0), table, note)
+    note = f"(random {below:+.1f}; all: task {against:+.1f}, what was known {kept:+.1f})"
+    return finish(trial, (min(below, 2 + against), 0.0), table, note)
 
 
 if __name__ == "__main__":
