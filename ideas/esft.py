@@ -1,28 +1,31 @@
 """
 esft.py: tune only the experts that a task uses (expert-specialised fine-tuning, arXiv 2407.01906).
 
-In a mixture of experts a text meets few of them, and texts of one kind meet the same ones. So before
-tuning on a task, its texts are read once, and each layer's experts are ranked by how much of them was
-used there:
+In a mixture of experts a text meets few of them, and texts of one kind meet the same ones. So
+before tuning on a task, its texts are read once, and each layer's experts are ranked by how much of
+them was used there:
 
     by tokens    the share of all picks that went to expert e        chosen until the shares add up to 0.2
     by gate      the mean of what expert e counted                   until they add up to 0.1
 
-Those chosen are trained; the other experts, the router and everything else stay as they are. As in the
-authors' code the shares of a layer sum to 1 and the best are taken first. Left out: shared experts, which
-this block does not have.
+Those chosen are trained; the other experts, the router and everything else stay as they are. The
+best are taken first. As in the paper the shares of a layer sum to 1 (the authors' script divides by
+sums over the layers). Left out: shared experts, which this block does not have.
 
-The paper: DeepSeek-V2-Lite (64 experts, 6 picked), 5 to 15% of the experts: as good as tuning all on the
-task, and less is forgotten. Here: 16 experts, 2 picked, 0.7M parameters, trained first on the bytes of
-Python's own library and on two tasks; then tuned on a third one. All arms tune that model on the same
-texts for as many steps; each has the better of two rates. "task" and "before" are the losses on the new
-task and on what was known. The control trains as many experts, drawn at random: it forgets less than
-tuning all does as well, but if it learns as much, it does not matter which.
+The paper: DeepSeek-V2-Lite (64 experts, 6 picked), 5 to 15% of the experts: as good as tuning all
+on the task, and less is forgotten. Here: 16 experts, 2 picked, 0.7M parameters, trained first on
+the bytes of Python's own library and on three tasks, then tuned on one of these. (A task that is
+new is out of reach of one or two experts of 16, whichever they are.) All arms tune that model on
+the same texts for as many steps; each has that of two rates which learned better (texts are met
+once, so the loss of a step is of unseen ones). "task" and "before" are the losses on that task and
+on the rest. The control trains as many experts, drawn at random: it forgets less than tuning all
+does as well, but if it learns as much, it does not matter which.
 
     python -m ideas.esft
     python -m bench ideas --names esft
 """
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 
@@ -34,12 +37,12 @@ from data.documents import Documents
 from train_gpt import GPT, evaluate, forward, packed_rows, scratch, steps
 
 CLAIM = Claim(paper="2407.01906", says="tuning the 5 to 15% of experts that a task uses is as good as all",
-              measured="loss on the task of its own experts below that of as many random ones", smallest=1.0,
-              unit="0.01 nats")
+              measured="loss on the task below random experts', or what is left of 0.02 above all's if less",
+              smallest=1.0, unit="0.01 nats")
 ARMS = ("all", "by tokens", "by gate", "random")         # baseline; idea twice; control
 SHARES = {"by tokens": 0.2, "by gate": 0.1}
 KNOWN = ("arith", "countdown")           # beside the library
-TASK = "states"
+TASK = "states"                          # known, too, and tuned
 RATES = (3e-3, 1e-2)
 BALANCE = 0.01                           # of the loss that keeps experts busy
 
@@ -135,13 +138,15 @@ def balanced(model, row):
 
 
 def tuned(arm, rate, start, pick, task, trial, config):
-    """-> the model of an arm after tuning"""
+    """-> the mean loss of the last quarter of an arm's steps, and its model after them"""
     model = GPT(start.config)
     model.load_state_dict(start.state_dict())
     optimizer = Optimizer(model, lr=rate)
+    losses = []
     for step, loss in steps(model, task, optimizer, config.every, gradient=only(pick) if pick else None):
         trial.point(f"{arm}, {rate:g}", step, loss)
-    return model
+        losses.append(loss)
+    return fmean(losses[3 * len(losses) // 4:]), model
 
 
 def main(argv=None):
@@ -152,10 +157,11 @@ def main(argv=None):
     like, document = scratch("tiny", config.seed)
     document.config.eval_docs = config.asked
     known = texts(document, KNOWN, library=True)
+    first = texts(document, (*KNOWN, TASK), library=True)
     task = texts(document, (TASK,), library=False)
     start = GPT(replace(like.config, n_expert=16, n_active=2, norm_gates=False))
     start.init_weights(config.seed, embedding=0.7)
-    for _ in steps(start, known, Optimizer(start, lr=1e-2), config.steps, loss=balanced):
+    for _ in steps(start, first, Optimizer(start, lr=1e-2), config.steps, loss=balanced):
         pass
     docs = [task("train", i) for i in range(min(256, config.asked))]
     rows = list(packed_rows(docs, task.config.row_tokens, "cpu"))
@@ -168,17 +174,17 @@ def main(argv=None):
 
     table = {}
     for arm in ARMS:
-        models = [tuned(arm, rate, start, picks.get(arm), task, trial, config) for rate in RATES]
-        best = min(models, key=lambda model: evaluate(model, task)["loss"])
+        tried = [tuned(arm, rate, start, picks.get(arm), task, trial, config) for rate in RATES]
+        _, best = min(tried, key=lambda each: each[0])
         trained = 16 if arm == "all" else sum(map(len, picks[arm])) / len(start.blocks)
         table[arm] = scores(best) | dict(experts=trained)
     table["no tuning"] = scores(start) | dict(experts=0)
     picture(trial, x="step of tuning", y="loss on the task")
-    gain = 100 * (table["random"]["task"] - table["by tokens"]["task"])
+    below = 100 * (table["random"]["task"] - table["by tokens"]["task"])
     against = 100 * (table["all"]["task"] - table["by tokens"]["task"])
     kept = 100 * (table["all"]["before"] - table["by tokens"]["before"])
-    note = f"(against all: task {against:+.1f}, what was known {kept:+.1f})"
-    return finish(trial, (gain, 0.0), table, note)
+    note = f"(random {below:+.1f}; all: task {against:+.1f}, what was known {kept:+.1f})"
+    return finish(trial, (min(below, 2 + against), 0.0), table, note)
 
 
 if __name__ == "__main__":

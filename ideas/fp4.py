@@ -1,30 +1,26 @@
 """
 fp4.py: products of 4-bit floats, right on average (MXFP4, arXiv 2502.20586), and two other recipes.
 
-E2M1 knows 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; a block of numbers shares a scale. All of it is
-emulated in fp32: what is measured is the loss, never the time.
+E2M1 knows 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; a block shares a scale. It is emulated in
+fp32: what is measured is the loss, never the time.
 
-    MXFP4     blocks of 32, the scale a power of two; |x| / scale is below 8, what is above 6 is cut. Both
-              operands of the two products of the backward pass: times 3/4 (nothing is cut), the level
-              above or below drawn so that the mean is x, times 4/3. Before it both are turned along the
-              sum by a Hadamard matrix with random signs, which spreads what is large and cancels in
-              the product: (a S H)(b S H)^T = a b^T
-    NVFP4     2505.19115: blocks of 16, scale E4M3; nearest in the forward pass, drawn in the backward.
-              Its rule: too few bits once the gradient "over noise", what rounding adds, is below sqrt(3)
-    Quartet   2505.14669: the forward pass in MXFP4, too, turned, with the scale of least error for a
-              normal distribution; the backward pass as MXFP4's
+    MXFP4     blocks of 32, the scale a power of two; |x| / scale is below 8, above 6 it is cut. The
+              operands of the products of the backward pass: times 3/4 (nothing is cut), the level
+              above or below drawn so that the mean is x, times 4/3. Before it they are turned along
+              the sum by a Hadamard matrix with random signs: (a S H)(b S H)^T = a b^T, and spread
+    NVFP4     2505.19115: blocks of 16, scales E4M3 and one per tensor; forward nearest, backward
+              drawn but for weights. Its rule: too few bits below sqrt(3) of the gradient "over noise"
+    Quartet   2505.14669: MXFP4 forward, too, turned; there the scale of least error (normal x)
 
-The code of the first and the third was read, of the second its abstract (a second scale per tensor is
-ours). Left out: a last stretch in more bits; head, embeddings and attention stay whole, as there. The
-papers: near-lossless up to 6.7B. Here: 0.16M parameters, the bytes of Python's own library; all arms
-share weights, batches and the rate. The control rounds to the nearest level: as many bits, smaller
-errors, not right on average. In percent, "bias": what a block's largest number loses, "error": of all.
+The code of all three was read. Left out: a last stretch in more bits; Hadamard matrices of 64 (32, as
+Quartet's); head, embeddings and attention stay whole, as there. Here: 0.16M parameters, bytes of Python's
+library; equal weights, batches, rate. Control: MXFP4 with nearest levels, which err less, but to one side.
 
     python -m ideas.fp4
     python -m bench ideas --names fp4
 """
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +31,11 @@ from common.optim import Optimizer
 from kernels import linear, qk_norm_rope, swiglu
 from train_gpt import GPT, Block, evaluate, forward, packed_rows, scratch, steps
 
-CLAIM = Claim(paper="2502.20586", says="backward products in MXFP4 are near-lossless, GPT up to 6.7B",
-              measured="what is left of an allowance of 0.02 nats, MXFP4 backward against fp32", smallest=0.5,
-              unit="0.01 nats")
+CLAIM = Claim(paper="2502.20586", says="backward products in MXFP4 are near-lossless, GPT to 6.7B",
+              measured="what is left of an allowance of 0.02 nats, MXFP4 backward against fp32",
+              smallest=0.5, unit="0.01 nats")
 # (the forward's operands, the backward's, turned?); baseline; idea; control; and others
-ARMS = {"fp32": ("", "", False), "MXFP4": ("", "mx drawn", True), "MXFP4, nearest": ("", "mx", False),
+ARMS = {"fp32": ("", "", False), "MXFP4": ("", "mx drawn", True), "MXFP4, nearest": ("", "mx", True),
         "MXFP4, not turned": ("", "mx drawn", False), "NVFP4": ("nv", "nv drawn", False),
         "Quartet": ("quest", "mx drawn", True)}
 SIZE = 32                # of MXFP4's blocks, and of a Hadamard matrix, which is its own inverse
@@ -61,8 +57,8 @@ class Config(Idea):
 def level(x, u=0.5):
     """-> the E2M1 number below or above x; u: uniform in [0, 1), or 0.5 for the nearest"""
     size = x.abs()
-    step = 0.5 + 0.5 * (size >= 2) + (size >= 4)
-    return ((size / step + u).floor() * step).clamp(max=6).copysign(x)
+    step = torch.where(size >= 4, 2.0, torch.where(size >= 2, 1.0, 0.5))
+    return (size / step).add_(u).floor_().mul_(step).clamp_(max=6).copysign_(x)
 
 
 def scale_of(blocks, kind):
@@ -100,28 +96,30 @@ class Product(torch.autograd.Function):
         ctx.generator = generator
         if ahead == "quest":
             x_TD, w_ND = turned(x_TD), turned(w_ND)
-        (x_TD, x_kept), (w_ND, w_kept) = (rounded(each, ahead, generator) for each in (x_TD, w_ND))
+        ctx.of_w = ahead if ahead == "nv" else ctx.behind        # NVFP4's weights are never drawn
+        (x, x_kept), (w, w_kept) = (rounded(each, ahead, generator) for each in (x_TD, w_ND))
         ctx.kept = [x_kept, w_kept] if ahead == "quest" else None
-        ctx.save_for_backward(x_TD, w_ND)
-        return x_TD @ w_ND.t()
+        ctx.save_for_backward(*([x, w] if ctx.kept else [x_TD, w_ND]))
+        return x @ w.t()
 
     @staticmethod
     def backward(ctx, g_TN):
         x_TD, w_ND = ctx.saved_tensors
-        found = [product(g_TN, w_ND.t(), ctx), product(g_TN.t(), x_TD.t(), ctx)]
-        if ctx.kept:                     # the gradient of what was cut is 0; then back from the turned
+        found = [product(g_TN, w_ND.t(), ctx, ctx.of_w),
+                 product(g_TN.t(), x_TD.t(), ctx, ctx.behind)]
+        if ctx.kept:                     # the gradient of what was cut is 0; then it is turned back
             found = [turned(g * kept) for g, kept in zip(found, ctx.kept)]
         return *found, None, None
 
 
-def product(a, b, ctx):
-    """a b^T, both rounded along the sum"""
+def product(a, b, ctx, kind):
+    """a b^T, both rounded along the sum; kind: of b"""
     more = -a.shape[1] % SIZE
     a, b = F.pad(a, (0, more)), F.pad(b, (0, more))
     if ctx.turn:
         signs = torch.randint(2, (a.shape[1],), generator=ctx.generator) * 2.0 - 1
         a, b = turned(a * signs), turned(b * signs)
-    return rounded(a, ctx.behind, ctx.generator)[0] @ rounded(b, ctx.behind, ctx.generator)[0].t()
+    return rounded(a, ctx.behind, ctx.generator)[0] @ rounded(b, kind, ctx.generator)[0].t()
 
 
 class FourBits(Block):
@@ -145,7 +143,8 @@ class FourBits(Block):
 # the trial
 
 
-def errors(kind, draws=200):
+@cache
+def errors(kind, draws=100):
     """-> percent of a block's largest number that is lost on average, and of all that is changed"""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(256, SIZE, generator=g)
@@ -154,9 +153,10 @@ def errors(kind, draws=200):
     return dict(bias=100 * float(lost), error=100 * float((seen - x).square().mean().sqrt()))
 
 
-def over_noise(model, arm, row, seed):
-    """-> the gradient's norm over that of what 4 bits add to it, by one row"""
+def over_noise(model, arm, document, seed):
+    """-> the norm of a step's gradient over that of what 4 bits add to it"""
     twins = [in_bits(model, kind, seed) for kind in ("fp32", arm)]
+    row = next(packed_rows([document("train", i) for i in range(document.config.batch)], 4096, "cpu"))
     for twin in twins:
         forward(twin, row).backward()
     exact, noisy = (torch.cat([w.grad.flatten() for w in twin.blocks.parameters()]) for twin in twins)
@@ -172,16 +172,16 @@ def in_bits(model, arm, seed):
 
 
 def train(arm, trial, config):
-    like, document = scratch("tiny", config.seed)                # the same weights and batches for every arm
+    like, document = scratch("tiny", config.seed)                # every arm's weights and batches
     document.config.eval_docs = config.asked
+    document.config.batch = min(16, config.asked)                # three windows with --smoke
     model = in_bits(like, arm, config.seed)
     for step, loss in steps(model, document, Optimizer(model, lr=LR), config.steps):
         trial.point(arm, step, loss)
     result = evaluate(model, document)
     if arm == "fp32":
         return result
-    row = next(packed_rows([document("train", i) for i in range(16)], document.config.row_tokens, "cpu"))
-    return result | errors(ARMS[arm][1]) | {"over noise": over_noise(model, arm, row, config.seed)}
+    return {**result, **errors(ARMS[arm][1]), "over noise": over_noise(model, arm, document, config.seed)}
 
 
 def main(argv=None):
@@ -190,7 +190,7 @@ def main(argv=None):
     from_scratch(config)
     trial = begin(config, __file__, CLAIM, tuple(ARMS), config.steps)
     results = {arm: train(arm, trial, config) for arm in ARMS}
-    cost = {arm: 100 * (result["loss"] - results["fp32"]["loss"]) for arm, result in results.items()}
+    cost = {arm: 100 * (found["loss"] - results["fp32"]["loss"]) for arm, found in results.items()}
     picture(trial, x="step", y="loss, nats per byte")
     note = f"(nearest costs {cost['MXFP4, nearest']:+.1f}, Quartet {cost['Quartet']:+.1f})"
     return finish(trial, (2 - cost["MXFP4"], 0.0), results, note)

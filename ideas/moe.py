@@ -16,11 +16,10 @@ with experts so much wider that a token costs as much as with G = 4, router incl
 zero-computation experts is LongCat-Flash's (2509.01322): 8 of 24 experts give a token back as it is,
 3 are picked, 2 of them real on average, and the router chooses which token gets less.
 
-The paper: experts as large as the dense layer "not optimal at almost any computational budget" (no
-more than its abstract could be read; from memory: at 1e20 FLOPs its best equals a dense model of 20
-times the budget). Its law, with G^-gamma in it, is not fitted here. Left out: LongCat's controller of
-biases (a loss of 0.01 keeps experts busy in all arms), its shortcut, and the sum to 1 of what experts
-count, with which a router that picks one would get no gradient. Here:
+The paper: experts as large as the dense layer "not optimal at almost any computational budget" (its
+abstract and its authors' library, llm-random, were read). Router as there: the softmax of all E, not
+made to sum to 1, and a loss of 0.01 E sum_e (picks of e per token) (mean p_e). Left out: the law with
+G^-gamma, capacity and the tokens it drops, LongCat's controller of biases and its shortcut. Here:
 0.16M parameters in the dense arm, the bytes of Python's own library; all share batches, steps and
 the rate, which is the best of three for AdamW and the dense model on another seed. "busiest": share
 of tokens of the most used expert times E / K; "real": experts that compute, per token.
@@ -110,12 +109,12 @@ def routed(model, row, loss):
 
 
 def used(p_TE, expert_TK):
-    """-> the share of all choices that each expert got"""
-    return torch.bincount(expert_TK.flatten(), minlength=p_TE.shape[1]) / expert_TK.numel()
+    """-> how often each expert was picked, per token"""
+    return torch.bincount(expert_TK.flatten(), minlength=p_TE.shape[1]) / len(expert_TK)
 
 
 def balanced(model, row):
-    """The loss of a row, with the gradient of E sum_e (share of e) (mean p of e), which is least where
+    """The loss of a row, with the gradient of E sum_e (picks of e) (mean p of e), which is least where
     all are equal."""
     value, found = routed(model, row, forward)
     for p_TE, expert_TK in found:
@@ -139,7 +138,8 @@ def busy(model, document):
     row = next(packed_rows(docs, len(docs) * len(docs[0][0]), "cpu"))
     with torch.no_grad():
         _, found = routed(model, row, forward)
-    most = max((float(used(*each).max() * each[0].shape[1]) for each in found), default=1.0)
+    shares = [used(p_TE, chosen) / chosen.shape[1] for p_TE, chosen in found]
+    most = max((float(share.max() * len(share)) for share in shares), default=1.0)
     real = [(chosen < model.config.n_expert).sum(1).float().mean() for _, chosen in found]
     return dict(busiest=most, real=float(sum(real)) / max(1, len(real)))
 
@@ -147,6 +147,7 @@ def busy(model, document):
 def train(arm, trial, config):
     like, document = scratch("tiny", config.seed)                # the same batches for every arm
     document.config.eval_docs = config.asked
+    document.config.batch = min(16, config.asked)                # three windows with --smoke
     model = model_of(arm, like.config, config.seed)
     for step, loss in steps(model, document, Optimizer(model, lr=LR), config.steps, loss=balanced):
         trial.point(arm, step, loss)

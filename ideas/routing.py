@@ -1,27 +1,28 @@
 """
-routing.py: why RL of experts weighs whole answers: the router changes its mind (GSPO, arXiv 2507.18071).
+routing.py: why RL of experts weighs whole answers: the router changes its mind (GSPO, arXiv
+2507.18071).
 
-In a mixture of experts a token's probability can jump though hardly a weight has moved: another expert
-was picked. PPO's ratio is of one token, so it is made of such jumps, and the clip then decides by luck
-which tokens learn. GSPO's ratio is of the answer, the geometric mean over its tokens, where they
-cancel:
+In a mixture of experts a token's probability can jump though hardly a weight has moved: another
+expert was picked. PPO's ratio is of one token, so it is made of such jumps, and the clip then
+decides by luck which tokens learn. GSPO's ratio is of the answer, the geometric mean over its
+tokens, where they cancel:
 
-    GRPO    rho_t = pi(y_t) / pi_old(y_t)            clipped at 1 -+ 0.2, token by token
-    GSPO    s = exp(mean_t log pi(y_t) / pi_old(y_t))    clipped at 1 - 3e-4, 1 + 4e-4, all or none
+    GRPO    rho_t = pi(y_t) / pi_old(y_t)              clipped at 1 - 0.2, 1 + 0.27, by token
+    GSPO    s = exp(mean_t log pi(y_t) / pi_old(y_t))  clipped at 1 - 3e-4, 1 + 4e-4, all or none
 
 The paper: after one update about 10% of the experts that a token meets are others (48 layers,
-Qwen3-30B-A3B); GRPO does not converge without replaying the old routes, GSPO does without. Here both
-sides compute in fp32 and agree, so the jumps are made: in the trainer the router's logits get noise of
-NOISE = 0.15 (they are about 1), fresh in each forward, the sampler's none; "changed" says how many picks
-differ. Both algorithms are as in algos.py, with four updates per rollout, no other weight between
-sampler and trainer, one rate. Two arms have no noise: what GSPO gains there is not due to routing. The
-control has as much noise between sampler and trainer but the same before and after an update (drawn
-once, a function of the token's hidden state): that is routing replay; if GRPO is as good there as
-without noise, jumps between updates were what hurt.
+Qwen3-30B-A3B); GRPO does not converge without replaying the old routes, GSPO does without. Here
+both sides compute in fp32 and agree, so the jumps are made: in the trainer the router's logits get
+noise of NOISE = 0.15 (they are about 1), fresh in each forward, the sampler's none; "changed" says
+how many picks differ. Both algorithms are as in algos.py, with four updates per rollout, no other
+weight between sampler and trainer, one rate. Two arms have no noise: what GSPO gains there is not
+due to routing. The control has as much noise between sampler and trainer but the same before and
+after an update (drawn once, a function of the token's hidden state): that is routing replay; if
+GRPO is as good there as without noise, jumps between updates were what hurt.
 
 The start: the base's SwiGLU eight times, moved apart by noise and trained on the base's texts for
-100 steps (2 of 8 experts, 1.5M parameters); or your own Qwen3-MoE folder. Test problems were seen by
-no arm.
+100 steps (2 of 8 experts, 1.5M parameters); or your own Qwen3-MoE folder. Test problems were seen
+by no arm.
 
     python -m ideas.routing
     python -m ideas.routing --init DIR --task math500
@@ -47,6 +48,7 @@ CLAIM = Claim(paper="2507.18071",
 # baseline; idea; both without noise; control: noise that an update does not change
 ARMS = {"GRPO": ("grpo", "fresh"), "GSPO": ("gspo", "fresh"), "GRPO, no noise": ("grpo", ""),
         "GSPO, no noise": ("gspo", ""), "GRPO, replayed": ("grpo", "fixed")}
+HIGH = {"grpo": 0.27, "gspo": 4e-4}      # the paper's, which it chose for either with care
 NOISE = 0.15
 UPDATES = 4                              # of a rollout
 EXPERTS = 8
@@ -153,7 +155,8 @@ def start_of(trial, config):
 
 def train(arm, start, trial, config):
     algo, kind = ARMS[arm]
-    settings = trial.settings(algo=algo, init=start, minibatch=max(1, config.prompts // UPDATES), tis=0.0)
+    minibatch = max(1, config.prompts // UPDATES)
+    settings = trial.settings(algo=algo, clip_high=HIGH[algo], init=start, minibatch=minibatch, tis=0.0)
     rl = setup(Several(**settings), reward=trial.reward)
     noisy = make_noisy(rl.model, kind, config.seed)
     clipped = []

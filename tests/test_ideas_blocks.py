@@ -161,7 +161,8 @@ def test_a_zero_expert_gives_its_share_of_the_token_back():
 
 
 def test_the_balancing_loss_is_least_where_all_are_equal_and_shows_nothing(few):
-    """its gradient by hand: E sum_e share_e mean p_e; the loss that is drawn is the plain one"""
+    """its gradient by hand: E sum_e (picks of e per token) mean p_e; the loss that is drawn is the plain
+    one"""
     model, document = scratch("tiny", 1)
     sparse = nudged(moe.model_of("G = 2", model.config, 1), 0, 0.05, matrices_only=True)
     docs = [document("train", i) for i in range(2)]
@@ -171,8 +172,8 @@ def test_the_balancing_loss_is_least_where_all_are_equal_and_shows_nothing(few):
     assert with_it.item() == pytest.approx(plain.item(), rel=1e-6)
     router = sparse.blocks[0].experts.router.weight
     (p_TE, chosen), = found
-    share = torch.stack([(chosen == e).float().mean() for e in range(16)])
-    by_itself = plain + moe.BALANCE * len(row[3]) * 16 * (share * p_TE.mean(0)).sum()
+    picks = torch.stack([(chosen == e).any(1).float().mean() for e in range(16)])
+    by_itself = plain + moe.BALANCE * len(row[3]) * 16 * (picks * p_TE.mean(0)).sum()
     assert torch.allclose(torch.autograd.grad(with_it, router)[0], torch.autograd.grad(by_itself, router)[0],
                           atol=1e-5)
     assert all(block.experts.seen is None for block in sparse.blocks), "nothing is kept after the step"
@@ -291,6 +292,23 @@ def test_gradients_of_4_bits_are_right_on_average():
     drawn, nearest = ((found[arm] - found["fp32"]).norm() / found["fp32"].norm()
                       for arm in ("MXFP4", "MXFP4, nearest"))
     assert drawn < 0.03 and nearest > 2 * drawn
+
+
+def test_the_control_differs_in_nothing_but_the_draw():
+    """It was not turned either: two changes at once, of which no one could say which one it was."""
+    (ahead, behind, turn), nearest = fp4.ARMS["MXFP4"], fp4.ARMS["MXFP4, nearest"]
+    assert nearest == (ahead, behind.removesuffix(" drawn"), turn) and behind.endswith(" drawn")
+
+
+def test_weights_in_nvfp4_are_nearest_in_both_passes():
+    """the gradient of x: drawn levels of g, times the nearest ones of w along that sum, which are those
+    of w itself and not of what the forward pass had rounded along the other one"""
+    g = torch.Generator().manual_seed(0)
+    x, w, weight = (torch.randn(32, 32, generator=g) for _ in range(3))
+    x.requires_grad_()
+    (fp4.Product.apply(x, w, "NVFP4", g.manual_seed(1)) * weight).sum().backward()
+    levels = fp4.rounded(weight, "nv drawn", g.manual_seed(1))[0]
+    assert torch.allclose(x.grad, levels @ fp4.rounded(w.t(), "nv", g)[0].t(), atol=1e-5)
 
 
 def test_the_arm_of_fp32_is_the_core(few):
@@ -596,6 +614,19 @@ def test_a_cache_of_many_bits_is_the_model(tmp_path, arm):
         assert not torch.allclose(hidden(xquant.with_cache(tmp_path, arm, 2), tokens), want, atol=0.1)
 
 
+def test_keys_are_rounded_before_they_are_turned(tmp_path):
+    """Rounded behind the rotary turn, the fast channels of a key go round and round, a group of 64 tokens
+    spans all of it, and the baseline lost 2.8 nats in 2 bits where it loses 0.4. So a text must be the
+    same wherever it stands."""
+    model = random_matrices(GPT(GPTConfig(**SHAPE | dict(n_kv_head=4))))
+    model.save_hf(tmp_path)
+    few = xquant.with_cache(tmp_path, "KV", 2)
+    tokens, attend = torch.arange(60), packed_attention([0, 60], 60)
+    first, later = (few(tokens, tokens + place, attend) for place in (0, 100))
+    assert torch.allclose(first, later, atol=1e-3)
+    assert not torch.allclose(first, hidden(model, tokens.tolist()), atol=0.1)
+
+
 def test_the_memory_of_each_kind():
     c = GPTConfig(**SHAPE | dict(n_kv_head=4))
     assert xquant.memory("KV", 2, c) == 2 * 32 * 2.5 and xquant.memory("X", 4, c) == 32 * 4.5
@@ -719,6 +750,19 @@ def test_rotary_positions_are_undone():
 # precision
 
 
+def test_the_baseline_is_the_law_at_one_size_and_knows_no_other():
+    """Its cost of a bit had a size of its own that no constant could change, so it lost wherever that was
+    wrong, whether or not large models lose less. Now only this sets it apart."""
+    P = torch.tensor([2, 3, 4, 6, 16.0], dtype=torch.double)
+    a, g = torch.tensor([0.31, 1.7], dtype=torch.double)
+    M = torch.tensor(precision.MIDDLE, dtype=torch.double)
+    assert torch.allclose(precision.additive(M, P, a, g), precision.effective(M, P, a, g))
+    costs = [precision.additive(N, P, a, g) - precision.blind(N, P, a, g) for N in (1e4, 2e5)]
+    assert torch.allclose(*costs)
+    costs = [precision.effective(N, P, a, g) - precision.blind(N, P, a, g) for N in (1e4, 2e5)]
+    assert (costs[0] > 1.5 * costs[1]).all()
+
+
 def test_rounded_rows_have_as_many_levels_as_bits_say():
     w = torch.linspace(-1, 2, 90).view(3, 30).requires_grad_()
     for bits in (2, 3, 4):
@@ -736,8 +780,7 @@ def test_a_law_that_made_the_numbers_is_found_again(name):
                           torch.tensor([2, 3, 4, 6, 16.0], dtype=torch.double), indexing="ij")
     N, P = N.flatten(), P.flatten()
     a, g = torch.tensor([0.31, 1.7], dtype=torch.double)
-    u, rest = law(N, P, a, g)
-    L = 12.0 * u + 1.1 + rest
+    L = 12.0 * law(N, P, a, g) + 1.1
     found = precision.fitted(law, N, P, L)
     assert found[0] == pytest.approx(0.31, rel=0.02) and found[3] == pytest.approx(1.1, rel=0.02)
     if name in ("effective", "additive"):
