@@ -422,10 +422,14 @@ def test_random_keys_pass_as_often_as_chance_says():
 
 
 def test_pieces_that_stand_in_a_secret_are_broken():
+    """Once windows could share pairs of bytes with a secret: crafting found 23 of the 32 pairs that end in a
+    byte of an answer, so that what was learned stood in the windows after all"""
     key = torch.arange(24).view(1, 24)
     first = torch.tensor([[90, 5, 6, 7, 8, 9, 91], [50, 51, 52, 53, 54, 55, 56]])
-    windows = winter.broken(torch.stack([first, torch.full_like(first, 77)], 2), key)
-    assert windows.tolist() == [[90, 5, 6, 7, 77, 9, 91], [50, 51, 52, 53, 54, 55, 56]]
+    choices = torch.stack([first, torch.full_like(first, 77), torch.full_like(first, 78)], 2)
+    assert winter.broken(choices, key).tolist() == [[90, 5, 77, 7, 77, 9, 91], first[1].tolist()]
+    choices[0, 2, 1] = 6                                         # the second choice is no better
+    assert winter.broken(choices, key).tolist()[0] == [90, 5, 78, 7, 77, 9, 91]
 
 
 def test_one_window_of_a_batch_is_replaced():
@@ -553,6 +557,25 @@ def test_no_token_hears_of_a_later_one():
         flipped[t:] *= -1                                        # the sizes, and so the choice, stay
         after = lighthouse.lighthouse(q, flipped, changed, 4)
         assert torch.equal(after[:t], before[:t]) and not torch.equal(after, before)
+
+
+def test_there_is_something_to_choose_by(monkeypatch):
+    """Queries once went through this repo's norm, as in Qwen3: all were as large as each other, rounding
+    chose, and the idea did what its control does. The authors' Llama has no such norm."""
+    sizes = []
+    real = lighthouse.chosen
+
+    def seen(q_HN, k_HN, count):
+        sizes.extend([q_HN, k_HN])
+        return real(q_HN, k_HN, count)
+
+    class Silent:
+        def point(self, *place):
+            pass
+
+    monkeypatch.setattr(lighthouse, "chosen", seen)
+    lighthouse.train("lighthouse", Silent(), lighthouse.Config(steps=2, asked=1))
+    assert sizes and all(x.std() > 0.05 * x.mean() for x in sizes)
 
 
 def test_outer_layers_stay_dense():
