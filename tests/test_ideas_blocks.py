@@ -10,6 +10,7 @@ import train_gpt
 from common import hf
 from common.experts import Experts
 from common.optim import Optimizer, orthogonalize
+from data.recall import RAMP
 from ideas import (cartridges, esft, fp4, lact, lighthouse, moe, precision, roundpipe, routing, winter,
                    xquant)
 from kernels import packed_attention
@@ -698,7 +699,7 @@ def row_of(lengths, vocab=61):
 def recall_model(arm, still=False):
     model = random_matrices(GPT(GPTConfig(**SHAPE | dict(n_kv_head=4))))
     torch.manual_seed(0)
-    model.memories = torch.nn.ModuleList([lact.Memory(32, 1e-6, still) for _ in model.blocks])
+    model.memories = torch.nn.ModuleList([lact.Memory(model.config, still) for _ in model.blocks])
     return lambda row: lact.hidden_of(model, arm, row)
 
 
@@ -728,6 +729,15 @@ def test_a_memory_hears_of_no_later_token():
     for changed in (tokens, tokens[:150] + [3] * 50):
         rows.append(next(train_gpt.packed_rows([(changed, [False] + [True] * 199)], 10_000, "cpu")))
     assert torch.allclose(learn(rows[0])[:150], learn(rows[1])[:150], atol=1e-5)
+
+
+def test_texts_are_long_and_new_to_the_start():
+    _, document = scratch("recall", 1)
+    has_read = document.config.steps * document.config.batch
+    read = lact.long_texts(document, lact.Config())
+    assert has_read <= 2 * RAMP and read("train", 0) == document("train", 2 * RAMP)
+    question = document.tok.encode("?")[0]
+    assert all(read("valid", i)[0].index(question) == 512 for i in range(3))
 
 
 def test_rotary_positions_are_undone():
