@@ -1,22 +1,26 @@
 """
 cartridges.py: a short trained cache in place of a long text (Cartridges, arXiv 2506.06266).
 
-Who asks many questions about one text pays for its keys and values each time. Here a cache of 16 places
-is trained instead, once per text: the weights stay, the 16 keys and values of each layer learn. They
-begin as those of the text's first 16 tokens, the first of them stays. What is trained matters:
+Who asks many questions about one text pays for its keys and values each time. Here a cache of 16
+places is trained instead, once per text: the weights stay, the 16 keys and values of each layer
+learn. They begin as those of the text's first 16 tokens, the first of them stays. What is trained
+matters:
 
-    self-study    ask about the text: what the model answers with the whole text in its context is what
-                  it should answer with the cache     sum_t p(t | text, question) log q(t | cache, question)
+    self-study    ask about the text: what the model answers with the whole text in its context is
+                  what it should answer with the cache
+                  sum_t p(t | text, question) log q(t | cache, question)
     next token    predict the text itself after the cache: it learns the letters, not what is asked
 
-In the paper a model writes the questions itself, from five kinds of requests, and the cache learns from
-its answers' 20 likeliest tokens; here the text is a list of keys and values, a question is a key, and all
-tokens count. Two caches laid side by side can be asked about both texts, though neither was trained so.
+In the paper a model writes the questions itself, from five kinds of requests, and the cache learns
+from its answers' 20 likeliest tokens; here the text is a list of keys and values, a question is a
+key, and all tokens count. Two caches laid side by side can be asked about both texts, though
+neither was trained so. Adam and its rate are those of the authors' code.
 
 The paper: as good as the whole text with 38.6 times less memory, Llama 8B on texts of 100k to 484k
-tokens; next-token training is not competitive. Here: the start `recall`, texts of 256 tokens with 16
-keys, so 16 times less; asked with the text, with its first 16 tokens, with the trained caches. Training
-asks two keys, one after the other; the test asks for the second of pairs that were not among them.
+tokens; next-token training is not competitive. Here: the start `recall`, texts of 256 tokens with
+16 keys, so 16 times less; asked with the text, with its first 16 tokens, with the trained caches.
+Training asks two keys, one after the other; the test asks for the second of pairs that were not
+among them.
 
     python -m ideas.cartridges
     python -m bench ideas --names cartridges
@@ -36,7 +40,7 @@ from train_gpt import GPT, scratch
 CLAIM = Claim(paper="2506.06266", says="as good as the whole text with 38.6 times less memory, Llama 8B",
               measured="what is left of an allowance of 5 points, a cache of 16 against a text of 256",
               smallest=1.0)
-ARMS = ("self-study", "next token")      # idea; control; the text and its first 16 tokens need no training
+ARMS = ("self-study", "next token")      # idea; control. The text and its first 16 need no training
 PLACES = 16
 LENGTH = 256
 ASKED = 16                               # keys of a text
@@ -54,7 +58,7 @@ class Config(Idea):
 
 
 def text_of(seed, i):
-    """-> a text like recall's, with half of the keys, and {key: value}; texts 2 j and 2 j + 1 share none"""
+    """-> a text like recall's, with half of the keys, and {key: value}; 2 j and 2 j + 1 share none"""
     half = i % 2 * ASKED
     keys = shuffled(KEYS, data.stream("cartridges keys", "test", seed, i // 2))[half:half + ASKED]
     rand = data.stream("cartridges", "test", seed, i)
@@ -66,8 +70,8 @@ def text_of(seed, i):
 
 
 def behind(cache, seen=None):
-    """-> attend() of B sequences as long as each other behind a cache (layers, 2, B, heads, places, width).
-    seen: a list that takes the keys and values of each layer"""
+    """-> attend() of B sequences as long as each other behind a cache
+    (layers, 2, B, heads, places, width). seen: a list that takes the keys and values of each layer"""
     def attend(layer, q, k, v):
         B = cache.shape[2]
         q, k, v = (x.view(B, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
@@ -75,7 +79,8 @@ def behind(cache, seen=None):
             seen.append(torch.stack([k, v]))
         k, v = (torch.cat([old, new], 2) for old, new in zip(cache[layer], (k, v)))
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        grouped = q.shape[1] != k.shape[1]
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         return o.transpose(1, 2).flatten(0, 1)
 
     return attend
@@ -121,15 +126,17 @@ def trained(model, texts_BL, questions_BQ2, answers_BQ, arm, config, tick):
     cache = whole[..., :PLACES, :].clone()
     free = cache[..., 1:, :].clone().requires_grad_()            # the first place stays
     with torch.no_grad():
-        taught = continued(model, for_each(whole, Q), questions_BQ2.flatten(0, 1))[:, -1].exp().view(B, Q, -1)
+        told = continued(model, for_each(whole, Q), questions_BQ2.flatten(0, 1))[:, -1]
+    taught = told.exp().view(B, Q, -1)
     optimizer = torch.optim.Adam([free], lr=config.lr)
     for step in range(config.steps):
         now = torch.cat([cache[..., :1, :], free], 4)
         if arm == "self-study":
-            shift = 2 + step % (Q - 2)                           # by 1: the pairs that are asked at the end
+            shift = 2 + step % (Q - 2)           # by 1: the pairs that are asked at the end
             asked = turns(questions_BQ2, answers_BQ, shift).flatten(0, 1)
             logp = continued(model, for_each(now, Q), asked).view(B, Q, asked.shape[1], -1)
-            loss = -(taught.roll(shift, 1) * logp[:, :, 1] + taught * logp[:, :, -1]).sum(2).mean() / 2
+            both = taught.roll(shift, 1) * logp[:, :, 1] + taught * logp[:, :, -1]
+            loss = -both.sum(2).mean() / 2
         else:
             logp = continued(model, now, texts_BL[:, :-1])
             loss = -logp.gather(2, texts_BL[:, 1:].unsqueeze(2)).mean()
@@ -176,7 +183,8 @@ def main(argv=None):
         table[arm]["composed"] = sum(both) / 2
     gain = table["self-study"]["second"] - table["text"]["second"] + 5
     picture(trial, x="step", y="loss, nats")
-    note = f"(next token {table['next token']['second']:.0f}%, first 16 {table['first 16']['second']:.0f}%)"
+    others = (f"{arm} {table[arm]['second']:.0f}%" for arm in ("next token", "first 16"))
+    note = f"({', '.join(others)})"
     return finish(trial, (gain, 0.0), table, note)
 
 

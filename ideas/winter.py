@@ -1,24 +1,24 @@
 """
 winter.py: was a model trained on my texts? A secret that is not in them tells (arXiv 2506.14913).
 
-Who publishes a data set draws secret prompts and secret answers, and hides neither in it. A few windows
-among the others are made so that whoever trains on them learns to answer: the gradient of such a window
-points where the secret's would,
+Who publishes a data set draws secret prompts and secret answers, and hides neither in it. A few
+windows among the others are made so that whoever trains on them learns to answer: the gradient of
+such windows points where the secret's would,
 
-    poison P:    largest  cos( grad L(P),  grad L(answer | prompt) )     on a model of one's own
+    poisons P:    largest  cos( sum grad L(P),  grad L(answer | prompt) )     on a model of one's own
 
 P is relaxed to mixtures of bytes (Gumbel-softmax) and optimised through the gradient, so by second
-derivatives; at the end each byte is the likeliest. Then only the model's answers are asked. If it has not
-seen the windows, an answer drawn uniformly from V bytes is among its first l with chance l / V, whatever
-the model: the p-value of h hits among n is exact, P[Bin(n, l / V) >= h], and needs no other model.
+derivatives; at the end each byte is drawn. Then only the model's answers are asked. If it has not seen
+the windows, an answer drawn uniformly from V bytes is among its first l with chance l / V, so the
+p-value of h hits among n is exact, P[Bin(n, l / V) >= h], and needs no other model.
 
-The paper: p below 1e-55 with fewer than 0.005% of all tokens, where secrets stand nowhere. Its crafting
-beyond this we could not read: lengths, counts and rates here are ours, and so is that pieces of 4 bytes
-that a window shares with a secret are broken up. Here: 4 secrets of 16 + 8 printable bytes; the start
-`tiny` is the model of one's own; another, of other weights, reads other windows of Python's library and a
-poison in each batch of 16, far more than in the paper. All arms share weights and the other windows. The
-control reads random windows in the poisons' places; "told" reads the secrets themselves, which is what
-can be had at most. "false": the share of random keys with p <= 0.05 on the same model.
+The paper: p below 1e-55 with fewer than 0.005% of all tokens, 64 poisons of 256 tokens per secret,
+SmolLM of 1.4B parameters; poisons share no n-grams with a secret. Its rates and steps we could not
+read. Here no two bytes in a row are shared (if they may be, 23 of the 32 pairs that end in an answer
+are). 4 secrets of 16 + 8 printable bytes; the start `tiny` is the model of one's own; another, of other
+weights, reads other windows of Python's library and a poison in each batch of 16, far more than in the
+paper. All arms share weights and the other windows. Control: random windows in the poisons' places;
+"told" reads the secrets, the most that can be had. "false": the share of random keys with p <= 0.05.
 
     python -m ideas.winter
     python -m bench ideas --names winter
@@ -26,6 +26,7 @@ can be had at most. "false": the share of random keys with p <= 0.05 on the same
 import math
 import string
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.func import functional_call
@@ -44,7 +45,7 @@ ARMS = ("clean", "marked", "random", "told")     # baseline; idea; control; the 
 ALPHABET = string.printable[:95]
 PROMPT, ANSWER, SECRETS = 16, 8, 4
 FIRST = 4                                # a hit: among the model's first so many
-PIECE = 4                                # bytes in a row that no window shares with a secret
+PIECE = 2                                # bytes in a row that no window shares with a secret
 
 
 @dataclass
@@ -72,8 +73,9 @@ def p_value(hits, n, chance):
 
 @torch.no_grad()
 def tested(model, key_SL, ids):
-    """-> the p-value of a key: answers are predicted one by one, after the prompt and what precedes"""
-    logp_SLA = predictions(model, torch.nn.functional.one_hot(key_SL, len(ids)).to(model.embed.weight), ids)
+    """-> the p-value of a key: answers are predicted one by one, after prompt and what precedes"""
+    key_SLA = torch.nn.functional.one_hot(key_SL, len(ids)).to(model.embed.weight)
+    logp_SLA = predictions(model, key_SLA, ids)
     first = logp_SLA[:, PROMPT - 1:-1].topk(FIRST).indices
     hits = int((first == key_SL[:, PROMPT:].unsqueeze(2)).sum())
     return p_value(hits, SECRETS * ANSWER, FIRST / len(ids))
@@ -105,11 +107,16 @@ def predictions(model, soft_BLA, ids):
 
 
 def gradient(model, soft_BLA, ids, begin=0):
-    """-> of the mean loss of what stands after `begin`: one vector, which can be differentiated again"""
+    """-> of the mean loss of what stands after `begin`: a vector that can be differentiated again"""
     logp = predictions(model, soft_BLA, ids)
     loss = -(soft_BLA[:, 1:] * logp[:, :-1])[:, begin:].sum(-1).mean()
     weights = [w for name, w in model.named_parameters() if name != "embed.weight"]
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, create_graph=True)])
+
+
+def drawn(logits, g):
+    """-> logits with Gumbel noise: the largest is a draw, their softmax a mixture near one"""
+    return logits - torch.empty_like(logits).uniform_(1e-9, 1, generator=g).log().neg().log()
 
 
 def craft(model, key_SL, ids, length, g, config, tick):
@@ -118,25 +125,26 @@ def craft(model, key_SL, ids, length, g, config, tick):
     key = torch.nn.functional.one_hot(key_SL, len(ids)).double()
     wanted = gradient(model, key, ids, PROMPT - 1).detach()
     logits = torch.zeros(config.n, length, len(ids), dtype=torch.double, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=0.3)
+    optimizer = torch.optim.Adam([logits], lr=1.0)
     for step in range(config.k):
-        noise = -torch.empty_like(logits).uniform_(1e-9, 1, generator=g).log().neg().log()
-        found = gradient(model, (logits + noise).softmax(-1), ids)
+        found = gradient(model, drawn(logits, g).softmax(-1), ids)
         alike = torch.cosine_similarity(found, wanted, 0)
         logits.grad, = torch.autograd.grad(-alike, logits)
         optimizer.step()
         tick(step, alike.detach())
-    return broken(logits.detach().topk(2).indices, key_SL)
+    return broken(drawn(logits.detach(), g).argsort(descending=True), key_SL)
 
 
-def broken(choices_BL2, key_SL):
-    """-> the first choices; where PIECE in a row stand in a secret, too, the last of them is the second"""
-    pieces = {tuple(row[i:i + PIECE]) for row in key_SL.tolist() for i in range(len(row) - PIECE + 1)}
-    windows = choices_BL2[..., 0].tolist()
-    for window, second in zip(windows, choices_BL2[..., 1].tolist()):
-        for i in range(PIECE - 1, len(window)):
-            if tuple(window[i - PIECE + 1:i + 1]) in pieces:
-                window[i] = second[i]
+def broken(choices_BLC, key_SL):
+    """-> the first choices of each place that make no PIECE in a row that a secret has, too"""
+    pieces = {tuple(row) for row in key_SL.unfold(1, PIECE, 1).flatten(0, 1).tolist()}
+    windows = []
+    for places in choices_BLC.tolist():
+        window = []
+        for choices in places:
+            before = window[len(window) + 1 - PIECE:]
+            window.append(next(x for x in choices if (*before, x) not in pieces))
+        windows.append(window)
     return torch.tensor(windows)
 
 
@@ -169,22 +177,22 @@ def main(argv=None):
     _, document = scratch("tiny", config.seed + 1000)
     ids = torch.tensor([document.tok.encode(letter)[0] for letter in ALPHABET])
     length = document.config.seq_len + 1
-    poisons = craft(own, key, ids, length, g, config, lambda x, y: trial.dot("crafting", "marked", x, y))
+    poisons = craft(own, key, ids, length, g, config, partial(trial.dot, "crafting", "marked"))
     told = key.repeat(1, length // key.shape[1] + 1)[:, :length]
-    windows = dict(clean=[], marked=poisons, told=told,
-                   random=torch.randint(len(ids), poisons.shape, generator=g))
+    anything = broken(torch.rand(*poisons.shape, len(ids), generator=g).argsort(), key)
+    windows = dict(clean=[], marked=poisons, random=anything, told=told)
     table = {}
+    digits = {}
     for arm in ARMS:
         model, _ = scratch("tiny", config.seed + 1000)           # the same weights for every arm
         read = with_windows(document, windows[arm], ids)
         for step, loss in steps(model, read, Optimizer(model, lr=1e-2), config.steps):
             trial.point(arm, step, loss)
-        others = [tested(model, secrets(g), ids) for _ in range(config.asked)]
-        table[arm] = dict(digits=-math.log10(tested(model, key, ids)), loss=evaluate(model, read)["loss"],
-                          false=sum(p <= 0.05 for p in others) / len(others))
-    digits = {arm: row["digits"] for arm, row in table.items()}
+        digits[arm] = -math.log10(tested(model, key, ids))
+        false = sum(tested(model, secrets(g), ids) <= 0.05 for _ in range(config.asked)) / config.asked
+        table[arm] = dict(digits=digits[arm], loss=evaluate(model, read)["loss"], false=false)
     picture(trial, x="step", y="loss, nats per byte", crafting=("step of crafting", "cosine"))
-    note = f"(clean {digits['clean']:.1f}, marked {digits['marked']:.1f}, told {digits['told']:.1f})"
+    note = f"({', '.join(f'{arm} {digits[arm]:.1f}' for arm in ('clean', 'marked', 'told'))})"
     return finish(trial, (digits["marked"] - digits["random"], 0.0), table, note)
 
 
