@@ -19,6 +19,7 @@ rank 1/4 keeps up with Muon, better the larger the model, and is ahead of AdamW.
 parameters, the bytes of Python's own library, rank 16 of 64. The control is Dion without error
 feedback (M = mu B): what it gains is not due to it. Muon is shown beside them. Rates were tried on
 another seed, RATES says which: AdamW's for all weights together, the others' for the matrices alone.
+state_per_weight: how many numbers an optimizer keeps for each weight of the matrices.
 
     python -m ideas.dion
     python -m bench ideas --names dion
@@ -103,7 +104,11 @@ def train(arm, trial, config):
     optimizer = optimizer_of(arm, model, config.rank)
     for step, loss in steps(model, document, optimizer, config.steps):
         trial.point(arm, step, loss)
-    return evaluate(model, document)
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    state = matrices * (2 if arm == "AdamW" else 1)              # two moments, or a momentum
+    if isinstance(optimizer, Dion):
+        state += sum(Q.numel() for Q in optimizer.Q.values())
+    return dict(evaluate(model, document), state_per_weight=state / matrices)
 
 
 def main(argv=None):
