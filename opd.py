@@ -29,7 +29,7 @@ Left out of the usual recipe, and why:
 
     python opd.py --teacher runs/rl                       the base learns what RL taught another
     torchrun --nproc_per_node=8 opd.py --init DIR --teacher DIR --teacher-at sharded \
-        --task math500 --max-new 4096 --lr 1e-6
+        --task math500 --max-new 4096 --row-tokens 8192 --lr 1e-6
     python opd.py --teacher runs/rl --loss student_topk --k 16
     python opd.py --control fixed_negative                is it the teacher at all?
     python opd.py --control sft --teacher runs/rl         fine-tuning on the teacher's own texts

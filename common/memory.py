@@ -35,9 +35,12 @@ FEW = 16                 # samples that the cache must hold at least: below, dec
 
 
 def check_flags(c):
-    """A rank that learns alone has nobody to meet in the middle of a backward."""
+    """What the flags alone say."""
     without_effect(c, [("reference_at", c.kl_coef, "there is no reference: give --kl-coef")])
+    if c.max_new >= c.row_tokens:        # known before a missing base is trained; prompts are not
+        die(f"--row-tokens {c.row_tokens} is below one sample: --max-new alone takes {c.max_new}")
     for flag, value in (("--grads", c.grads), ("--reference-at", c.reference_at)):
+        # a rank that learns alone has nobody to meet in the middle of a backward
         if c.stream and value == "sharded":
             die(f"--stream with {flag} sharded: a rank that learns before the others are done has nobody to "
                 "reduce with; leave one of the two out")

@@ -188,7 +188,7 @@ def warnings(history, config):
         cut_short: f"more than half of the responses were cut at --max-new {config.max_new}: their "
                    "rewards say nothing. Raise --max-new",
         collapsed: "the entropy fell below a tenth of what it was: the samples of a group will soon be "
-                   "equal. Lower --lr, raise --clip-high or give --entropy-coef",
+                   "equal. Lower --lr, give --entropy-target or --entropy-coef",
         falling_apart: "the entropy rose to three times what it was: the policy is falling apart. "
                        "Lower --lr",
         disagree: "sampler and trainer disagree (KL above 0.01): a sampler in lower precision, or a bug",
