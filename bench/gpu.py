@@ -154,7 +154,7 @@ def trained(model, groups):
             logp_N, _ = linear_logprob(hidden_ND, model.head_weight, batch.targets_N, 0.8)
             logp_N.sum().backward()
             if turn:
-                apart.append((logp_N.detach() - batch.old_logp_N).abs())
+                apart.append((logp_N.detach() - batch.sampler_logp_N).abs())
     return torch.cat(apart), (now() - start) * 1e3
 
 
