@@ -509,18 +509,19 @@ def test_a_target_entropy_is_a_bonus_that_adapts():
     """the first step has none; from the second on it is the --entropy-coef of that size, for samples of
     advantage 0, too"""
     config = settled(algo="dr_grpo", entropy_target=9.0, lr=0.05)
-    rl = fake(config, model(0, torch.float32), ragged())
-    plain = fake(settled(algo="dr_grpo", lr=0.05), model(0, torch.float32), ragged())
-    stages.learn(rl, ragged())
-    stages.learn(plain, ragged())
+    groups, flat = ragged(), [group([1, 1], [3, 5])]
+    rl = fake(config, model(0, torch.float32), groups + flat)
+    plain = fake(settled(algo="dr_grpo", lr=0.05), model(0, torch.float32), groups + flat)
+    stages.learn(rl, groups)
+    stages.learn(plain, groups)
     assert torch.equal(weights_of(rl.model), weights_of(plain.model)) and rl.bonus == entropy.ENTROPY_STEP
     plain.config = replace(plain.config, entropy_coef=entropy.ENTROPY_STEP)
-    flat = [group([1, 1], [3, 5])]
+    moved_once = weights_of(rl.model)
     for each in (rl, plain):
         stages.learn(each, flat)
     assert torch.equal(weights_of(rl.model), weights_of(plain.model)) and rl.bonus == 2 * entropy.ENTROPY_STEP
-    same = model(0, torch.float32)
-    assert not torch.equal(weights_of(rl.model), weights_of(same))
+    assert not torch.equal(moved_once, weights_of(model(0, torch.float32)))
+    assert not torch.equal(weights_of(rl.model), moved_once)
 
 
 def test_clip_cov_stops_and_kl_cov_holds_the_marked_tokens():
