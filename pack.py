@@ -228,7 +228,7 @@ class Batch:
     at_N: torch.Tensor                   # where the token is that predicts; it may predict many
     targets_N: torch.Tensor
     sample_N: torch.Tensor               # whose prediction it is: an index into samples
-    sampler_logp_N: torch.Tensor             # the sampler's log-prob
+    sampler_logp_N: torch.Tensor         # the sampler's log-prob
     kept_N: torch.Tensor                 # log of the mass that truncation left, 0 without
     advantage_N: torch.Tensor
     weight_N: torch.Tensor               # in the loss

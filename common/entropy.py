@@ -41,8 +41,9 @@ def covariant(groups, config):
         cov_N = (logp_N - logp_N.mean()) * (A_N - A_N.mean())
         share = config.cov_share or COV_SHARE[config.cov]
         count = max(1, int(share * len(cov_N)))
-        order_N = np.argsort(-cov_N, kind="stable")
-        if config.cov == "clip":
+        if config.cov == "kl":
+            order_N = np.argsort(-cov_N, kind="stable")
+        else:
             draws = trained_parts(lambda s: chance(s, config.seed), samples)
             order_N = np.argsort(np.concatenate(draws), kind="stable")
             low, high = COV_BAND
