@@ -73,12 +73,13 @@ TOP_P = (["0.001", "1"], ["0", "1.001", "2", "-1"])
 NAME = (["a", "a/b", "-x"], ["", "/a", "a/", "a//b", ".", "..", "a/../b", "../a", "./a", "a/."])
 DATE = (["2026-01-31"], ["2026-02-30", "today", "20260131", "2026-1-31"])
 PLACE = (["auto", "cpu", "cuda", "mps"], ["gpu", "cuda:1", ""])
+ROW = (["2 --max-new 1", "9999"], ["0", "-1", "1.5", "x", "8 --max-new 8"])
 DTYPE = (["auto", "fp32", "bf16"], ["fp16", ""])
 
 COMMON = dict(
     name=NAME, init=ANY, task=ANY, tokens=OFF, minutes=MINUTES, prompts=COUNT, max_new=COUNT, top_p=TOP_P,
     tis=(["0", "1", "2"], ["0.99", "-1", "0 --top-p 0.9"]), lr=SIZE, muon_lr=SIZE, warmup=OFF, decay=SHARE,
-    weight_decay=SIZE, clip=SIZE, row_tokens=COUNT, slots=OFF, workers=COUNT, save_every=COUNT, seed=SEED,
+    weight_decay=SIZE, clip=SIZE, row_tokens=ROW, slots=OFF, workers=COUNT, save_every=COUNT, seed=SEED,
     date=DATE, checkpoint=SWITCH, offload=SWITCH, grads=(["auto", "whole", "sharded"], ["zero", ""]),
     device=PLACE, dtype=DTYPE, threads=OFF, deterministic=SWITCH, parity=SWITCH, resume=SWITCH, wandb=ANY)
 ALGO = dict(
