@@ -110,9 +110,9 @@ class Sequence:
 # storage of keys and values. On a CPU the Slabs of common/slabs.py: a slab per capacity, a full row
 # moves to a larger one
 #
-#   slab 64    [row][row][row]          rows stand side by side from 0: a product per layer and slab
-#   slab 128   [ row  ][ row  ]
-#   slab 256   [    row     ]
+#   slab 32    [row][row][row]          rows stand side by side from 0: a product per layer and slab
+#   slab 64    [ row  ][ row  ]
+#   slab 128   [    row     ]
 #
 # On a GPU the Pool of common/pages.py: small pages, of which sequences share those of their prompt.
 

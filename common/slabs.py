@@ -1,10 +1,10 @@
 """
-slabs.py: keys and values on a CPU. A slab per capacity: 64, 128, 256, ... keys per row. A full row
+slabs.py: keys and values on a CPU. A slab per capacity: 32, 64, 128, ... keys per row. A full row
 moves to the slab of twice the size.
 
-    slab 64    [row][row][row]        rows stand side by side from 0, so attention over a slab is one
-    slab 128   [ row  ][ row  ]       product per layer over [:rows, :longest]. Nothing is gathered, a
-    slab 256   [    row     ]         long row does not make the short ones pay, and what moving costs
+    slab 32    [row][row][row]        rows stand side by side from 0, so attention over a slab is one
+    slab 64    [ row  ][ row  ]       product per layer over [:rows, :longest]. Nothing is gathered, a
+    slab 128   [    row     ]         long row does not make the short ones pay, and what moving costs
                                       is paid back as in any array that doubles
 
 Its twin on a GPU is the Pool of pages.py, with the same methods: open and close a prefix, prefill,
@@ -12,13 +12,14 @@ enter, leave, grow, decode. A row holds one sequence, whose `slot` names it here
 """
 
 import math
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
 from kernels import packed_attention
 
-SMALLEST = 64                            # keys per row of the smallest slab
+SMALLEST = 32                            # keys per row of the smallest slab
 
 
 class Slab:
@@ -28,24 +29,22 @@ class Slab:
         self.like = like                 # a tensor of the weights' dtype and device
         self.size = 0                    # rows there is room for
         self.slots = []                  # of the sequences, row by row
-        self.k = [None] * c.n_layer      # (size, kv heads, capacity, head_dim)
-        self.v = [None] * c.n_layer
-        self.mask = None                 # (size, kv heads, 1, capacity), added to scores: 0 on keys
+        self.kv = like.new_zeros(2, c.n_layer, 0, c.n_kv_head, capacity, c.head_dim)  # (.., size, ..)
+        self.mask = like.new_zeros(0, c.n_kv_head, 1, capacity)  # added to scores: 0 on keys, else -inf
 
-    def _enlarge(self, old, fill, *shape):
-        new = self.like.new_full((self.size, self.c.n_kv_head, *shape), fill)
-        if old is not None:
-            new[: len(old)] = old
-        return new
+    def _enlarge(self, size):
+        kv, mask = self.kv, self.mask
+        self.kv = kv.new_zeros(*kv.shape[:2], size, *kv.shape[3:])
+        self.kv[:, :, : self.size] = kv
+        self.mask = mask.new_full((size, *mask.shape[1:]), -math.inf)
+        self.mask[: self.size] = mask
+        self.size = size
 
     def add(self, slot, length):
         """-> its row, whose first `length` keys are visible; the caller fills them in."""
         r = len(self.slots)
         if r + 2 > self.size:            # never one row alone: see SlabView.advance
-            self.size = max(4, 2 * self.size)
-            self.k = [self._enlarge(k, 0.0, self.capacity, self.c.head_dim) for k in self.k]
-            self.v = [self._enlarge(v, 0.0, self.capacity, self.c.head_dim) for v in self.v]
-            self.mask = self._enlarge(self.mask, -math.inf, 1, self.capacity)
+            self._enlarge(max(4, 2 * self.size))
         self.slots.append(slot)
         self.mask[r] = -math.inf
         self.mask[r, :, :, :length] = 0
@@ -57,8 +56,8 @@ class Slab:
         slot = self.slots.pop()
         if r == last:
             return None
-        for x in (*self.k, *self.v, self.mask):
-            x[r] = x[last]
+        self.kv[:, :, r] = self.kv[:, :, last]
+        self.mask[r] = self.mask[last]
         self.slots[r] = slot
         return slot
 
@@ -81,8 +80,7 @@ class SlabView:
         self.first = first.view(self.rows, c.n_kv_head)      # the place of each head's first key
         self.write = None                                    # (heads), the place of the new keys
         self.length = 0                                      # keys that attention looks at
-        self.k = [k.view(-1, c.head_dim) for k in slab.k]
-        self.v = [v.view(-1, c.head_dim) for v in slab.v]
+        self.k, self.v = slab.kv.flatten(2, 4).unbind()      # of a layer: (heads x capacity, head_dim)
 
     def advance(self, position_B):
         """Room for one more key in each row, and attention as far as the longest row needs."""
@@ -103,8 +101,9 @@ class SlabView:
         self.length = length
         self.products = N = max(self.heads, 2 if self.exact else 1)
         self.mask_N1L = self.slab.mask.flatten(0, 1)[:N, :, :length]
-        self.keys_NdL = [k.flatten(0, 1)[:N, :length].transpose(1, 2) for k in self.slab.k]
-        self.values_NLd = [v.flatten(0, 1)[:N, :length] for v in self.slab.v]
+        keys, values = self.slab.kv.flatten(2, 3)[:, :, :N, :length]
+        self.keys_NdL = keys.transpose(2, 3).unbind()
+        self.values_NLd = values.unbind()
 
     def attend(self, layer, q, k, v):
         if self.rows != q.shape[0]:
@@ -168,28 +167,42 @@ class Slabs:
 
     def prefill(self, pieces):
         """pieces: (prefix, start, end), one after another in a packed row. -> attend"""
-        cu = [0]
-        for _, start, end in pieces:
-            cu.append(cu[-1] + end - start)
-        # exact: each prefix by itself, since a call over several may sum in an order that depends
-        # on all of them
+        cu = [0, *accumulate(end - start for _, start, end in pieces)]
+        new = self.like.new_empty(2, self.c.n_layer, self.c.n_kv_head, cu[-1], self.c.head_dim)
+        whole = {}                       # length -> the rows of the pieces that begin a prefix
+        continued = []                   # the others
+        for piece, a, b in zip(pieces, cu, cu[1:]):
+            if piece[1]:
+                continued.append((*piece, a, b))
+            else:
+                whole.setdefault(b - a, []).append(torch.arange(a, b))
+        rows_of_whole = [torch.stack(rows) for rows in whole.values()]
+        # exact: a call for prefixes of one length, which it sums one by one; a call over several
+        # lengths may sum in an order that depends on all of them
         together = None
-        if not self.exact and not any(start for _, start, _ in pieces):
+        if not self.exact and not continued:
             together = packed_attention(cu, max(end for _, _, end in pieces))
 
         def attend(layer, q, k, v):
-            for (prefix, start, end), a, b in zip(pieces, cu, cu[1:]):
-                prefix.cache[0, layer, :, start:end] = k[a:b].transpose(0, 1)
-                prefix.cache[1, layer, :, start:end] = v[a:b].transpose(0, 1)
+            new[0, layer] = k[: cu[-1]].transpose(0, 1)
+            new[1, layer] = v[: cu[-1]].transpose(0, 1)
+            if layer == self.c.n_layer - 1:
+                for (prefix, start, end), a, b in zip(pieces, cu, cu[1:]):
+                    prefix.cache[:, :, :, start:end] = new[:, :, :, a:b]
             if together:
                 return together(layer, q, k, v)
+            shared = q.shape[1] != k.shape[1]
             o = torch.zeros_like(q)
-            for (prefix, start, end), a, b in zip(pieces, cu, cu[1:]):
+            for rows_BL in rows_of_whole:
+                qkv_BHLd = [x[rows_BL].transpose(1, 2) for x in (q, k, v)]
+                o_BHLd = F.scaled_dot_product_attention(*qkv_BHLd, is_causal=True, enable_gqa=shared)
+                o[rows_BL] = o_BHLd.transpose(1, 2)
+            for prefix, start, end, a, b in continued:
+                prefix.cache[:, layer, :, start:end] = new[:, layer, :, a:b]
                 k_all, v_all = prefix.cache[:, layer, None, :, :end]     # (1, kv heads, end, hd)
                 o_piece = F.scaled_dot_product_attention(
-                    q[a:b].transpose(0, 1).unsqueeze(0), k_all, v_all, is_causal=start == 0,
-                    attn_mask=causal(end - start, end, q.device) if start else None,
-                    enable_gqa=q.shape[1] != k.shape[1])
+                    q[a:b].transpose(0, 1).unsqueeze(0), k_all, v_all,
+                    attn_mask=causal(end - start, end, q.device), enable_gqa=shared)
                 o[a:b] = o_piece.squeeze(0).transpose(0, 1)
             return o
         return attend
@@ -208,9 +221,7 @@ class Slabs:
         P = len(prefix.tokens)
         slab = self._slab(P + 1)
         r = slab.add(slot, P)
-        for layer, (k, v) in enumerate(zip(slab.k, slab.v)):
-            k[r, :, :P] = prefix.cache[0, layer]
-            v[r, :, :P] = prefix.cache[1, layer]
+        slab.kv[:, :, r, :, :P] = prefix.cache
         self.places[slot] = slab, r
         return True
 
@@ -226,8 +237,7 @@ class Slabs:
         if sequence.cached + 1 > slab.capacity:
             bigger = self._slab(sequence.cached + 1)
             new_r = bigger.add(sequence.slot, sequence.cached)
-            for old, new in zip((*slab.k, *slab.v), (*bigger.k, *bigger.v)):
-                new[new_r, :, : slab.capacity] = old[r]
+            bigger.kv[:, :, new_r, :, : slab.capacity] = slab.kv[:, :, r]
             self.leave(sequence.slot)
             self.places[sequence.slot] = bigger, new_r
         return True
@@ -235,7 +245,8 @@ class Slabs:
     def row(self, slot):
         """-> its keys and its values, an array per layer."""
         slab, r = self.places[slot]
-        return [k[r].numpy() for k in slab.k], [v[r].numpy() for v in slab.v]
+        keys, values = slab.kv[:, :, r].numpy()
+        return list(keys), list(values)
 
     def decode(self, sequences, size):
         """-> the slots in the order of the batch, the view of its steps, and how many steps it is
