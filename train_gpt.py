@@ -26,6 +26,7 @@ Left out of the usual recipe, and why:
 import math
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -264,6 +265,7 @@ class Config(Machine):
     muon_lr: float = 1.4e-2              # its learning rate
     weight_decay: float = 0.1            # decoupled, matrices only
     clip: float = 1.0                    # global norm of the gradient; 0: no clipping
+    temperature: float = 1.0             # of the loss: above 1, what is sampled at 1 is sharper
     warmup: float = 0.02                 # share of the steps to warm up
     decay: float = 0.5                   # share of the steps to decay to zero, linearly, at the end
 
@@ -312,6 +314,8 @@ def configure(argv):
         die(f"--n-head {c.n_head} is not a multiple of --n-kv-head {c.n_kv_head}")
     if c.head_dim % 2:
         die(f"--head-dim {c.head_dim} is odd: rotary positions turn pairs")
+    if not c.temperature:
+        die("--temperature 0 of a loss divides by 0: give a number above 0; above 1 the model ends sharper")
     if not c.rope_theta:
         die("--rope-theta 0 is no base of a wave: give a number above 0, 10000 is usual")
     kind = kind_of(c.data)
@@ -362,12 +366,12 @@ def as_many(rows, device):
 # loss and steps
 
 
-def forward(model, row):
+def forward(model, row, temperature=1.0):
     """-> the sum of -log p over the row's targets."""
     tokens_T, positions_T, at_N, targets_N, cu = row
     attend = packed_attention(cu, max(b - a for a, b in zip(cu, cu[1:])))
     hidden_ND = model(tokens_T, positions_T, attend)[at_N]
-    logp_N, _ = linear_logprob(hidden_ND, model.head_weight, targets_N)
+    logp_N, _ = linear_logprob(hidden_ND, model.head_weight, targets_N, temperature)
     return -logp_N.sum()
 
 
@@ -553,12 +557,13 @@ def main(argv=None):
         run.log(document.about)
 
     # ---- the loop
+    loss_of = partial(forward, temperature=config.temperature)
     bar = progress(config.steps, "train", begin)
     step = begin
     numbers = {}
     held_out = None
     try:
-        for step, loss in steps(model, document, optimizer, end, begin, numbers=numbers):
+        for step, loss in steps(model, document, optimizer, end, begin, loss_of, numbers=numbers):
             bar.set_postfix_str(f"loss {loss:.3f}, {numbers['tokens_per_second']:,.0f} tok/s")
             bar.update()
             run.pace(step, config.steps, numbers)

@@ -10,7 +10,7 @@ the third is of a track that begins with a model: a folder, whose weights' sha25
 
 What a side runs stands in its own checkout, in records/TRACK/commands.txt: one script and its
 flags per line, SEED for the seed, START for the model to begin with, the model that counts in the
-run named last. The clock is the
+run named last. A line may begin with torchrun and its own flags, up to "--". The clock is the
 sum of the seconds by stage in the runs' metrics.jsonl, so that installation, start-up, evaluation
 and saving are outside. The judge, for both sides, is this checkout's evaluate.py.
 
@@ -75,13 +75,18 @@ def attempt(config, checkout, seed):
     if not path.is_file():
         die(f"{path} is not there: one script and its flags a line")
     commands = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    launch = ["-m", "torch.distributed.run", "--standalone",
-              f"--nproc_per_node={config.gpus}", "--"] if config.gpus else []
     with tempfile.TemporaryDirectory() as folder:
         seconds = dict.fromkeys(verify.STAGES, 0.0)
         for command in commands:
             words = command.replace("SEED", str(seed)).split()
-            script, *rest = [config.start if word == "START" else word for word in words]
+            words = [config.start if word == "START" else word for word in words]
+            launch = ["--standalone", f"--nproc_per_node={config.gpus}", "--"] if config.gpus else []
+            if words[0] == "torchrun":
+                end = words.index("--") + 1
+                launch, words = words[1:end], words[end:]
+            if launch:
+                launch = ["-m", "torch.distributed.run", *launch]
+            script, *rest = words
             call([*launch, str(checkout / script), *rest], folder, checkout)
             run = Path(folder, "runs", rest[rest.index("--name") + 1])
             seconds = {stage: seconds[stage] + s for stage, s in seconds_of(run).items()}
