@@ -119,7 +119,7 @@ def improve(shares, costs):
     """Trade while it helps: with few items a rank may be 5% above the floor. The heaviest rank
     gives an item and takes a lighter one of another rank, or nothing."""
     costs = [*costs, 0]                  # the last one is NOTHING's
-    loads = [sum(costs[i] for i in share) for share in shares]
+    loads = [sum(costs[i] for i in items) for items in shares]
     floor = max(sum(loads) / len(loads), max(costs))
     while max(loads) > 1.001 * floor:
         top = loads.index(max(loads))
@@ -485,7 +485,7 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         die(f"{config.lengths}: {getattr(error, 'strerror', None) or error}")
     costs = [cost(SHAPE, n) for n in lengths]
-    loads = [sum(costs[i] for i in share) for share in balance(costs, config.ranks)]
+    loads = [sum(costs[i] for i in items) for items in balance(costs, config.ranks)]
     mean = sum(loads) / config.ranks
     least = max(mean, max(costs))        # no dealing beats either
     path = Path(config.lengths).with_suffix(".png")

@@ -171,11 +171,17 @@ class Slabs:
         new = self.like.new_empty(2, self.c.n_layer, self.c.n_kv_head, cu[-1], self.c.head_dim)
         whole = {}                       # length -> the rows of the pieces that begin a prefix
         continued = []                   # the others
+        copied = []                      # what is not all of its prefix
         for piece, a, b in zip(pieces, cu, cu[1:]):
-            if piece[1]:
+            prefix, start, end = piece
+            if start:
                 continued.append((*piece, a, b))
             else:
-                whole.setdefault(b - a, []).append(torch.arange(a, b))
+                whole.setdefault(end, []).append(torch.arange(a, b))
+            if end - start < len(prefix.tokens):
+                copied.append((*piece, a, b))
+            else:
+                prefix.cache = new[:, :, :, a:b]
         rows_of_whole = [torch.stack(rows) for rows in whole.values()]
         # exact: a call for prefixes of one length, which it sums one by one; a call over several
         # lengths may sum in an order that depends on all of them
@@ -186,9 +192,8 @@ class Slabs:
         def attend(layer, q, k, v):
             new[0, layer] = k[: cu[-1]].transpose(0, 1)
             new[1, layer] = v[: cu[-1]].transpose(0, 1)
-            if layer == self.c.n_layer - 1:
-                for (prefix, start, end), a, b in zip(pieces, cu, cu[1:]):
-                    prefix.cache[:, :, :, start:end] = new[:, :, :, a:b]
+            for prefix, start, end, a, b in copied:
+                prefix.cache[:, layer, :, start:end] = new[:, layer, :, a:b]
             if together:
                 return together(layer, q, k, v)
             shared = q.shape[1] != k.shape[1]
@@ -198,7 +203,6 @@ class Slabs:
                 o_BHLd = F.scaled_dot_product_attention(*qkv_BHLd, is_causal=True, enable_gqa=shared)
                 o[rows_BL] = o_BHLd.transpose(1, 2)
             for prefix, start, end, a, b in continued:
-                prefix.cache[:, layer, :, start:end] = new[:, layer, :, a:b]
                 k_all, v_all = prefix.cache[:, layer, None, :, :end]     # (1, kv heads, end, hd)
                 o_piece = F.scaled_dot_product_attention(
                     q[a:b].transpose(0, 1).unsqueeze(0), k_all, v_all,

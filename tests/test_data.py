@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import data
 from data import mixed
-from data import Problem, arith, countdown, states
+from data import Problem, arith, countdown, laptop, states
 from tests.work import units
 
 TASKS = ["countdown", "countdown:search", "countdown:4", "countdown:search:4",
@@ -388,6 +388,30 @@ def test_mixed_draws_by_its_shares_and_hands_on():
     assert task.answer("1+2=3#3") == "3" and task.answer("ab#ba") == "ba"
     assert task.answer("1+2=3,3*3=9") == "1+2=3,3*3=9"
     assert task.same("3", "03") and task.same("1+2=3,3*3=9", "2+1=3,3*3=9") and not task.same("3", "ba")
+
+
+def test_the_text_of_the_laptop_record_is_right_and_always_the_plainest():
+    """one solution of a problem, whatever the order of its numbers and whichever document asks;
+    its sums do not slip; and what it writes out is never asked in training or at the end"""
+    task, plain = data.load("laptop"), data.load("countdown")
+    written = {}
+    sums = 0
+    for i in range(3000):
+        prompt, text = task.document("train", 0, i)
+        if prompt[0] == "A":
+            sums += 1
+            assert eval(prompt[1:-1]) == int(text.split("#")[1]), prompt
+            continue
+        numbers, target = prompt[1:-1].split("=")
+        numbers = list(map(int, numbers.split()))
+        assert countdown.solves(countdown.parse(text), numbers, int(target)), f"{prompt}{text}"
+        assert written.setdefault(content(prompt), text) == text
+    assert abs(sums / 3000 - laptop.MANY) < 0.03
+    late = [task.document("train", 0, laptop.EARLY + i)[0][0] for i in range(2000)]
+    assert abs(late.count("A") / 2000 - laptop.FEW) < 0.02
+    assert laptop.plainest([1, 2, 3], 6) == "3+2=5,5+1=6"
+    for split in ("train", "test"):
+        assert not set(written) & {content(p.prompt) for p in plain.problems(split, 1500, 0)}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -218,6 +218,25 @@ def test_a_run_of_a_side(tmp_path, monkeypatch):
     assert commands == ["train_gpt.py --name b --seed SEED", "nanorl.py --name r --seed SEED"]
 
 
+def test_a_command_may_ask_for_ranks(tmp_path, monkeypatch):
+    """a line that begins with torchrun is started by the torchrun of this Python, the next one is not"""
+    (tmp_path / "records/laptop").mkdir(parents=True)
+    (tmp_path / "records/laptop/commands.txt").write_text(
+        "torchrun --standalone --nproc_per_node=2 -- train_gpt.py --name b\nnanorl.py --name r\n")
+    calls = []
+
+    def call(words, cwd, checkout):
+        calls.append([Path(word).name if word.endswith(".py") else word for word in words])
+        return 'words\n{"avg": 0.5, "avg_se": 0.01}\n'
+    monkeypatch.setattr(attempts, "call", call)
+    monkeypatch.setattr(attempts, "seconds_of", lambda run: {"pretraining": 1.0})
+    monkeypatch.setattr(attempts.verify, "STAGES", ("pretraining",))
+    attempts.attempt(attempts.Config(out="x"), tmp_path, 0)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    assert calls[0] == [*torchrun, "train_gpt.py", "--name", "b"]
+    assert calls[1] == ["nanorl.py", "--name", "r"]
+
+
 def test_a_track_begins_with_its_model(tmp_path, monkeypatch, capsys):
     """START in the commands is the folder that was given; the log says which weights it holds"""
     seen = []

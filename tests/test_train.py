@@ -276,3 +276,23 @@ def test_pretraining_that_diverged_ends_in_one_line(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: step 1: the gradient was not finite 5 steps in a row. runs/base stays as its last "
         "checkpoint left it")
+
+
+def test_a_loss_at_a_temperature_ends_sharper(tmp_path, monkeypatch):
+    """the same steps at --temperature 3: what is sampled at 1 is less uncertain, which no division of
+    the loss could do, since Adam would not notice it"""
+    entropy = {}
+    for temperature in (1, 3):
+        run(tmp_path, monkeypatch, "--data", "countdown", "--steps", "40", "--lr", "1e-2", "--threads", "1",
+            "--temperature", str(temperature), "--name", f"at{temperature}")
+        model = GPT.from_hf(tmp_path / f"runs/at{temperature}/ckpt/step_40")
+        document, _ = documents(Config(data="countdown", tokenizer="chars"), data.tokenizer("chars"))
+        docs = [document("valid", i) for i in range(32)]
+        row = next(train_gpt.packed_rows(docs, 4096, torch.device("cpu")))
+        tokens_T, positions_T, at_N, targets_N, cu = row
+        with torch.no_grad():
+            attend = train_gpt.packed_attention(cu, max(len(ids) for ids, _ in docs))
+            hidden_ND = model(tokens_T, positions_T, attend)[at_N]
+            entropy_N = train_gpt.linear_logprob(hidden_ND, model.head_weight, targets_N)[1]
+        entropy[temperature] = float(entropy_N.mean())
+    assert entropy[3] < 0.8 * entropy[1]
