@@ -25,7 +25,6 @@ SMALLEST = 32                            # keys per row of the smallest slab
 class Slab:
     def __init__(self, capacity, c, like):
         self.capacity = capacity
-        self.c = c
         self.like = like                 # a tensor of the weights' dtype and device
         self.size = 0                    # rows there is room for
         self.slots = []                  # of the sequences, row by row
@@ -169,25 +168,24 @@ class Slabs:
         """pieces: (prefix, start, end), one after another in a packed row. -> attend"""
         cu = [0, *accumulate(end - start for _, start, end in pieces)]
         new = self.like.new_empty(2, self.c.n_layer, self.c.n_kv_head, cu[-1], self.c.head_dim)
-        whole = {}                       # length -> the rows of the pieces that begin a prefix
-        continued = []                   # the others
-        copied = []                      # what is not all of its prefix
-        for piece, a, b in zip(pieces, cu, cu[1:]):
-            prefix, start, end = piece
-            if start:
-                continued.append((*piece, a, b))
-            else:
-                whole.setdefault(end, []).append(torch.arange(a, b))
+        copied = []                      # pieces that are not all of their prefix
+        for (prefix, start, end), a, b in zip(pieces, cu, cu[1:]):
             if end - start < len(prefix.tokens):
-                copied.append((*piece, a, b))
+                copied.append((prefix, start, end, a, b))
             else:
-                prefix.cache = new[:, :, :, a:b]
-        rows_of_whole = [torch.stack(rows) for rows in whole.values()]
-        # exact: a call for prefixes of one length, which it sums one by one; a call over several
-        # lengths may sum in an order that depends on all of them
+                prefix.cache = new[:, :, :, a:b]         # a view: the row stays while one of them waits
+        continued = [piece for piece in copied if piece[1]]
+        # exact: a call for pieces of one length that begin a prefix, which it sums one by one; a call
+        # over several lengths may sum in an order that depends on all of them
         together = None
+        begun = {}                       # length -> the rows of those pieces
         if not self.exact and not continued:
             together = packed_attention(cu, max(end for _, _, end in pieces))
+        else:
+            for (_, start, end), a, b in zip(pieces, cu, cu[1:]):
+                if not start:
+                    begun.setdefault(end, []).append(torch.arange(a, b))
+        rows_of_begun = [torch.stack(rows) for rows in begun.values()]
 
         def attend(layer, q, k, v):
             new[0, layer] = k[: cu[-1]].transpose(0, 1)
@@ -198,7 +196,7 @@ class Slabs:
                 return together(layer, q, k, v)
             shared = q.shape[1] != k.shape[1]
             o = torch.zeros_like(q)
-            for rows_BL in rows_of_whole:
+            for rows_BL in rows_of_begun:
                 qkv_BHLd = [x[rows_BL].transpose(1, 2) for x in (q, k, v)]
                 o_BHLd = F.scaled_dot_product_attention(*qkv_BHLd, is_causal=True, enable_gqa=shared)
                 o[rows_BL] = o_BHLd.transpose(1, 2)
